@@ -1,0 +1,94 @@
+"""Elementwise nonlinearities φ and their derivatives.
+
+An activation is any JAX function of a scalar that broadcasts. The named ones below are what model configurations
+call them; `derivative(φ)` is by forward-mode autodiff, which for an elementwise function costs one extra evaluation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Activation = Callable[[Array], Array]
+
+
+def identity(a: Array) -> Array:
+    """`φ(a) = a`: a linear layer."""
+    return a
+
+
+def relu(a: Array) -> Array:
+    """`φ(a) = max(a, 0)`, with `φ'(0) = 0`."""
+    return jax.nn.relu(a)
+
+
+def gelu(a: Array) -> Array:
+    """`φ(a) = a Φ(a)`, exact. (Hendrycks & Gimpel 2016.)"""
+    return jax.nn.gelu(a, approximate=False)
+
+
+def gelu_tanh(a: Array) -> Array:
+    """The tanh approximation of gelu that GPT-2 and Gemma use."""
+    return jax.nn.gelu(a, approximate=True)
+
+
+def silu(a: Array) -> Array:
+    """`φ(a) = a σ(a)`, also called swish."""
+    return jax.nn.silu(a)
+
+
+def tanh(a: Array) -> Array:
+    """`φ(a) = tanh(a)`."""
+    return jnp.tanh(a)
+
+
+def sigmoid(a: Array) -> Array:
+    """`φ(a) = 1/(1 + exp(-a))`."""
+    return jax.nn.sigmoid(a)
+
+
+def quick_gelu(a: Array) -> Array:
+    """`φ(a) = a σ(1.702 a)`, as in CLIP."""
+    return a * jax.nn.sigmoid(1.702 * a)
+
+
+def squared_relu(a: Array) -> Array:
+    """`φ(a) = max(a, 0)²`. (So et al., "Primer", 2021.)"""
+    return jnp.square(jax.nn.relu(a))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": identity,
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "quick_gelu": quick_gelu,
+    "squared_relu": squared_relu,
+}
+
+
+def as_activation(activation: str | Activation) -> Activation:
+    """The function itself, or the one with that name. Raises `ValueError` that lists the known names."""
+    if callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}, or any elementwise JAX function"
+        )
+    return ACTIVATIONS[activation]
+
+
+def value_and_derivative(activation: Activation, a: Array) -> tuple[Array, Array]:
+    """`φ(a)` and `φ'(a)` of every entry."""
+    return jax.jvp(activation, (a,), (jnp.ones_like(a),))
+
+
+def derivative(activation: Activation, a: Array) -> Array:
+    """`φ'(a)` of every entry."""
+    return value_and_derivative(activation, a)[1]
+
+

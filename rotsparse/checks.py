@@ -1,0 +1,44 @@
+"""Checks of what a user hands in. Every message says what was expected, what came, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
+    """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).
+
+    NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`.
+    Raises `ValueError` with what was expected and what came.
+    """
+    value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+    if len(value.shape) != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
+        wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
+        raise ValueError(f"{name} should have shape {wanted} (matrices are [out, in]), got {list(value.shape)}")
+    if value.size == 0:
+        raise ValueError(f"{name} is empty: its shape is {list(value.shape)}")
+    if value.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"{name} should be float32 or float64, got {value.dtype}: convert it first, e.g. with .astype('float32')"
+        )
+    if not isinstance(value, jax.core.Tracer) and not bool(np.isfinite(value).all()):
+        raise ValueError(f"{name} contains NaN or infinity: check where it comes from")
+    return value
+
+
+def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
+    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and not all
+    the same. Raises `ValueError`."""
+    value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+    if value.ndim != 2 or value.shape[1] != width:
+        hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
+        raise ValueError(
+            f"{name} should have shape [examples, {width}], the inputs of the layer, got {list(value.shape)}{hint}"
+        )
+    if value.shape[0] < at_least:
+        raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
+    value = weight(name, value, (None, width))
+    if not isinstance(value, jax.core.Tracer) and bool((value == value[:1]).all()):
+        raise ValueError(f"{name}: all {value.shape[0]} examples are equal (zero variance), so no direction stands out")
+    return jnp.asarray(value)

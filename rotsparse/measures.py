@@ -1,0 +1,190 @@
+"""Sparsity measures: differentiable functions that prefer zeros, and are minimised.
+
+A measure sees `z = Z / rms(Z)`, numbers whose typical size is one, and its scale `eps` says what counts as zero:
+entries well below `eps` are nearly free, entries well above all cost about the same. The smaller `eps`, the closer
+the measure is to counting non-zeros, and the more local minima it has.
+
+All measures here are concave in `z²` (Hoyer's for a fixed norm of the example), which is what makes the floor of
+`objectives.floor` a bound: no rotation can do better than the singular values of each example.
+
+Each elementwise measure has `__call__` (the value of each entry) and `slope` (its derivative, in closed form: the
+gradient of every objective needs nothing else). `tests/test_measures.py` holds the table of the Hurley-Rickard
+criteria (Hurley & Rickard, "Comparing Measures of Sparsity", 2009) that each one meets.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Measure(eqx.Module):
+    """A sparsity measure `S`. Smaller is sparser, and `S(0) = 0`."""
+
+    eps: eqx.AbstractVar[float | Array]
+
+    @abc.abstractmethod
+    def __call__(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """`S(z)` of every entry."""
+
+    @abc.abstractmethod
+    def slope(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """`dS/dz` of every entry."""
+
+    def example_value(self, z: Float[Array, "n *s"]) -> Float[Array, "n"]:
+        """Mean of `S` over the entries of each example."""
+        return jnp.mean(self(z), axis=tuple(range(1, z.ndim)))
+
+    def example_slope(self, z: Float[Array, "n *s"]) -> Float[Array, "n *s"]:
+        """Derivative of (number of entries × `example_value`) with respect to every entry."""
+        return self.slope(z)
+
+
+class Log(Measure):
+    """`log(1 + z²/ε²)`: the default. Its pull on an entry, `2z/(z²+ε²)`, is strongest at `|z| = ε` and falls off
+    like 1/z, so large entries are left alone. (Cauchy or Lorentzian penalty; the negative log-likelihood of a
+    Student-t with one degree of freedom up to scale.)"""
+
+    eps: float | Array = 0.1
+
+    def __call__(self, z):
+        return jnp.log1p(jnp.square(z / self.eps))
+
+    def slope(self, z):
+        return 2 * z / (jnp.square(z) + self.eps**2)
+
+
+class SmoothedPower(Measure):
+    """`(z² + ε²)^(p/2) - ε^p`, a smoothed `|z|^p`: with p ≪ 1 nearly a count of non-zeros."""
+
+    eps: float | Array = 0.1
+    p: float = 0.5
+
+    def __call__(self, z):
+        return (jnp.square(z) + self.eps**2) ** (self.p / 2) - self.eps**self.p
+
+    def slope(self, z):
+        return self.p * z * (jnp.square(z) + self.eps**2) ** (self.p / 2 - 1)
+
+
+class SmoothedL1(Measure):
+    """`√(z² + ε²) - ε`, the smoothed absolute value (pseudo-Huber)."""
+
+    eps: float | Array = 0.1
+
+    def __call__(self, z):
+        return jnp.sqrt(jnp.square(z) + self.eps**2) - self.eps
+
+    def slope(self, z):
+        return z / jnp.sqrt(jnp.square(z) + self.eps**2)
+
+
+class GemanMcClure(Measure):
+    """`z² / (z² + ε²)`: bounded by one, so an entry far above ε costs exactly one. (Geman & McClure 1987.)"""
+
+    eps: float | Array = 0.1
+
+    def __call__(self, z):
+        square = jnp.square(z)
+        return square / (square + self.eps**2)
+
+    def slope(self, z):
+        return 2 * z * self.eps**2 / jnp.square(jnp.square(z) + self.eps**2)
+
+
+class Welsch(Measure):
+    """`1 - exp(-z²/2ε²)`: bounded, and flatter than Geman-McClure far from zero. (Welsch; Leclerc; smoothed L0.)"""
+
+    eps: float | Array = 0.1
+
+    def __call__(self, z):
+        return -jnp.expm1(-jnp.square(z / self.eps) / 2)
+
+    def slope(self, z):
+        return z / self.eps**2 * jnp.exp(-jnp.square(z / self.eps) / 2)
+
+
+class Tanh(Measure):
+    """`tanh(|z|/ε)`: bounded, with a corner at zero, so its pull on small entries does not vanish."""
+
+    eps: float | Array = 0.1
+
+    def __call__(self, z):
+        return jnp.tanh(jnp.abs(z) / self.eps)
+
+    def slope(self, z):
+        return jnp.sign(z) / self.eps * (1 - jnp.square(jnp.tanh(jnp.abs(z) / self.eps)))
+
+
+class L4(Measure):
+    """`-z⁴`: rewards large entries instead of punishing small ones. It has no scale (`eps` is ignored) and a smooth
+    landscape. (Zhai et al., "Complete Dictionary Learning via ℓ4-Norm Maximization", 2020.)"""
+
+    eps: float | Array = 1.0
+
+    def __call__(self, z):
+        return -jnp.square(jnp.square(z))
+
+    def slope(self, z):
+        return -4 * z * jnp.square(z)
+
+
+class Hoyer(Measure):
+    """`‖z‖₁ / (√N ‖z‖₂)` of each example, with a smoothed absolute value: between `1/√N` (one entry) and 1 (all
+    equal). Unlike the others it looks at one example at a time and does not see how large that example is.
+    (Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", 2004: his measure is
+    `(√N - ‖z‖₁/‖z‖₂)/(√N - 1)`.)"""
+
+    eps: float | Array = 0.01
+
+    def __call__(self, z):
+        return jnp.sqrt(jnp.square(z) + self.eps**2) - self.eps
+
+    def slope(self, z):
+        return z / jnp.sqrt(jnp.square(z) + self.eps**2)
+
+    def _unit(self, z):
+        """Each example divided by its own root mean square."""
+        axes = tuple(range(1, z.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(z), axis=axes, keepdims=True))
+        rms = jnp.maximum(rms, jnp.finfo(z.dtype).tiny)
+        return z / rms, rms
+
+    def example_value(self, z):
+        return super().example_value(self._unit(z)[0])
+
+    def example_slope(self, z):
+        unit, rms = self._unit(z)
+        slope = self.slope(unit)
+        # The derivative through the norm removes the part of the slope along z.
+        along = jnp.mean(slope * unit, axis=tuple(range(1, z.ndim)), keepdims=True)
+        return (slope - along * unit) / rms
+
+
+def by_name(name: str, eps: float | None = None) -> Measure:
+    """The measure called `name` on the command line, with the scale `eps` where it is given.
+
+    Raises `ValueError` that lists the known names.
+    """
+    if name not in MEASURES:
+        raise ValueError(f"unknown measure {name!r}: expected one of {', '.join(sorted(MEASURES))}")
+    return MEASURES[name]() if eps is None else MEASURES[name](eps=eps)
+
+
+MEASURES: dict[str, type[Measure]] = {
+    "log": Log,
+    "power": SmoothedPower,
+    "l1": SmoothedL1,
+    "geman-mcclure": GemanMcClure,
+    "welsch": Welsch,
+    "tanh": Tanh,
+    "l4": L4,
+    "hoyer": Hoyer,
+}
+
+
+def with_eps(measure: Measure, eps: float | Array) -> Measure:
+    """The same measure at another scale (no retracing: the scale is an array leaf under jit)."""
+    return eqx.tree_at(lambda m: m.eps, measure, jnp.asarray(eps, jax.dtypes.canonicalize_dtype(float)))

@@ -1,0 +1,146 @@
+"""The orthogonal group: tangent directions, projections onto it, and steps along it.
+
+Everything on the hot path is matrix multiplication only (Newton-Schulz), because SVD and QR are slow on
+accelerators and `expm` is slow to compile. Every product here asks for full float32 precision: an orthogonal
+matrix computed in tf32 or bf16 is orthogonal to three digits, and the function would no longer be preserved.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+# A retraction maps (R, Omega) -> a rotation near expm(Omega) R, for skew-symmetric Omega.
+Retraction = Callable[[Float[Array, "d d"], Float[Array, "d d"]], Float[Array, "d d"]]
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """`a @ b` in full precision on every backend."""
+    return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+def skew(a: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
+    """Skew-symmetric part `(A - Aᵀ)/2`: the tangent space of the orthogonal group at the identity."""
+    return 0.5 * (a - jnp.swapaxes(a, -1, -2))
+
+
+def orthogonality_error(r: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
+    """Largest absolute entry of `R Rᵀ - I`."""
+    gram = matmul(r, jnp.swapaxes(r, -1, -2))
+    return jnp.max(jnp.abs(gram - jnp.eye(r.shape[-2], dtype=r.dtype)), axis=(-1, -2))
+
+
+def haar(key: PRNGKeyArray, d: int, dtype=jnp.float32) -> Float[Array, "d d"]:
+    """A uniformly random orthogonal matrix (Haar measure on O(d)): the sign-corrected QR factor of a Gaussian
+    matrix (Mezzadri, "How to generate random matrices from the classical compact groups", 2007)."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (d, d), dtype))
+    return q * jnp.sign(jnp.diagonal(r))
+
+
+def newton_schulz(a: Float[Array, "d d"], iterations: int) -> Float[Array, "d d"]:
+    """Cubic Newton-Schulz iteration `X <- 1.5 X - 0.5 X Xᵀ X` towards the polar factor of `A`.
+
+    Converges, quadratically near the end, when all singular values of `A` lie in (0, √3); an error e in a
+    singular value becomes about 1.5 e². (Björck & Bowie 1971; Higham, "Functions of Matrices", ch. 8.)
+    """
+    for _ in range(iterations):
+        a = 1.5 * a - 0.5 * matmul(matmul(a, a.T), a)
+    return a
+
+
+def polar(a: Float[Array, "d d"], max_iterations: int = 60) -> Float[Array, "d d"]:
+    """Orthogonal polar factor `A (AᵀA)^(-1/2)`, the orthogonal matrix nearest to `A`, from any non-singular `A`.
+
+    The matrix is first divided by an upper bound of its spectral norm, so that Newton-Schulz converges from
+    anywhere; it stops when the iterate is orthogonal to working precision. Singular values below about
+    `1.5^-max_iterations` of the largest are not resolved.
+    """
+    a = a / spectral_norm_bound(a)
+    d = a.shape[-1]
+    tolerance = 8 * jnp.finfo(a.dtype).eps * jnp.sqrt(d)
+
+    def unfinished(state):
+        x, gram, i = state
+        return (i < max_iterations) & (jnp.max(jnp.abs(gram - jnp.eye(d, dtype=a.dtype))) > tolerance)
+
+    def body(state):
+        x, gram, i = state
+        x = 1.5 * x - 0.5 * matmul(gram, x)
+        return x, matmul(x, x.T), i + 1
+
+    return jax.lax.while_loop(unfinished, body, (a, matmul(a, a.T), 0))[0]
+
+
+def spectral_norm_bound(a: Float[Array, "d d"]) -> Float[Array, ""]:
+    """A guaranteed upper bound of the largest singular value, at most `d^(1/16)` times too large.
+
+    `‖A‖₂ ≤ ‖(AᵀA)⁴‖_F^(1/8)`: two squarings of the Gram matrix. Unlike power iteration it can never be too
+    small, so a step divided by it can never leave the region where Newton-Schulz converges.
+    """
+    tiny = jnp.finfo(a.dtype).tiny
+    # Two scalings keep the eighth power inside float32's range.
+    scale = jnp.maximum(jnp.max(jnp.abs(a)), tiny)
+    a = a / scale
+    gram = matmul(a.T, a)
+    frobenius = jnp.maximum(jnp.linalg.norm(gram), tiny)
+    gram = gram / frobenius
+    fourth = matmul(gram, gram)
+    eighth = matmul(fourth, fourth)
+    return scale * jnp.sqrt(frobenius) * jnp.maximum(jnp.linalg.norm(eighth), tiny) ** 0.125
+
+
+def bound_step(omega: Float[Array, "d d"], limit: float | Array) -> Float[Array, "d d"]:
+    """Scale a tangent step so that its spectral norm (the largest angle turned, in radians) is at most `limit`."""
+    return omega * jnp.minimum(1.0, limit / spectral_norm_bound(omega))
+
+
+# --- retractions ------------------------------------------------------------------------------------------------
+
+
+def retract_polar(r: Float[Array, "d d"], omega: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`polar((I + Ω) R)` by four Newton-Schulz steps; second order (it agrees with `expm(Ω) R` to O(‖Ω‖³)).
+
+    `(I + Ω)` has singular values `√(1 + ω²)`: for steps of at most 0.5 rad, four iterations end below 1e-11, and
+    the same iterations pull any rounding drift of `R` back onto the group.
+    """
+    return newton_schulz(r + matmul(omega, r), 4)
+
+
+def retract_cayley(r: Float[Array, "d d"], omega: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Cayley transform `(I - Ω/2)⁻¹ (I + Ω/2) R`: second order, exactly orthogonal for any skew Ω (one solve)."""
+    eye = jnp.eye(r.shape[-1], dtype=r.dtype)
+    return newton_schulz(jnp.linalg.solve(eye - 0.5 * omega, r + 0.5 * matmul(omega, r)), 1)
+
+
+def retract_qr(r: Float[Array, "d d"], omega: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`qf((I + Ω) R)` with the sign of R's diagonal made positive: a first-order retraction."""
+    # The QR factor is taken of (I + Ω) alone: qf(I + Ω) R is a retraction too, and its signs are well defined.
+    q, upper = jnp.linalg.qr(jnp.eye(r.shape[-1], dtype=r.dtype) + omega)
+    return newton_schulz(matmul(q * jnp.sign(jnp.diagonal(upper)), r), 1)
+
+
+def retract_expm(r: Float[Array, "d d"], omega: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """The geodesic `expm(Ω) R`. Exact, but slow to compile and about seven matrix products: for reference."""
+    return newton_schulz(matmul(jax.scipy.linalg.expm(omega), r), 1)
+
+
+# --- parametrizations: any square (or skew) matrix -> an orthogonal one ---------------------------------------
+
+
+def cayley(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Orthogonal matrix `(I - S/2)⁻¹(I + S/2)`, `S = skew(A)`. Never has the eigenvalue -1."""
+    return retract_cayley(jnp.eye(a.shape[-1], dtype=a.dtype), skew(a))
+
+
+def expm(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Orthogonal matrix `expm(skew(A))`; covers all of SO(d)."""
+    return retract_expm(jnp.eye(a.shape[-1], dtype=a.dtype), skew(a))
+
+
+def qr(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Orthogonal factor of `A = QR` with a positive diagonal of the triangular factor."""
+    q, upper = jnp.linalg.qr(a)
+    return q * jnp.sign(jnp.diagonal(upper))

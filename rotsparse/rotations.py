@@ -1,0 +1,109 @@
+"""`Rotations`: the answer of a fit, one orthogonal matrix for a layer's inputs and one for its outputs."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from rotsparse import orthogonal
+from rotsparse.checks import weight
+
+
+class Rotations(eqx.Module):
+    """`z_in = R_in x` and `z_out = R_out y`. The rows of each matrix are the new directions.
+
+    Raises `ValueError` where a matrix is not square, not finite, or not orthogonal (beyond 1e-3: that is no rounding
+    error).
+    """
+
+    r_in: Float[Array, "d_in d_in"]
+    r_out: Float[Array, "d_out d_out"]
+
+    def __init__(self, r_in, r_out):
+        self.r_in = _orthogonal("r_in", r_in)
+        self.r_out = _orthogonal("r_out", r_out)
+
+    @classmethod
+    def identity(cls, d_in: int, d_out: int, dtype=np.float32) -> "Rotations":
+        """The neuron basis."""
+        return cls(np.eye(d_in, dtype=dtype), np.eye(d_out, dtype=dtype))
+
+    @classmethod
+    def haar(cls, key: PRNGKeyArray, d_in: int, d_out: int, dtype=jnp.float32) -> "Rotations":
+        """Two independent uniformly random rotations."""
+        key_in, key_out = jax.random.split(key)
+        return cls(orthogonal.haar(key_in, d_in, dtype), orthogonal.haar(key_out, d_out, dtype))
+
+    def apply_in(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_in"]:
+        """`R_in x` of every example."""
+        return x @ self.r_in.T
+
+    def apply_out(self, y: Float[Array, "*n d_out"]) -> Float[Array, "*n d_out"]:
+        """`R_out y` of every example."""
+        return y @ self.r_out.T
+
+    def inverse(self) -> "Rotations":
+        """The rotations that undo these: `R⁻¹ = Rᵀ`."""
+        return Rotations(self.r_in.T, self.r_out.T)
+
+    def compose(self, first: "Rotations") -> "Rotations":
+        """Apply `first`, then these: `R = R_self R_first` on both sides."""
+        return Rotations(self.r_in @ first.r_in, self.r_out @ first.r_out)
+
+    def orthogonality_error(self) -> float:
+        """Largest absolute entry of `R Rᵀ - I` over both sides, computed in float64."""
+        return max(
+            float(np.abs(r @ r.T - np.eye(len(r))).max())
+            for r in (np.asarray(self.r_in, np.float64), np.asarray(self.r_out, np.float64))
+        )
+
+    def save(self, path: str | os.PathLike, metadata: dict | None = None) -> None:
+        """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: the file is either
+        complete or not there."""
+        path = Path(path)
+        tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
+        payload = save(tensors, metadata={"rotsparse": json.dumps(metadata or {})})
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
+            try:
+                f.write(payload)
+                f.close()
+                os.replace(f.name, path)
+            except BaseException:
+                os.unlink(f.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
+        """The rotations in a file that `save` wrote, and their metadata.
+
+        Raises `ValueError` where the file is missing, unreadable, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="numpy") as f:
+                missing = {"r_in", "r_out"} - set(f.keys())
+                if missing:
+                    raise ValueError(f"{path} holds {sorted(f.keys())}, expected r_in and r_out: is it a rotations file?")
+                metadata = json.loads((f.metadata() or {}).get("rotsparse", "{}"))
+                return cls(f.get_tensor("r_in"), f.get_tensor("r_out")), metadata
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read rotations from {path}: {error}") from None
+
+
+def _orthogonal(name, r):
+    r = weight(name, r, (None, None))
+    if r.shape[0] != r.shape[1]:
+        raise ValueError(f"{name} should be square, got {list(r.shape)}")
+    if not isinstance(r, jax.core.Tracer):
+        wide = np.asarray(r, np.float64)
+        error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
+        if error > 1e-3:
+            raise ValueError(f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3")
+    return r
