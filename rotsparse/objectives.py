@@ -1,0 +1,361 @@
+"""Objectives: what is minimised over the rotations.
+
+An *activation space* (the input of a layer, its output, the residual stream) has a name and one rotation. An objective
+is a function of the rotations of some spaces, here called `bases`: a dictionary from the name of a space to its
+orthogonal matrix. `JacobianSparsity` connects two spaces, possibly the same one (a tied fit); `ActivationSparsity` looks
+at one; `WeightedSum` adds them up, and that is all a chain of layers needs.
+
+The gradient is the *relative* one: the skew-symmetric `Γ` with `F(expm(Ω) R) = F(R) + <Γ, Ω> + O(Ω²)`. For
+`Z = R_out J R_inᵀ` and `G = ∂F/∂Z` it is `Γ_out = skew(E[G Zᵀ])`, `Γ_in = skew(E[Gᵀ Z])`: it needs Z itself and nothing
+else of the layer, so every layer has a closed-form gradient, nothing of size [n, d_out, d_in] is kept (each chunk's Z is
+made, used and forgotten), and for an MLP block with d_hidden = 4 d the gradient costs a third of what backpropagation
+through `(R_out L) diag(g) (M R_inᵀ)` would.
+"""
+
+import abc
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rotsparse import checks
+from rotsparse.layers import Layer
+from rotsparse.measures import Measure, with_eps
+from rotsparse.orthogonal import matmul, skew
+from rotsparse.statistics import covariance, jacobian_gram
+
+Bases = dict[str, Float[Array, "d d"]]
+
+# Variances below this fraction of the mean variance count as this much: the square root of zero has no gradient.
+VARIANCE_FLOOR = 1e-6
+
+# Memory for the per-example arrays of one chunk. Larger chunks are no faster: this keeps a core's matrix products busy
+# and the intermediate results near the cache.
+CHUNK_BYTES = 16 * 2**20
+
+
+class Objective(eqx.Module):
+    """A function of the rotations of some spaces, with its relative gradient."""
+
+    @property
+    @abc.abstractmethod
+    def spaces(self) -> dict[str, int]:
+        """Name and dimension of every space whose rotation this objective depends on."""
+
+    @abc.abstractmethod
+    def value_and_grad(self, bases: Bases) -> tuple[Float[Array, ""], Bases]:
+        """The objective and the relative gradient (one skew-symmetric matrix for every space)."""
+
+    @abc.abstractmethod
+    def value(self, bases: Bases) -> Float[Array, ""]:
+        """The objective."""
+
+    @abc.abstractmethod
+    def sample(self, key: PRNGKeyArray) -> "Objective":
+        """The same objective on a random minibatch of its examples (drawn with replacement, so both value and gradient
+        are unbiased), or itself when it has no batch size."""
+
+    @abc.abstractmethod
+    def with_eps(self, eps: float | Array) -> "Objective":
+        """The same objective with the measure's scale replaced."""
+
+
+class JacobianSparsity(Objective):
+    """`E_x mean_{o,i} S(z_oi(x))`, `z = Z sd / rms(Z sd)`, `Z(x) = R_out J(x) R_inᵀ`.
+
+    Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
+    `scale_inputs=False`: a unit change along a direction that never varies is not a local change. The root mean square is
+    that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`, also when the
+    examples are sampled), so the objective does not reward making Z small.
+
+    `x` is `[n, d_in]`. `batch_size` examples are drawn for each step when it is given. `precision` is that of the large
+    matrix products: "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
+
+    One value and gradient cost `2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` flops.
+    """
+
+    layer: Layer
+    x: Float[Array, "n d_in"]
+    measure: Measure
+    gram: Float[Array, "d_in d_in"]
+    covariance: Float[Array, "d_in d_in"] | None
+    space_in: str = eqx.field(static=True)
+    space_out: str = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
+    chunk: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: Layer,
+        x: Float[Array, "n d_in"],
+        measure: Measure,
+        *,
+        scale_inputs: bool = True,
+        space_in: str = "in",
+        space_out: str = "out",
+        batch_size: int | None = None,
+        precision: str = "highest",
+    ):
+        self.layer = layer
+        self.x = checks.activations("x", x, layer.d_in)
+        self.measure = with_eps(measure, measure.eps)
+        self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
+        self.covariance = jnp.asarray(covariance(self.x)[1], self.x.dtype) if scale_inputs else None
+        self.space_in, self.space_out = space_in, space_out
+        if space_in == space_out and layer.d_in != layer.d_out:
+            raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
+        self.batch_size = batch_size
+        self.precision = precision
+        self.chunk = chunk_size(layer)
+
+    @property
+    def spaces(self):
+        return {self.space_in: self.layer.d_in, self.space_out: self.layer.d_out}
+
+    def sample(self, key):
+        if self.batch_size is None or self.batch_size >= len(self.x):
+            return self
+        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
+        return _replace(self, x=self.x[rows])
+
+    def with_eps(self, eps):
+        return _replace(self, measure=with_eps(self.measure, eps))
+
+    def on(self, x: Float[Array, "n d_in"]) -> "JacobianSparsity":
+        """The same objective on other examples (held-out ones, say), with everything that normalises it computed anew
+        from them."""
+        return JacobianSparsity(
+            self.layer,
+            x,
+            self.measure,
+            scale_inputs=self.covariance is not None,
+            space_in=self.space_in,
+            space_out=self.space_out,
+            precision=self.precision,
+        )
+
+    def value(self, bases):
+        r_in, r_out = bases[self.space_in], bases[self.space_out]
+        column_scale = self._scale(r_in)[0]
+
+        def chunk_sum(x, weights):
+            z = self.layer.jacobian(x, r_in, r_out) * column_scale
+            return jnp.sum(weights * self.measure.example_value(z))
+
+        with jax.default_matmul_precision(self.precision):
+            return chunked_sum(chunk_sum, self.x, self.chunk) / len(self.x)
+
+    def value_and_grad(self, bases):
+        r_in, r_out = bases[self.space_in], bases[self.space_out]
+        column_scale, variance, gain, sigma, gram = self._scale(r_in)
+        entries = r_in.shape[0] * r_out.shape[0]
+
+        def chunk_sums(x, weights):
+            z = self.layer.jacobian(x, r_in, r_out) * column_scale
+            g = self.measure.example_slope(z) * weights[:, None, None]
+            value = jnp.sum(weights * self.measure.example_value(z))
+            return value, jnp.einsum("noi,npi->op", g, z), jnp.einsum("noi,noj->ij", g, z)
+
+        with jax.default_matmul_precision(self.precision):
+            value, h_out, h_in = chunked_sum(chunk_sums, self.x, self.chunk)
+        value, h_out, h_in = value / len(self.x), h_out / (len(self.x) * entries), h_in / (len(self.x) * entries)
+
+        # h_in is E[Gᵀ Z'] with Z' = Z sd/ρ; the derivative through Z alone is sd_i (Gᵀ Z')_ij / sd_j.
+        grad_in = h_in
+        if sigma is not None:
+            sd = jnp.sqrt(variance)
+            grad_in = sd[:, None] * h_in / sd
+            # through sd_i, whose derivative along δr_i is (δr_i Σ r_iᵀ)/sd_i ...
+            pull = jnp.diagonal(h_in)
+            grad_in += (pull / variance)[:, None] * sigma
+            # ... and through ρ² = mean_i(sd_i² ‖J r_i‖²), which all entries share.
+            share = jnp.sum(pull) / jnp.sum(variance * gain)
+            grad_in -= share * (gain[:, None] * sigma + variance[:, None] * gram)
+        return value, _add({self.space_in: skew(grad_in)}, {self.space_out: skew(h_out)})
+
+    def _scale(self, r_in):
+        """`sd_i / ρ` for every column, and what the gradient needs: `sd²`, `E‖J r_i‖²`, `R Σ Rᵀ` and `R E[JᵀJ] Rᵀ`."""
+        gram = matmul(matmul(r_in, self.gram), r_in.T)
+        gain = jnp.diagonal(gram)
+        entries = r_in.shape[0] * self.layer.d_out
+        if self.covariance is None:
+            return jax.lax.rsqrt(jnp.sum(gain) / entries), jnp.ones_like(gain), gain, None, gram
+        sigma = matmul(matmul(r_in, self.covariance), r_in.T)
+        variance = jnp.maximum(jnp.diagonal(sigma), 0)
+        variance += VARIANCE_FLOOR * jnp.trace(self.covariance) / self.layer.d_in
+        return jnp.sqrt(variance * entries / jnp.sum(variance * gain)), variance, gain, sigma, gram
+
+
+class ActivationSparsity(Objective):
+    """`E_x mean_i S(z_i)`, `z = R x / rms(x)`: a basis in which the activations themselves are sparse.
+
+    `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. The rms is over all entries and does not depend on
+    the rotation. One value and gradient cost `4·n·d²` flops.
+    """
+
+    x: Float[Array, "n d"]
+    rms: Float[Array, ""]
+    measure: Measure
+    space: str = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
+    chunk: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        x: Float[Array, "n d"],
+        measure: Measure,
+        *,
+        space: str = "in",
+        batch_size: int | None = None,
+        precision: str = "highest",
+    ):
+        self.x = checks.activations("x", x, jnp.shape(x)[-1] if jnp.ndim(x) else 0)
+        self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
+        self.measure = with_eps(measure, measure.eps)
+        self.space = space
+        self.batch_size = batch_size
+        self.precision = precision
+        self.chunk = max(1, CHUNK_BYTES // (3 * self.x.dtype.itemsize * self.x.shape[1]))
+
+    @property
+    def spaces(self):
+        return {self.space: self.x.shape[1]}
+
+    def sample(self, key):
+        if self.batch_size is None or self.batch_size >= len(self.x):
+            return self
+        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
+        return _replace(self, x=self.x[rows])
+
+    def with_eps(self, eps):
+        return _replace(self, measure=with_eps(self.measure, eps))
+
+    def on(self, x: Float[Array, "n d"]) -> "ActivationSparsity":
+        """The same objective on other examples."""
+        return ActivationSparsity(x, self.measure, space=self.space, precision=self.precision)
+
+    def value(self, bases):
+        r = bases[self.space] / self.rms
+
+        def chunk_sum(x, weights):
+            return jnp.sum(weights * self.measure.example_value(x @ r.T))
+
+        with jax.default_matmul_precision(self.precision):
+            return chunked_sum(chunk_sum, self.x, self.chunk) / len(self.x)
+
+    def value_and_grad(self, bases):
+        r = bases[self.space] / self.rms
+
+        def chunk_sums(x, weights):
+            z = x @ r.T
+            g = self.measure.example_slope(z) * weights[:, None]
+            return jnp.sum(weights * self.measure.example_value(z)), g.T @ z
+
+        with jax.default_matmul_precision(self.precision):
+            value, h = chunked_sum(chunk_sums, self.x, self.chunk)
+        return value / len(self.x), {self.space: skew(h / self.x.size)}
+
+
+class WeightedSum(Objective):
+    """`Σ_k w_k F_k`, each term on its own spaces; terms that name the same space share its rotation."""
+
+    terms: tuple[Objective, ...]
+    weights: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, terms, weights=None):
+        self.terms = tuple(terms)
+        self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.terms)
+        if not self.terms or len(self.weights) != len(self.terms):
+            raise ValueError(f"expected one weight for each term, got {len(self.terms)} terms, {len(self.weights)} weights")
+        _ = self.spaces
+
+    @property
+    def spaces(self):
+        spaces: dict[str, int] = {}
+        for term in self.terms:
+            for name, d in term.spaces.items():
+                if spaces.setdefault(name, d) != d:
+                    raise ValueError(f"space {name!r} has dimension {spaces[name]} in one term and {d} in another")
+        return spaces
+
+    def sample(self, key):
+        keys = jax.random.split(key, len(self.terms))
+        return _replace(self, terms=tuple(term.sample(k) for term, k in zip(self.terms, keys, strict=True)))
+
+    def with_eps(self, eps):
+        return _replace(self, terms=tuple(term.with_eps(eps) for term in self.terms))
+
+    def value(self, bases):
+        values = [w * term.value(bases) for w, term in zip(self.weights, self.terms, strict=True)]
+        return jnp.sum(jnp.stack(values))
+
+    def value_and_grad(self, bases):
+        total, grads = jnp.zeros(()), {}
+        for w, term in zip(self.weights, self.terms, strict=True):
+            value, grad = term.value_and_grad(bases)
+            total += w * value
+            grads = _add(grads, jax.tree.map(lambda g, w=w: w * g, grad))
+        return total, grads
+
+
+class Held(Objective):
+    """An objective with the rotations of some spaces held fixed: the solver does not see them."""
+
+    objective: Objective
+    held: Bases
+
+    @property
+    def spaces(self):
+        return {name: d for name, d in self.objective.spaces.items() if name not in self.held}
+
+    def sample(self, key):
+        return Held(self.objective.sample(key), self.held)
+
+    def with_eps(self, eps):
+        return Held(self.objective.with_eps(eps), self.held)
+
+    def value(self, bases):
+        return self.objective.value(bases | self.held)
+
+    def value_and_grad(self, bases):
+        value, grads = self.objective.value_and_grad(bases | self.held)
+        return value, {name: g for name, g in grads.items() if name not in self.held}
+
+
+def chunk_size(layer: Layer) -> int:
+    """Examples a chunk, so that its Jacobians (and what they are made of) take about `CHUNK_BYTES`."""
+    hidden = max((leaf.shape[0] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2), default=0)
+    return max(1, CHUNK_BYTES // (4 * layer.d_in * (hidden + 2 * layer.d_out)))
+
+
+def chunked_sum(function, x: Float[Array, "n d"], chunk: int):
+    """Sum of `function(x_chunk, weights)` over chunks of examples, one in memory at a time. The last chunk is filled up
+    with copies of weight zero."""
+    n = len(x)
+    if n <= chunk:
+        return function(x, jnp.ones(n, x.dtype))
+    chunks = -(-n // chunk)
+    chunk = -(-n // chunks)  # as even as possible: fewer copies
+    rows = jnp.arange(chunks * chunk).reshape(chunks, chunk)
+
+    def body(total, row):
+        part = function(x[jnp.minimum(row, n - 1)], (row < n).astype(x.dtype))
+        return jax.tree.map(jnp.add, total, part), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, x[:chunk], x[:chunk, 0]))
+    return jax.lax.scan(body, zeros, rows)[0]
+
+
+def _add(a: Bases, b: Bases) -> Bases:
+    return {name: a[name] + b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
+
+
+def _replace(objective, **fields):
+    new = object.__new__(type(objective))
+    for field in dataclasses.fields(objective):
+        object.__setattr__(new, field.name, fields.get(field.name, getattr(objective, field.name)))
+    return new
