@@ -1,0 +1,70 @@
+# Every target sets up what it needs in .venv (Python 3.11 or newer) and reuses it the next time.
+#   make demo PYTHON=python3.12    to choose the interpreter
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Options for pytest, the benchmarks and the experiments, e.g. `make test ARGS="-k layers"`.
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test slow lint format bench experiments clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
+	@echo "make test         fast tests          make slow    long tests, and those against other libraries"
+	@echo "make lint         ruff and pyright    make format  let ruff format the code"
+	@echo "make bench        all benchmarks      make experiments  all experiments, in their quick form"
+	@echo "make clean        remove .venv, build outputs and caches (runs/ stays)"
+
+# pip is the last thing that venv installs: where it exists, the environment is complete.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "rotsparse needs Python 3.11 or newer, and $(PYTHON) is older or missing: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras, remade when the requirements change.
+define install
+$(VENV)/.installed-$(1): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing rotsparse$(2) into $(VENV) ..."
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(2)'
+	@touch $$@
+endef
+$(eval $(call install,core,))
+$(eval $(call install,tests,[tests,models]))
+$(eval $(call install,dev,[dev]))
+$(eval $(call install,benchmarks,[benchmarks]))
+$(eval $(call install,experiments,[models]))
+$(eval $(call install,peers,[tests,peers]))
+
+demo: $(VENV)/.installed-core
+	$(BIN)/rotsparse demo --out runs/demo --overwrite
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(VENV)/.installed-peers
+	$(BIN)/python -m pytest -m "slow or peers" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-benchmarks
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+	  echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+experiments: $(VENV)/.installed-experiments
+	@set -e; for script in experiments/[a-z]*.py; do \
+	  echo "== $$script"; $(BIN)/python $$script --quick --out runs/experiments/$$(basename $$script .py) $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find rotsparse tests benchmarks experiments -name __pycache__ -prune -exec rm -rf {} +
