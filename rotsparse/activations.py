@@ -77,7 +77,8 @@ def as_activation(activation: str | Activation) -> Activation:
         return activation
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}, or any elementwise JAX function"
+            f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}, "
+            "or any elementwise JAX function"
         )
     return ACTIVATIONS[activation]
 
@@ -90,5 +91,3 @@ def value_and_derivative(activation: Activation, a: Array) -> tuple[Array, Array
 def derivative(activation: Activation, a: Array) -> Array:
     """`φ'(a)` of every entry."""
     return value_and_derivative(activation, a)[1]
-
-

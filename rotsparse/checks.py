@@ -1,8 +1,11 @@
 """Checks of what a user hands in. Every message says what was expected, what came, and what to do."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 
@@ -22,9 +25,9 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
         raise ValueError(
             f"{name} should be float32 or float64, got {value.dtype}: convert it first, e.g. with .astype('float32')"
         )
-    if not isinstance(value, jax.core.Tracer) and not bool(np.isfinite(value).all()):
+    if not isinstance(value, Tracer) and not bool(np.isfinite(value).all()):
         raise ValueError(f"{name} contains NaN or infinity: check where it comes from")
-    return value
+    return cast(Array, value)  # a NumPy array serves wherever an Array does
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
@@ -39,6 +42,6 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     if value.shape[0] < at_least:
         raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
     value = weight(name, value, (None, width))
-    if not isinstance(value, jax.core.Tracer) and bool((value == value[:1]).all()):
+    if not isinstance(value, Tracer) and bool((value == value[:1]).all()):
         raise ValueError(f"{name}: all {value.shape[0]} examples are equal (zero variance), so no direction stands out")
     return jnp.asarray(value)

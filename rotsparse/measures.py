@@ -13,6 +13,7 @@ criteria (Hurley & Rickard, "Comparing Measures of Sparsity", 2009) that each on
 """
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -173,7 +174,7 @@ def by_name(name: str, eps: float | None = None) -> Measure:
     return MEASURES[name]() if eps is None else MEASURES[name](eps=eps)
 
 
-MEASURES: dict[str, type[Measure]] = {
+MEASURES: dict[str, Callable[..., Measure]] = {
     "log": Log,
     "power": SmoothedPower,
     "l1": SmoothedL1,

@@ -1,11 +1,11 @@
 """Normalisation in front of a layer: RMSNorm and LayerNorm, in a form that is closed under rotation.
 
-Both are `N(x) = γ ⊙ n̂ + β` with `n̂ = P x / r`, where `r = √(mean((Px)²) + ε)`; LayerNorm has `P = I - m mᵀ` with the unit
-vector `m = 1/√d`, RMSNorm has `P = I`. Their derivative is `(1/r)(diag(γ) P - (γ⊙n̂) n̂ᵀ/d)`: a diagonal (and centring)
-part that moves into the weights behind it, and a rank-one part.
+Both are `N(x) = γ ⊙ n̂ + β` with `n̂ = P x / r`, where `r = √(mean((Px)²) + ε)`; LayerNorm has `P = I - m mᵀ` with the
+unit vector `m = 1/√d`, RMSNorm has `P = I`. Their derivative is `(1/r)(diag(γ) P - (γ⊙n̂) n̂ᵀ/d)`: a diagonal (and
+centring) part that moves into the weights behind it, and a rank-one part.
 
-In rotated coordinates `z = R x` the same norm has `m' = R m` and no `γ` (it does not commute with R, so it must first be
-absorbed by the weights): hence `mean_direction` is a vector here and not a flag.
+In rotated coordinates `z = R x` the same norm has `m' = R m` and no `γ` (it does not commute with R, so it must first
+be absorbed by the weights): hence `mean_direction` is a vector here and not a flag.
 """
 
 import equinox as eqx
@@ -21,7 +21,7 @@ class Norm(eqx.Module):
 
     scale: Float[Array, "d"] | None
     bias: Float[Array, "d"] | None
-    mean_direction: Float[Array, "d"] | None
+    mean_direction: Float[Array | np.ndarray, "d"] | None
     d: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
 
@@ -46,7 +46,15 @@ class Norm(eqx.Module):
         return w - (w @ self.mean_direction)[:, None] * self.mean_direction
 
     def rotate(self, r: Float[Array, "d d"]) -> "Norm":
-        """The norm of `z = R x`, after its γ and β moved into the weights behind it."""
+        """The norm of `z = R x`, after its γ and β moved into the weights behind it.
+
+        Raises `ValueError` where a rotation with fewer rows than columns would lose LayerNorm's mean direction.
+        """
+        if self.mean_direction is not None and r.shape[0] != r.shape[1]:
+            raise ValueError(
+                f"a LayerNorm can only be rotated by a square matrix, got {list(r.shape)}: centre the inputs in the "
+                "layers before it and use an RMSNorm instead"
+            )
         mean = None if self.mean_direction is None else r @ self.mean_direction
         return Norm(None, None, mean, self.d, self.eps)
 

@@ -63,7 +63,7 @@ def polar(a: Float[Array, "d d"], max_iterations: int = 60) -> Float[Array, "d d
     tolerance = 8 * jnp.finfo(a.dtype).eps * jnp.sqrt(d)
 
     def unfinished(state):
-        x, gram, i = state
+        _, gram, i = state
         return (i < max_iterations) & (jnp.max(jnp.abs(gram - jnp.eye(d, dtype=a.dtype))) > tolerance)
 
     def body(state):

@@ -2,19 +2,19 @@
 
 import json
 import os
-import tempfile
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rotsparse import orthogonal
 from rotsparse.checks import weight
+from rotsparse.files import write_atomically
 
 
 class Rotations(eqx.Module):
@@ -66,19 +66,10 @@ class Rotations(eqx.Module):
         )
 
     def save(self, path: str | os.PathLike, metadata: dict | None = None) -> None:
-        """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: the file is either
-        complete or not there."""
-        path = Path(path)
+        """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
+        save leaves the earlier file. Raises `OSError` where the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
-        payload = save(tensors, metadata={"rotsparse": json.dumps(metadata or {})})
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
-            try:
-                f.write(payload)
-                f.close()
-                os.replace(f.name, path)
-            except BaseException:
-                os.unlink(f.name)
-                raise
+        write_atomically(path, save(tensors, metadata={"rotsparse": json.dumps(metadata or {})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
@@ -90,7 +81,9 @@ class Rotations(eqx.Module):
             with safe_open(path, framework="numpy") as f:
                 missing = {"r_in", "r_out"} - set(f.keys())
                 if missing:
-                    raise ValueError(f"{path} holds {sorted(f.keys())}, expected r_in and r_out: is it a rotations file?")
+                    raise ValueError(
+                        f"{path} holds {sorted(f.keys())}, expected r_in and r_out: is it a rotations file?"
+                    )
                 metadata = json.loads((f.metadata() or {}).get("rotsparse", "{}"))
                 return cls(f.get_tensor("r_in"), f.get_tensor("r_out")), metadata
         except (SafetensorError, OSError) as error:
@@ -101,9 +94,11 @@ def _orthogonal(name, r):
     r = weight(name, r, (None, None))
     if r.shape[0] != r.shape[1]:
         raise ValueError(f"{name} should be square, got {list(r.shape)}")
-    if not isinstance(r, jax.core.Tracer):
+    if not isinstance(r, Tracer):
         wide = np.asarray(r, np.float64)
         error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
         if error > 1e-3:
-            raise ValueError(f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3")
+            raise ValueError(
+                f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
+            )
     return r
