@@ -218,6 +218,36 @@ class FunctionLayer(Layer):
         return _replace(self, r_in=compose(r_in, self.r_in), r_out=compose(r_out, self.r_out))
 
 
+class Subspace(Layer):
+    """`J ↦ P_out J P_inᵀ` for frames P with orthonormal rows: a layer seen through some of its directions. The examples
+    stay whole, so gates and norms are those of the original layer."""
+
+    layer: Layer
+    frame_in: Float[Array, "k_in d_in"]
+    frame_out: Float[Array, "k_out d_out"]
+
+    @property
+    def d_in(self) -> int:
+        return self.frame_in.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.frame_out.shape[0]
+
+    def __call__(self, x):
+        return self.layer(x) @ self.frame_out.T
+
+    def jacobian(self, x, r_in=None, r_out=None):
+        frame_in = self.frame_in if r_in is None else r_in @ self.frame_in
+        frame_out = self.frame_out if r_out is None else r_out @ self.frame_out
+        return self.layer.jacobian(x, frame_in, frame_out)
+
+    def rotate(self, r_in, r_out):
+        frame_in = self.frame_in if r_in is None else r_in @ self.frame_in
+        frame_out = self.frame_out if r_out is None else r_out @ self.frame_out
+        return Subspace(self.layer, frame_in, frame_out)
+
+
 # --- shared by the closed forms ---------------------------------------------------------------------------------
 
 
@@ -229,6 +259,7 @@ def _jacobian(left, gates, rights, norm, skip, x, r_in, r_out):
     gates, and the rank-one part stays factored, `-(A w)(R_in n̂)ᵀ/d` with `w = Σ_k g_k ⊙ M_k(γ⊙n̂)`.
     """
     a = left if r_out is None else (r_out if left is None else r_out @ left)
+    correction = None
     if norm is not None:
         direction, inverse_scale = norm.direction(x)
         gates = [g * inverse_scale for g in gates]
@@ -236,17 +267,16 @@ def _jacobian(left, gates, rights, norm, skip, x, r_in, r_out):
         rank_one = sum(g * p for g, p in zip(gates, pushed, strict=True)) / norm.d
         rank_one = rank_one if a is None else rank_one @ a.T
         direction = direction if r_in is None else direction @ r_in.T
+        correction = rank_one[:, :, None] * direction[:, None, :]
         rights = [_absorb(norm, m) for m in rights]
     b = rights if r_in is None else [m @ r_in.T for m in rights]
     # [h, n, d_in] so that the product with A is one large matrix product over all examples of the chunk.
     gated = sum(g.T[:, :, None] * m[:, None, :] for g, m in zip(gates, b, strict=True))
     z = gated if a is None else jnp.einsum("oh,hni->oni", a, gated)
     z = jnp.swapaxes(z, 0, 1)
-    if norm is not None:
-        z = z - rank_one[:, :, None] * direction[:, None, :]
-    if skip is not None:
-        z = z + _rotated_skip(skip, r_in, r_out)
-    return z
+    z = z if correction is None else z - correction
+    skip = _rotated_skip(skip, r_in, r_out)
+    return z if skip is None else z + skip
 
 
 def _affine(w, b, x):
@@ -287,7 +317,9 @@ def _skip_matrix(skip, d_out, d_in, dtype):
         return None
     if skip is True:
         if d_out != d_in:
-            raise ValueError(f"a skip connection adds the input to the output: expected d_in = d_out, got {d_in} and {d_out}")
+            raise ValueError(
+                f"a skip connection adds the input to the output: expected d_in = d_out, got {d_in} and {d_out}"
+            )
         return jnp.eye(d_in, dtype=dtype)
     return weight("skip", skip, (d_out, d_in))
 

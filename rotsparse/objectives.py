@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rotsparse import checks
-from rotsparse.layers import Layer
+from rotsparse.layers import Layer, Subspace
 from rotsparse.measures import Measure, with_eps
 from rotsparse.orthogonal import matmul, skew
 from rotsparse.statistics import covariance, jacobian_gram
@@ -123,6 +123,17 @@ class JacobianSparsity(Objective):
 
     def with_eps(self, eps):
         return _replace(self, measure=with_eps(self.measure, eps))
+
+    def within(self, subspace: Subspace) -> "JacobianSparsity":
+        """The same objective on some directions of the layer's inputs and outputs only."""
+        frame = subspace.frame_in
+        return _replace(
+            self,
+            layer=subspace,
+            gram=jnp.asarray(jacobian_gram(subspace, self.x), self.x.dtype),
+            covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
+            chunk=chunk_size(subspace),
+        )
 
     def on(self, x: Float[Array, "n d_in"]) -> "JacobianSparsity":
         """The same objective on other examples (held-out ones, say), with everything that normalises it computed anew

@@ -1,0 +1,123 @@
+"""`Solution`: what a fit returns, and how it ended."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from rotsparse.objectives import Bases, Objective
+from rotsparse.rotations import Rotations
+
+
+class Result(enum.Enum):
+    """How a fit ended. The value is a sentence for the user: what happened, and what to try."""
+
+    ALL_STEPS = "All steps were taken. If the objective was still falling at the end, use more steps."
+    CONVERGED = "Stopped early: no improvement for `patience` steps. More restarts may still find a better optimum."
+    NO_IMPROVEMENT = (
+        "Nothing better than the start was found, and the start is returned. Try a smaller step (`max_step`, learning "
+        "rate), more steps, or another start; if restarts agree, the start may simply be optimal."
+    )
+    NON_FINITE = (
+        "The objective or the rotations became NaN or infinite, and the last good rotations are returned. Look for "
+        "activations or weights so large that the layer overflows, or for a custom optimiser or function that does."
+    )
+    INTERRUPTED = "Interrupted: the best rotations so far are returned. They are valid, but the fit is not finished."
+
+    @property
+    def ok(self) -> bool:
+        """Whether the fit ran to its end and found something better than its start."""
+        return self in (Result.ALL_STEPS, Result.CONVERGED)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The course of a fit, one row a restart.
+
+    `objective[r, t]` is the objective (on the step's minibatch, if any) before step t. `checked[r, c]` is the objective
+    by which rotations are chosen (held-out where there is validation data, otherwise that of all examples), after
+    `checked_at[c]` steps; the first column is the start.
+    """
+
+    objective: np.ndarray
+    checked_at: np.ndarray
+    checked: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """The best rotations of a fit, and the evidence.
+
+    `value` and `start_value` are the objective on all training examples, of the result and of the start it came from;
+    `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best rotations of
+    every restart, `candidate_values` what they were chosen by. `stats` holds the counts, times and certificates that
+    `summary` prints.
+    """
+
+    bases: Bases
+    result: Result
+    detail: str
+    value: float
+    start_value: float
+    validation_value: float | None
+    history: History
+    candidates: tuple[Bases, ...]
+    candidate_values: np.ndarray
+    stats: dict[str, Any]
+
+    @property
+    def rotations(self) -> Rotations:
+        """The rotations of the layer that `find_rotations` fitted. A tied fit has one space for both sides."""
+        return Rotations(self.bases["in"], self.bases.get("out", self.bases["in"]))
+
+    def extended(
+        self, lift: Callable[[Bases], Bases], objective: Objective, validation: Objective | None
+    ) -> "Solution":
+        """The solution of a part of a problem (some spaces, some directions) as one of the whole: `lift` completes its
+        rotations, and `objective` and `validation` value them."""
+        bases = lift(self.bases)
+        return dataclasses.replace(
+            self,
+            bases=bases,
+            value=float(eqx.filter_jit(objective.value)(bases)),
+            validation_value=None if validation is None else float(eqx.filter_jit(validation.value)(bases)),
+            candidates=tuple(lift(candidate) for candidate in self.candidates),
+        )
+
+    def agreement(self) -> dict[str, np.ndarray]:
+        """How well the restarts agree: for every space, `|cos|` of each direction of the result with its match in each
+        of the other restarts (matched up to sign and order), `[restarts - 1, d]`.
+
+        A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds again is
+        not, however sparse the result. Raises `ValueError` after a single restart.
+        """
+        from rotsparse.alignment import match
+
+        best = int(np.argmin(self.candidate_values))
+        others = [candidate for i, candidate in enumerate(self.candidates) if i != best]
+        if not others:
+            raise ValueError("agreement compares restarts, and this fit had one: use restarts=2 or more")
+        return {
+            name: np.stack([match(np.asarray(r), np.asarray(other[name])).cosines for other in others])
+            for name, r in self.candidates[best].items()
+        }
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{self.result.name}: {self.result.value}" + (f" ({self.detail})" if self.detail else ""),
+            f"objective {self.start_value:.4f} -> {self.value:.4f}"
+            + ("" if self.validation_value is None else f", held-out {self.validation_value:.4f}"),
+            ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.stats.items()),
+        ]
+        return "\n".join(lines)
+
+
+def _short(value):
+    if isinstance(value, (float, np.floating, jnp.ndarray)):
+        return f"{float(value):.3g}"
+    return str(value)
