@@ -1,0 +1,215 @@
+"""One small transformer, as a function of its parameters, for every architecture the readers know.
+
+It is there to look inside: at every MLP there are four named *sites* whose values can be captured or replaced,
+
+    residual   the stream in front of the block (in front of its norm)      [batch, tokens, d_model]
+    input      what enters the MLP's first matrix, after the norm            [batch, tokens, d_model]
+    hidden     what enters its last matrix, after the nonlinearity           [batch, tokens, d_hidden]
+    output     what it adds to the stream (before a post-norm)               [batch, tokens, d_model]
+
+No cache of keys and values, no dropout: training and fast generation are other libraries' business.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rotsparse.activations import as_activation
+from rotsparse.models.config import Rotary, TransformerConfig
+from rotsparse.models.model import AnyArray, Params
+from rotsparse.norms import Norm, layer_norm
+
+SITES = ("residual", "input", "hidden", "output")
+
+
+class Point(NamedTuple):
+    """A place in the network: a site of one layer's MLP."""
+
+    layer: int
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.site}"
+
+
+Intervention = Callable[[Array], Array]
+
+
+def run(
+    params: Params,
+    config: TransformerConfig,
+    tokens: Int[AnyArray, "batch tokens"],
+    *,
+    mask: Bool[AnyArray, "batch tokens"] | None = None,
+    token_types: Int[AnyArray, "batch tokens"] | None = None,
+    capture: tuple[tuple[int, str], ...] = (),
+    intervene: Mapping[tuple[int, str], Intervention] | None = None,
+) -> tuple[Float[Array, "batch tokens out"], dict[tuple[int, str], Array]]:
+    """Logits (the last hidden state where the model has no head), and the values at the points in `capture`.
+
+    `mask` is False where a token is padding: nobody looks at it. `intervene` maps points to functions that replace the
+    value there; a captured value is the replaced one. Everything but `params`, `tokens`, `mask` and `token_types` is
+    static under `jax.jit`.
+
+    Raises `ValueError` for a point that is not there, or more tokens than the model has positions.
+    """
+    probe = _Probe(config, capture, intervene or {})
+    if tokens.shape[1] > config.max_positions:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them shorter"
+        )
+    x = _embed(params, config, tokens, token_types)
+    for index, layer in enumerate(params["layers"]):
+        x = _block(layer, config, x, _visible(config, index, tokens.shape[1], mask), index, probe)
+    if "final_norm" in params:
+        x = norm_of(params["final_norm"], config)(x)
+    return (_logits(params, config, x) if config.head else x), probe.captured
+
+
+def norm_of(p: Params, config: TransformerConfig) -> Norm:
+    """The norm with these parameters (`rotsparse.norms`)."""
+    if config.norm == "layer":
+        return layer_norm(p["scale"], p.get("bias"), config.norm_eps)
+    # A LayerNorm whose stream was centred by folding is an RMSNorm that has a bias.
+    return Norm(p["scale"], p.get("bias"), None, len(p["scale"]), config.norm_eps)
+
+
+class _Probe:
+    """Applies interventions and remembers captures while the network is traced."""
+
+    def __init__(self, config, capture, intervene):
+        self.wanted = {check_point(config, point) for point in capture}
+        self.intervene = {check_point(config, point): f for point, f in intervene.items()}
+        self.captured: dict[tuple[int, str], Array] = {}
+
+    def __call__(self, layer: int, site: str, value: Array) -> Array:
+        point = Point(layer, site)
+        if point in self.intervene:
+            changed = self.intervene[point](value)
+            if changed.shape != value.shape:
+                raise ValueError(
+                    f"the intervention at {point} returned shape {list(changed.shape)}, expected {list(value.shape)}"
+                )
+            value = changed
+        if point in self.wanted:
+            self.captured[point] = value
+        return value
+
+
+def check_point(config: TransformerConfig, point: tuple[int, str]) -> Point:
+    """The point, if the model has it. Raises `ValueError` that says which it has."""
+    layer, site = point
+    if site not in SITES or layer not in range(config.n_layers):
+        raise ValueError(
+            f"no point {layer}.{site} in the model: layers 0 to {config.n_layers - 1}, sites {', '.join(SITES)}"
+        )
+    return Point(layer, site)
+
+
+def _embed(params, config, tokens, token_types):
+    x = params["embed"][tokens] * config.embedding_scale
+    if "positions" in params:
+        x = x + params["positions"][: tokens.shape[1]]
+    if "token_types" in params:
+        x = x + params["token_types"][jnp.zeros_like(tokens) if token_types is None else token_types]
+    return norm_of(params["embed_norm"], config)(x) if "embed_norm" in params else x
+
+
+def _block(layer, config, x, visible, index, probe):
+    def pre(name, x):
+        return x if config.placement == "post" else norm_of(layer[name], config)(x)
+
+    def attention(x):
+        return _attention(layer["attn"], config, pre("attn_norm", x), visible)
+
+    def mlp(x):
+        return _mlp(layer["mlp"], config, pre("mlp_norm", x), index, probe)
+
+    if config.parallel:
+        x = probe(index, "residual", x)
+        return _skip(layer, "attn_skip", x) + attention(x) + mlp(x)
+    x = probe(index, "residual", _add(layer, config, "attn", x, attention(x)))
+    return _add(layer, config, "mlp", x, mlp(x))
+
+
+def _add(layer, config, name, x, y):
+    """A block's output joins the stream, with the norms that come after it in some architectures."""
+    if config.placement == "sandwich":
+        y = norm_of(layer[f"{name}_post_norm"], config)(y)
+    x = _skip(layer, f"{name}_skip", x) + y
+    return norm_of(layer[f"{name}_norm"], config)(x) if config.placement == "post" else x
+
+
+def _skip(layer, name, x):
+    return x @ layer[name].T if name in layer else x
+
+
+def _mlp(p, config, u, index, probe):
+    phi = as_activation(config.activation)
+    u = probe(index, "input", u @ p["r_in"].T if "r_in" in p else u)
+    if config.gated:
+        h = phi(_affine(p, "gate", u)) * _affine(p, "up", u)
+    else:
+        h = phi(_affine(p, "in", u))
+    y = probe(index, "output", _affine(p, "down" if config.gated else "out", probe(index, "hidden", h)))
+    return y @ p["r_out"] if "r_out" in p else y  # r_out is undone: R⁻¹ = Rᵀ
+
+
+def _attention(p, config, u, visible):
+    def heads(name, n):
+        return _affine(p, name, u).reshape(*u.shape[:2], n, config.d_head)
+
+    q, k, v = heads("q", config.n_heads), heads("k", config.n_kv_heads), heads("v", config.n_kv_heads)
+    if "q_norm" in p:
+        q, k = norm_of(p["q_norm"], config)(q), norm_of(p["k_norm"], config)(k)
+    if config.rotary is not None:
+        q, k = rotate_positions(config.rotary, q), rotate_positions(config.rotary, k)
+    # Grouped-query attention: each key/value head serves `group` consecutive query heads.
+    q = q.reshape(*q.shape[:2], config.n_kv_heads, -1, config.d_head)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * config.attention_scale
+    scores = _soft_cap(scores, config.attention_softcap)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min), axis=-1)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    return _affine(p, "o", mixed.reshape(*u.shape[:2], -1))
+
+
+def rotate_positions(rotary: Rotary, x: Float[Array, "batch tokens heads d"]) -> Float[Array, "batch tokens heads d"]:
+    """Turn the pairs of every head by their position's angles."""
+    angle = jnp.arange(x.shape[1])[:, None] * jnp.asarray(rotary.frequencies(), x.dtype)
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    turned, rest = x[..., : rotary.dims], x[..., rotary.dims :]
+    if rotary.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turned.shape)
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
+        pairs = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([pairs, rest], axis=-1)
+
+
+def _visible(config, layer, n, mask):
+    """`[batch or 1, query, key]`: which tokens each position may look at."""
+    back = jnp.arange(n)[:, None] - jnp.arange(n)[None, :]
+    visible = back >= 0 if config.causal else jnp.ones((n, n), bool)
+    if config.windows[layer] is not None:
+        visible = visible & (back < config.windows[layer])
+    return visible[None] if mask is None else visible[None] & mask[:, None, :]
+
+
+def _logits(params, config, x):
+    logits = x @ params.get("unembed", params["embed"]).T
+    if "unembed_bias" in params:
+        logits = logits + params["unembed_bias"]
+    return _soft_cap(logits, config.logit_softcap)
+
+
+def _soft_cap(s, cap):
+    return s if cap is None else cap * jnp.tanh(s / cap)
+
+
+def _affine(p: Mapping[str, Any], name: str, x):
+    y = x @ p[f"w_{name}"].T
+    return y if f"b_{name}" not in p else y + p[f"b_{name}"]

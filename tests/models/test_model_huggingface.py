@@ -1,0 +1,157 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import RAW, message, same_parameters, tiny
+
+from rotsparse.models.huggingface import load_huggingface, save_huggingface
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+def test_round_trip(name, shard_bytes, tmp_path):
+    model = tiny(name)
+    save_huggingface(model, tmp_path / "m", shard_bytes=shard_bytes)
+    assert (tmp_path / "m/model.safetensors").exists() == (shard_bytes == 10**9)
+    again = load_huggingface(tmp_path / "m")
+    if name == "gemma2":  # it stores γ - 1, which rounds
+        np.testing.assert_allclose(again.params["final_norm"]["scale"], model.params["final_norm"]["scale"], atol=1e-6)
+    else:
+        assert same_parameters(model, again)
+
+
+def test_float64_survives(tmp_path):
+    model = tiny("llama").astype(np.float64)
+    save_huggingface(model, tmp_path / "m")
+    assert same_parameters(load_huggingface(tmp_path / "m"), model)
+
+
+def test_gpt2_matrices_are_stored_in_out(tmp_path):
+    model = tiny("gpt2")
+    save_huggingface(model, tmp_path / "m")
+    stored = load_file(tmp_path / "m/model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
+    assert stored.shape == (16, 64)
+    np.testing.assert_array_equal(stored.T, model.params["layers"][0]["mlp"]["w_in"])
+
+
+def rewrite(folder, change):
+    """Save the model's tensors again, after a change."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_names_without_prefix_buffers_and_a_stored_tied_head(tmp_path):
+    model = tiny("gpt2")
+    save_huggingface(model, tmp_path / "m")
+
+    def as_the_hub_has_it(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+
+    rewrite(tmp_path / "m", as_the_hub_has_it)
+    assert same_parameters(load_huggingface(tmp_path / "m"), model)
+
+
+def test_an_encoders_pooler_is_carried_along(tmp_path):
+    save_huggingface(tiny("bert"), tmp_path / "m")
+    pooler = np.full((16, 16), 0.5, np.float32)
+    rewrite(tmp_path / "m", lambda t: t.update({"pooler.dense.weight": pooler}))
+    save_huggingface(load_huggingface(tmp_path / "m"), tmp_path / "again")
+    np.testing.assert_array_equal(load_file(tmp_path / "again/model.safetensors")["pooler.dense.weight"], pooler)
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    import ml_dtypes
+
+    save_huggingface(tiny("llama"), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda t: t.update({n: a.astype(ml_dtypes.bfloat16) for n, a in t.items()}))
+    model = load_huggingface(tmp_path / "m")
+    assert model.dtype == np.float32
+    np.testing.assert_allclose(model.params["embed"], tiny("llama").params["embed"], rtol=1e-2)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model_type": "mamba"}, "unknown architecture 'mamba': expected one of bert, gemma2, gpt2, gpt_neox, llama"),
+        ({"hidden_size": None}, "no 'hidden_size'"),
+        ({"hidden_act": "erf"}, "unknown hidden_act 'erf'"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot be shared out among 3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"vocab_size": 40}, r"'model.embed_tokens.weight' has shape \[31, 16\].*\[40, 16\]"),
+        ({"attention_bias": True}, r"no tensor 'model.layers.0.self_attn.q_proj.bias'"),
+        ({"num_hidden_layers": 1}, r"tensors that a llama model does not have: model\.layers\.1\..* and 4 more"),
+    ],
+)
+def test_config_that_does_not_fit(changes, text, tmp_path):
+    save_huggingface(tiny("llama"), tmp_path / "m")
+    edit_config(tmp_path / "m", **changes)
+    with pytest.raises(ValueError, match=text):
+        load_huggingface(tmp_path / "m")
+
+
+def test_fused_tensor_of_the_wrong_shape(tmp_path):
+    save_huggingface(tiny("gpt2"), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda t: t.update({"transformer.h.1.attn.c_attn.weight": np.ones((16, 47), np.float32)}))
+    with pytest.raises(ValueError) as error:
+        load_huggingface(tmp_path / "m")
+    assert "'transformer.h.1.attn.c_attn.weight' has shape [16, 47]" in message(error)
+
+
+def test_missing_and_truncated_shards(tmp_path):
+    save_huggingface(tiny("llama"), tmp_path / "m", shard_bytes=3000)
+    second = next((tmp_path / "m").glob("model-00002-*"))
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"model-00002-.*Damaged or truncated"):
+        load_huggingface(tmp_path / "m")
+    second.unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of its shards: model-00002-"):
+        load_huggingface(tmp_path / "m")
+
+
+def test_not_a_model_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny("llama").raw))
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        load_huggingface(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="safe_serialization"):
+        load_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot read"):
+        load_huggingface(tmp_path)
+
+
+def test_integer_weights(tmp_path):
+    save_huggingface(tiny("llama"), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' is int8"):
+        load_huggingface(tmp_path / "m")
+
+
+def test_nothing_is_overwritten_or_half_written(tmp_path):
+    model = tiny("mistral")
+    save_huggingface(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="exists already"):
+        save_huggingface(model, tmp_path / "m")
+    model.params["layers"][0]["mlp"]["b_up"] = np.zeros(24, np.float32)
+    with pytest.raises(ValueError, match=r"no place for layers\.0\.mlp\.b_up"):
+        save_huggingface(model, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"no parameter layers\.1\.attn\.w_q"):
+        del model.params["layers"][1]["attn"]["w_q"]
+        save_huggingface(model, tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -1,0 +1,77 @@
+"""Tiny random models of every architecture, made without any other library."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rotsparse.models.architectures import ARCHITECTURES
+from rotsparse.models.config import Rotary, TransformerConfig
+from rotsparse.models.model import Model, expected_shape, nested
+
+_GROUPED = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+RAW = {
+    "llama": {**_GROUPED, "architectures": ["LlamaForCausalLM"]},
+    "mistral": {**_GROUPED, "sliding_window": 5},
+    "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {**_GROUPED, "head_dim": 6, "tie_word_embeddings": True},
+    "gemma2": {**_GROUPED, "head_dim": 6, "sliding_window": 5},
+    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gpt_neox": {**_GROUPED, "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "bert": {**_GROUPED, "num_key_value_heads": 4, "architectures": ["BertModel"]},
+}
+# Architectures whose residual stream can be rotated.
+FOLDABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
+
+STORIES = Path(__file__).parents[2] / "../shared/data/stories260k"
+needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories260K is not at ../shared/data/stories260k")
+
+
+def random_parameters(config: TransformerConfig, names, seed: int) -> dict[str, np.ndarray]:
+    """Parameters of the scale of trained ones; scales and biases well away from 1 and 0."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for name in names:
+        shape = [n or 2 for n in expected_shape(config, name)]
+        noise = rng.normal(size=shape)
+        flat[name] = (noise * shape[-1] ** -0.5 if len(shape) == 2 else 0.3 * noise + 0.5).astype(np.float32)
+    return flat
+
+
+def tiny(name: str, seed: int = 0, **changes) -> Model:
+    """A random model of this architecture."""
+    raw = {"model_type": name, **RAW[name], **changes}
+    architecture = ARCHITECTURES[name]
+    config = architecture.config(raw)
+    names = [p for e in architecture.entries(raw, config, prefix="") for p in e.params]
+    return Model(config, nested(random_parameters(config, names, seed), config.n_layers), "huggingface", raw)
+
+
+def tiny_llama2c(seed: int = 0, *, tied: bool = True) -> Model:
+    """A random model that llama2.c's format can hold."""
+    config = TransformerConfig(
+        "llama2c", 2, 16, 24, 4, 2, 4, 31, 32, "silu", True, "rms", 1e-5, rotary=Rotary(4, interleaved=True)
+    )
+    matrices = "attn.w_q attn.w_k attn.w_v attn.w_o mlp.w_gate mlp.w_up mlp.w_down attn_norm.scale mlp_norm.scale"
+    names = ["embed", "final_norm.scale", *(f"layers.{i}.{n}" for i in range(2) for n in matrices.split())]
+    flat = random_parameters(config, names if tied else [*names, "unembed"], seed)
+    return Model(config, nested(flat, 2), "llama2c")
+
+
+def same_parameters(a: Model, b: Model) -> bool:
+    """Bitwise, in names, shapes and types too."""
+    return a.fingerprint() == b.fingerprint()
+
+
+def message(error) -> str:
+    """A caught error's text on one line."""
+    return re.sub(r"\s+", " ", str(error.value))
