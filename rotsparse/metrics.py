@@ -1,0 +1,137 @@
+"""Metrics: how sparse the rotated Jacobians of held-out examples are. Reported, never optimised.
+
+Each is a number a reader can understand without the objective, with a 95% bootstrap interval over examples. Examples
+stream through: memory is one chunk of Jacobians and, for the intervals of `edges_*`, `resamples` matrices of the
+Jacobian's size.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rotsparse.checks import activations, weight
+from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
+from rotsparse.layers import Layer
+from rotsparse.rotations import Rotations
+from rotsparse.statistics import covariance as input_covariance
+from rotsparse.statistics import jacobian_gram, jacobians
+
+Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
+
+# `gap_closed` is computed by `compare`, which has the random basis and the floor at hand.
+HIGHER_IS_SPARSER: dict[str, bool] = {
+    "edges_90": False,
+    "edges_99": False,
+    "fraction_below_0.1_rms": True,
+    "hoyer": True,
+    "gini": True,
+    "participation_ratio": False,
+    "top_1_percent_energy": True,
+    "top_5_percent_energy": True,
+    "gap_closed": True,
+}
+
+# Small enough that the passes over a chunk on the host run mostly in cache.
+_CHUNK_BYTES = 8 * 2**20
+
+
+def evaluate(
+    layer: Layer,
+    x: Float[Array, "n d_in"],
+    rotations: Rotations,
+    *,
+    scale_inputs: bool = False,
+    covariance: Matrix | None = None,
+    gram: Matrix | None = None,
+    key: PRNGKeyArray,
+    resamples: int = 200,
+) -> dict[str, Interval]:
+    """The metrics of `Z = R_out J(x) R_inᵀ` on held-out `x`, N entries an example:
+
+    - `edges_90`, `edges_99`: how many entries of the mean squared Jacobian `E[Z²]` hold 90% (99%) of its sum;
+    - `fraction_below_0.1_rms`: share of all entries with `|z| < 0.1 rms(Z)`, the rms over all entries and examples;
+    - `hoyer`: mean over examples of `(√N - ‖z‖₁/‖z‖₂)/(√N - 1)`, 0 (all equal) to 1 (one entry) (Hoyer 2004);
+    - `gini`: mean Gini index of `|z|`, 0 to 1 (Hurley & Rickard, "Comparing Measures of Sparsity", 2009);
+    - `participation_ratio`: mean of `(Σz²)²/Σz⁴`, an effective number of entries, 1 to N;
+    - `top_1_percent_energy`, `top_5_percent_energy`: mean share of `Σz²` in an example's largest 1% (5%).
+
+    Averages over examples leave out those whose Jacobian is zero: they have no direction to be sparse in.
+
+    With `scale_inputs` entry (o, i) of `Z` is multiplied by `√(r_i Σ r_iᵀ)`, the standard deviation of rotated input
+    i. `covariance` is Σ, best that of the training inputs; without it that of `x` is taken. `gram` is `E[JᵀJ]` over
+    `x` (`statistics.jacobian_gram`), to save a pass over the examples where several bases are evaluated. The same
+    `key` gives the same resamples of the examples, for every basis.
+
+    Raises `ValueError` where shapes do not fit, or the Jacobian is zero for every example.
+    """
+    x = activations("x", x, layer.d_in)
+    r_in = _sized("r_in", rotations.r_in, layer.d_in)
+    r_out = _sized("r_out", rotations.r_out, layer.d_out)
+    if scale_inputs:
+        sigma = input_covariance(x)[1] if covariance is None else _sized("covariance", covariance, layer.d_in)
+        r_in = r_in * np.sqrt(np.maximum(np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True), 0))[:, None]
+    # ‖Z‖_F² = Σ_i r_i JᵀJ r_iᵀ, whatever R_out: the rms needs no pass of its own.
+    jtj = jacobian_gram(layer, x) if gram is None else _sized("gram", gram, layer.d_in)
+    entries = layer.d_in * layer.d_out
+    rms = math.sqrt(max(np.einsum("id,de,ie->", r_in, jtj, r_in, optimize=True), 0) / entries)
+    if rms == 0:
+        raise ValueError("the layer's Jacobian is zero for every example: nothing moves, so nothing can be sparse")
+
+    counts = bootstrap_counts(len(x), resamples, key=key)
+    per_example: list[dict[str, np.ndarray]] = []
+    square_sum, resampled_squares = np.zeros(entries), np.zeros((resamples, entries), np.float32)
+    done = 0
+    for z in jacobians(layer, x, r_in, r_out, chunk_bytes=_CHUNK_BYTES):
+        z = np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
+        square = np.square(z)
+        per_example.append(_example_metrics(z, square))
+        square_sum += square.sum(axis=0, dtype=np.float64)
+        resampled_squares += counts[:, done : done + len(z)].astype(np.float32) @ square
+        done += len(z)
+
+    results = {}
+    for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
+        resampled = np.array([_entries_that_hold(share, s) for s in resampled_squares if s.any()], float)
+        results[name] = bootstrap_interval(_entries_that_hold(share, square_sum), resampled)
+    for name in per_example[0]:
+        results[name] = _mean(np.concatenate([m[name] for m in per_example]), counts)
+    return results
+
+
+def _example_metrics(z: Float[np.ndarray, "n N"], square: Float[np.ndarray, "n N"]) -> dict[str, np.ndarray]:
+    """Metrics of each example from its |z|, in units of the rms, and z². NaN where they are not defined."""
+    entries = z.shape[1]
+    rank = np.arange(1, entries + 1)
+    ordered = np.sort(z, axis=1)
+    energy = square.sum(axis=1, dtype=np.float64)
+    length = z.sum(axis=1, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        top = {p: np.square(ordered[:, -math.ceil(p / 100 * entries) :]).sum(axis=1) / energy for p in (1, 5)}
+        return {
+            "fraction_below_0.1_rms": np.count_nonzero(z < 0.1, axis=1) / entries,
+            "hoyer": (math.sqrt(entries) - length / np.sqrt(energy)) / (math.sqrt(entries) - 1),
+            "gini": ordered @ ((2 * rank - entries - 1) / entries).astype(z.dtype) / length,
+            "participation_ratio": np.square(energy) / np.square(square).sum(axis=1, dtype=np.float64),
+            "top_1_percent_energy": top[1],
+            "top_5_percent_energy": top[5],
+        }
+
+
+def _mean(values: Float[np.ndarray, "n"], counts) -> Interval:
+    """Mean over the examples where the metric is defined, resampled by `counts`."""
+    defined = np.isfinite(values)
+    counts = counts[:, defined]
+    total = counts.sum(axis=1)
+    resampled = (counts @ values[defined])[total > 0] / total[total > 0]
+    return bootstrap_interval(values[defined].mean(), resampled)
+
+
+def _entries_that_hold(share: float, squares: Float[np.ndarray, "N"]) -> int:
+    """The smallest number of entries whose sum is at least `share` of the whole."""
+    cumulative = np.cumsum(np.sort(squares)[::-1], dtype=np.float64)
+    return int(np.searchsorted(cumulative, share * cumulative[-1])) + 1
+
+
+def _sized(name: str, value, d: int) -> Float[np.ndarray, "d d"]:
+    return np.asarray(weight(name, value, (d, d)), np.float64)
