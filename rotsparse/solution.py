@@ -2,6 +2,10 @@
 
 import dataclasses
 import enum
+import io
+import json
+import os
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +13,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from rotsparse.files import write_atomically
 from rotsparse.objectives import Bases, Objective
 from rotsparse.rotations import Rotations
 
@@ -105,6 +110,43 @@ class Solution:
             name: np.stack([match(np.asarray(r), np.asarray(other[name])).cosines for other in others])
             for name, r in self.candidates[best].items()
         }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything to one `.npz` file. Atomic."""
+        scalars = {
+            "result": self.result.name,
+            "detail": self.detail,
+            "value": self.value,
+            "start_value": self.start_value,
+            "validation_value": self.validation_value,
+            "stats": self.stats,
+        }
+        arrays = {f"bases/{name}": r for name, r in self.bases.items()}
+        for i, candidate in enumerate(self.candidates):
+            arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
+        arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, scalars=json.dumps(scalars), candidate_values=self.candidate_values, **arrays)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Solution":
+        """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            scalars = json.loads(str(arrays["scalars"]))
+            under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
+            return cls(
+                bases=under("bases/"),
+                result=Result[scalars.pop("result")],
+                history=History(**under("history/")),
+                candidates=tuple(under(f"candidates/{i}/") for i in range(len(arrays["candidate_values"]))),
+                candidate_values=arrays["candidate_values"],
+                **scalars,
+            )
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"cannot read a solution from {path}: {error}") from None
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -1,0 +1,191 @@
+"""What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+
+from rotsparse import baselines, cli, digits, job, measures, runs
+from rotsparse.activations import ACTIVATIONS
+from rotsparse.compare import compare
+from rotsparse.fold import fold as fold_layer
+from rotsparse.layer_files import load_activations, load_layer, save_layer
+from rotsparse.layers import Layer
+from rotsparse.rotations import Rotations
+from rotsparse.solution import Solution
+from rotsparse.solvers import Riemannian
+from rotsparse.statistics import covariance
+
+console = Console()
+
+
+def run(command: Any) -> int:
+    """Run a command and return its exit code."""
+    match command:
+        case cli.Demo():
+            return demo(command)
+        case cli.Fit():
+            return fit(command)
+        case cli.Compare():
+            return comparison(command)
+        case cli.Fold():
+            return fold(command)
+        case cli.Report():
+            return redraw(command)
+    raise AssertionError(command)
+
+
+def demo(command: "cli.Demo") -> int:
+    """`rotsparse demo`."""
+    with runs.new_run(command.out, overwrite=command.overwrite) as folder:
+        console.print("training a 64-64-64-10 ReLU network on handwritten digits ...")
+        network = digits.train(command.seed)
+        first, layer = network.layers[0], network.layers[1]
+        train, test = (np.asarray(first(x))[: command.examples] for x in (network.train, network.test))
+        console.print(
+            f"held-out accuracy {network.accuracy:.1%}; its second layer has {layer.d_in} inputs and {layer.d_out} outputs; "
+            f"fitting on {len(train)} examples, reporting on {len(test)} others"
+        )
+        # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
+        save_layer(folder / "layer.safetensors", layer)
+        np.save(folder / "activations.npy", train)
+        np.save(folder / "test_activations.npy", test)
+        config = {"command": "demo", "accuracy": network.accuracy, **_plain(command)}
+        config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
+        config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
+        options = {"measure": measures.Log(0.1), "scale_inputs": False, "steps": command.steps, "restarts": 2}
+        solution = job.run(
+            folder,
+            layer,
+            train,
+            test,
+            fit=options | {"progress": True},
+            seed=command.seed,
+            config=config,
+            console=console,
+        )
+    console.print(f"report: {command.out / 'report.html'}")
+    return 0 if job.succeeded(solution) else 1
+
+
+def fit(command: "cli.Fit") -> int:
+    """`rotsparse fit`."""
+    layer, train, test = _inputs(command.layer)
+    _check_positive(command, "steps", "restarts", "batch_size", "patience", "learning_rate", "max_step", "eps")
+    options = {
+        "measure": measures.by_name(command.measure, command.eps),
+        "scale_inputs": command.layer.input_scale == "std",
+        "steps": command.steps,
+        "restarts": command.restarts,
+        "batch_size": command.batch_size,
+        "solver": Riemannian(optax.adam(command.learning_rate), max_step=command.max_step),
+        "active_subspace": command.active_subspace,
+        "tie": command.tie,
+        "hold": command.hold,
+        "patience": command.patience,
+        "start": None if command.start is None else Rotations.load(command.start)[0],
+        "progress": True,
+    }
+    with runs.new_run(command.out, overwrite=command.overwrite) as folder:
+        config = {"command": "fit", **_plain(command)}
+        solution = job.run(
+            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
+        )
+    console.print(f"report: {command.out / 'report.html'}")
+    return 0 if job.succeeded(solution) else 1
+
+
+def comparison(command: "cli.Compare") -> int:
+    """`rotsparse compare`."""
+    layer, train, test = _inputs(command.layer)
+    key = jax.random.key(command.layer.seed)
+    bases = {path.parent.name or path.stem: Rotations.load(path)[0] for path in command.rotations}
+    if len(bases) < len(command.rotations):
+        raise ValueError("two rotations files are in folders of the same name: rename one")
+    bases |= baselines.all_baselines(layer, train, key=jax.random.fold_in(key, 2))
+    table = compare(
+        layer,
+        test,
+        bases,
+        scale_inputs=command.layer.input_scale == "std",
+        covariance=covariance(train)[1],
+        key=jax.random.fold_in(key, 3),
+    )
+    console.print(table.table())
+    if command.out is not None:
+        runs.write_json(command.out, {"config": _plain(command), "versions": runs.versions(), "metrics": table.to_json()})
+    return 0
+
+
+def fold(command: "cli.Fold") -> int:
+    """`rotsparse fold`."""
+    if command.out.exists() and not command.overwrite:
+        raise ValueError(f"{command.out} exists: choose another file, or pass --overwrite to replace it")
+    layer, _, test = _inputs(command.layer)
+    folded = fold_layer(layer, Rotations.load(command.rotations)[0], test)
+    save_layer(command.out, folded.layer)
+    console.print(
+        f"wrote {command.out}: the same function in rotated coordinates, to {folded.error:.1e} "
+        f"(outputs have root mean square {folded.scale:.2g})",
+        highlight=False,
+    )
+    return 0
+
+
+def redraw(command: "cli.Report") -> int:
+    """`rotsparse report`: everything but the fit is computed again, from the files that the run's config names."""
+    config, metrics = runs.read_json(command.run / runs.CONFIG), runs.read_json(command.run / job.METRICS)
+    solution = Solution.load(command.run / job.SOLUTION)
+    # A demo's files lie in its own folder; those of a fit are where the user had them.
+    base = command.run if config["command"] == "demo" else Path()
+    files = {name: base / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
+    rest = {name: config[name] for name in ("activation", "norm", "skip", "input_scale", "seed") if name in config}
+    layer, train, test = _inputs(cli.LayerOptions(**files, **rest))
+    job.write_comparison(
+        command.run,
+        layer,
+        train,
+        test,
+        solution,
+        config=config,
+        scale_inputs=config["input_scale"] == "std",
+        floor=metrics["objective"]["floor"],
+        function_error=metrics["function_error"],
+        console=console,
+    )
+    console.print(f"report: {command.run / 'report.html'}")
+    return 0
+
+
+def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray, np.ndarray]:
+    """The layer, the activations to fit on, and the held-out ones."""
+    layer = load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
+    x = load_activations(options.activations, layer.d_in)
+    if options.test_activations is not None:
+        return layer, x, load_activations(options.test_activations, layer.d_in)
+    if len(x) < 10:
+        raise ValueError(
+            f"{options.activations} holds {len(x)} examples, too few to hold a fifth of them out: give at least 10, or "
+            "--test-activations"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(x))
+    held_out = len(x) // 5
+    return layer, x[order[held_out:]], x[order[:held_out]]
+
+
+def _check_positive(command, *names):
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
+
+
+def _plain(command) -> dict[str, Any]:
+    """A command's options as JSON."""
+    options = dataclasses.asdict(command)
+    options |= options.pop("layer") if isinstance(options.get("layer"), dict) else {}
+    return {k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v for k, v in options.items()}

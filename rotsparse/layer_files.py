@@ -1,0 +1,126 @@
+"""Layers and activations in files: `.npy`, `.npz` and safetensors.
+
+A layer file holds named arrays, matrices `[out, in]`:
+
+- `w`, `b`: a single layer `φ(Wx + b)`
+- `w_in`, `b_in`, `w_out`, `b_out`: an MLP block
+- `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
+
+Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `skip` is the matrix of a skip
+connection; a folded LayerNorm has its `norm_mean_direction`.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from rotsparse import checks
+from rotsparse.activations import Activation
+from rotsparse.files import write_atomically
+from rotsparse.layers import MLP, Dense, GatedMLP, Layer
+from rotsparse.norms import Norm, layer_norm, rms_norm
+
+_KINDS = {"w": ("b",), "w_in": ("b_in", "w_out", "b_out"), "w_gate": ("w_up", "w_down", "b_gate", "b_up", "b_down")}
+_COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "skip")
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every named array of a safetensors or `.npz` file; that of a `.npy` file is called "array".
+
+    Raises `ValueError` where the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    try:
+        match path.suffix:
+            case ".safetensors":
+                return load_file(path)
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: arrays[name] for name in arrays.files}
+            case ".npy":
+                return {"array": np.load(path, allow_pickle=False)}
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+    except Exception as error:  # zipfile and zlib have exceptions of their own for damaged archives
+        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+    raise ValueError(f"{path}: expected a .npy, .npz or .safetensors file, got {path.suffix or 'no extension'!r}")
+
+
+def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
+    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, or unfit ones."""
+    arrays = load_arrays(path)
+    if len(arrays) != 1:
+        raise ValueError(f"{path} holds {len(arrays)} arrays ({', '.join(sorted(arrays))}): expected just the activations")
+    return np.asarray(checks.activations(str(path), next(iter(arrays.values())), width))
+
+
+def load_layer(
+    path: str | os.PathLike, activation: str | Activation, *, norm: str | None = None, skip: bool = False
+) -> Layer:
+    """The layer in a file. `norm` ("rms" or "layer") says what `norm_scale` is the scale of; `skip` adds a skip
+    connection. Raises `ValueError` that says which names were expected and which came."""
+    arrays = load_arrays(path)
+    kinds = [kind for kind in _KINDS if kind in arrays]
+    known = {kinds[0], *_KINDS[kinds[0]], *_COMMON} if len(kinds) == 1 else set()
+    if not set(arrays) <= known:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays))}: expected w, b (single layer), or w_in, b_in, w_out, b_out (MLP "
+            "block), or w_gate, w_up, w_down (gated block), and if need be norm_scale, norm_bias, skip"
+        )
+    common = {name: arrays.pop(name) for name in _COMMON if name in arrays}
+    if skip and "skip" in common:
+        raise ValueError(f"{path} already holds the matrix of a skip connection: leave out the option")
+    width = arrays[kinds[0]].shape[-1]
+    options = {"activation": activation, "norm": _norm(path, common, norm, width), "skip": common.get("skip", skip)}
+    try:
+        match kinds[0]:
+            case "w":
+                return Dense(arrays["w"], arrays.get("b"), **options)
+            case "w_in":
+                return MLP(*(arrays.get(name) for name in ("w_in", "b_in", "w_out", "b_out")), **options)
+            case _:
+                missing = {"w_up", "w_down"} - set(arrays)
+                if missing:
+                    raise ValueError(f"a gated block needs w_gate, w_up and w_down: {', '.join(sorted(missing))} missing")
+                return GatedMLP(**arrays, **options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_layer(path: str | os.PathLike, layer: Layer) -> None:
+    """Write a layer in the form that `load_layer` reads, as safetensors. Atomic. Raises `ValueError` for a layer that is
+    not made of weights."""
+    if not isinstance(layer, MLP | GatedMLP):
+        raise ValueError(f"a {type(layer).__name__} has no weights to write")
+    names = ("w_in", "b_in", "w_out", "b_out") if isinstance(layer, MLP) else ("w_gate", *_KINDS["w_gate"])
+    arrays = {name: getattr(layer, name) for name in (*names, "skip")}
+    if isinstance(layer, MLP) and layer.w_out is None:
+        arrays = {"w": layer.w_in, "b": layer.b_in, "skip": layer.skip}
+    if layer.norm is not None:
+        fields = {"norm_scale": "scale", "norm_bias": "bias", "norm_mean_direction": "mean_direction"}
+        arrays |= {name: getattr(layer.norm, field) for name, field in fields.items()}
+        if layer.norm.scale is None:  # absorbed by a fold: a file says that there is a norm by its scale
+            arrays["norm_scale"] = np.ones(layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32)
+    write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
+
+
+def _norm(path, common, kind, width) -> Norm | None:
+    if kind is None:
+        if "norm_scale" in common:
+            raise ValueError(f"{path} holds norm_scale: say which norm it belongs to (rms or layer)")
+        return None
+    if "norm_scale" not in common:
+        raise ValueError(f"{path} holds no norm_scale, the scale γ of the {kind} norm")
+    match kind:
+        case "rms":
+            return rms_norm(common["norm_scale"])
+        case "layer":
+            norm = layer_norm(common["norm_scale"], common.get("norm_bias"))
+            direction = common.get("norm_mean_direction")
+            return norm if direction is None else Norm(norm.scale, norm.bias, direction, width, norm.eps)
+    raise ValueError(f"unknown norm {kind!r}: expected rms or layer")
