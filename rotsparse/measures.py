@@ -5,14 +5,15 @@ entries well below `eps` are nearly free, entries well above all cost about the 
 the measure is to counting non-zeros, and the more local minima it has.
 
 All measures here are concave in `z²` (Hoyer's for a fixed norm of the example), which is what makes the floor of
-`objectives.floor` a bound: no rotation can do better than the singular values of each example.
+`rotsparse.floor` a bound: no rotation can do better than the singular values of each example.
 
-Each elementwise measure has `__call__` (the value of each entry) and `slope` (its derivative, in closed form: the
-gradient of every objective needs nothing else). `tests/test_measures.py` holds the table of the Hurley-Rickard
-criteria (Hurley & Rickard, "Comparing Measures of Sparsity", 2009) that each one meets.
+Each elementwise measure has `__call__` (the value of each entry), `slope` (its derivative, in closed form: the gradient
+of every objective needs nothing else) and `curvature` (its second derivative, for the quasi-Newton solver). Which of
+the Hurley-Rickard criteria of a sparsity measure each one meets, and why: `docs/measures.md`.
 """
 
 import abc
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -22,9 +23,16 @@ from jaxtyping import Array, Float
 
 
 class Measure(eqx.Module):
-    """A sparsity measure `S`. Smaller is sparser, and `S(0) = 0`."""
+    """A sparsity measure `S`. Smaller is sparser, and `S(0) = 0`.
+
+    Raises `ValueError` where the scale is not a positive number.
+    """
 
     eps: eqx.AbstractVar[float | Array]
+
+    def __check_init__(self):
+        if isinstance(self.eps, int | float) and not 0 < self.eps < math.inf:
+            raise ValueError(f"the scale eps of a measure should be a positive number, got {self.eps}")
 
     @abc.abstractmethod
     def __call__(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -34,6 +42,10 @@ class Measure(eqx.Module):
     def slope(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """`dS/dz` of every entry."""
 
+    @abc.abstractmethod
+    def curvature(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """`d²S/dz²` of every entry, where it exists."""
+
     def example_value(self, z: Float[Array, "n *s"]) -> Float[Array, "n"]:
         """Mean of `S` over the entries of each example."""
         return jnp.mean(self(z), axis=tuple(range(1, z.ndim)))
@@ -41,6 +53,11 @@ class Measure(eqx.Module):
     def example_slope(self, z: Float[Array, "n *s"]) -> Float[Array, "n *s"]:
         """Derivative of (number of entries × `example_value`) with respect to every entry."""
         return self.slope(z)
+
+    def example_curvature(self, z: Float[Array, "n *s"]) -> Float[Array, "n *s"]:
+        """Second derivative of (number of entries × `example_value`) by every entry, the norm of the example held
+        fixed: what rotations feel."""
+        return self.curvature(z)
 
 
 class Log(Measure):
@@ -56,18 +73,31 @@ class Log(Measure):
     def slope(self, z):
         return 2 * z / (jnp.square(z) + self.eps**2)
 
+    def curvature(self, z):
+        weight = 2 / (jnp.square(z) + self.eps**2)
+        return weight - jnp.square(weight * z)
+
 
 class SmoothedPower(Measure):
-    """`(z² + ε²)^(p/2) - ε^p`, a smoothed `|z|^p`: with p ≪ 1 nearly a count of non-zeros."""
+    """`(z² + ε²)^(p/2) - ε^p`, a smoothed `|z|^p`: with p ≪ 1 nearly a count of non-zeros. From p = 2 on it would
+    reward equal entries: that is a `ValueError`."""
 
     eps: float | Array = 0.1
     p: float = 0.5
+
+    def __check_init__(self):
+        if not 0 < self.p < 2:
+            raise ValueError(f"the power p should lie between 0 and 2 (exclusive), got {self.p}")
 
     def __call__(self, z):
         return (jnp.square(z) + self.eps**2) ** (self.p / 2) - self.eps**self.p
 
     def slope(self, z):
         return self.p * z * (jnp.square(z) + self.eps**2) ** (self.p / 2 - 1)
+
+    def curvature(self, z):
+        square = jnp.square(z) + self.eps**2
+        return self.p * square ** (self.p / 2 - 1) * (1 + (self.p - 2) * jnp.square(z) / square)
 
 
 class SmoothedL1(Measure):
@@ -80,6 +110,9 @@ class SmoothedL1(Measure):
 
     def slope(self, z):
         return z / jnp.sqrt(jnp.square(z) + self.eps**2)
+
+    def curvature(self, z):
+        return self.eps**2 * (jnp.square(z) + self.eps**2) ** -1.5
 
 
 class GemanMcClure(Measure):
@@ -94,6 +127,10 @@ class GemanMcClure(Measure):
     def slope(self, z):
         return 2 * z * self.eps**2 / jnp.square(jnp.square(z) + self.eps**2)
 
+    def curvature(self, z):
+        square = jnp.square(z)
+        return 2 * self.eps**2 * (self.eps**2 - 3 * square) / (square + self.eps**2) ** 3
+
 
 class Welsch(Measure):
     """`1 - exp(-z²/2ε²)`: bounded, and flatter than Geman-McClure far from zero. (Welsch; Leclerc; smoothed L0.)"""
@@ -105,6 +142,10 @@ class Welsch(Measure):
 
     def slope(self, z):
         return z / self.eps**2 * jnp.exp(-jnp.square(z / self.eps) / 2)
+
+    def curvature(self, z):
+        square = jnp.square(z / self.eps)
+        return (1 - square) / self.eps**2 * jnp.exp(-square / 2)
 
 
 class Tanh(Measure):
@@ -118,6 +159,10 @@ class Tanh(Measure):
     def slope(self, z):
         return jnp.sign(z) / self.eps * (1 - jnp.square(jnp.tanh(jnp.abs(z) / self.eps)))
 
+    def curvature(self, z):
+        t = jnp.tanh(jnp.abs(z) / self.eps)
+        return -2 * t * (1 - jnp.square(t)) / self.eps**2
+
 
 class L4(Measure):
     """`-z⁴`: rewards large entries instead of punishing small ones. It has no scale (`eps` is ignored) and a smooth
@@ -130,6 +175,9 @@ class L4(Measure):
 
     def slope(self, z):
         return -4 * z * jnp.square(z)
+
+    def curvature(self, z):
+        return -12 * jnp.square(z)
 
 
 class Hoyer(Measure):
@@ -146,22 +194,32 @@ class Hoyer(Measure):
     def slope(self, z):
         return z / jnp.sqrt(jnp.square(z) + self.eps**2)
 
-    def _unit(self, z):
-        """Each example divided by its own root mean square."""
+    def curvature(self, z):
+        return self.eps**2 * (jnp.square(z) + self.eps**2) ** -1.5
+
+    def _rms(self, z):
+        """Root mean square of each example, and its floor: an example that much smaller than the average one (whose
+        rms is 1) counts as zero, and cannot blow up the gradient."""
         axes = tuple(range(1, z.ndim))
-        rms = jnp.sqrt(jnp.mean(jnp.square(z), axis=axes, keepdims=True))
-        rms = jnp.maximum(rms, jnp.finfo(z.dtype).tiny)
-        return z / rms, rms
+        return jnp.sqrt(jnp.mean(jnp.square(z), axis=axes, keepdims=True)), jnp.finfo(z.dtype).eps
 
     def example_value(self, z):
-        return super().example_value(self._unit(z)[0])
+        rms, floor = self._rms(z)
+        return super().example_value(z / jnp.maximum(rms, floor))
 
     def example_slope(self, z):
-        unit, rms = self._unit(z)
+        rms, floor = self._rms(z)
+        unit = z / jnp.maximum(rms, floor)
         slope = self.slope(unit)
         # The derivative through the norm removes the part of the slope along z.
         along = jnp.mean(slope * unit, axis=tuple(range(1, z.ndim)), keepdims=True)
-        return (slope - along * unit) / rms
+        return (slope - jnp.where(rms > floor, along, 0) * unit) / jnp.maximum(rms, floor)
+
+    def example_curvature(self, z):
+        rms, floor = self._rms(z)
+        unit = z / jnp.maximum(rms, floor)
+        along = jnp.mean(self.slope(unit) * unit, axis=tuple(range(1, z.ndim)), keepdims=True)
+        return (self.curvature(unit) - jnp.where(rms > floor, along, 0)) / jnp.square(jnp.maximum(rms, floor))
 
 
 def by_name(name: str, eps: float | None = None) -> Measure:

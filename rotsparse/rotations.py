@@ -75,19 +75,23 @@ class Rotations(eqx.Module):
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
         """The rotations in a file that `save` wrote, and their metadata.
 
-        Raises `ValueError` where the file is missing, unreadable, or holds something else.
+        Raises `ValueError`, naming the file, where it is missing, unreadable, or holds something else.
         """
         try:
             with safe_open(path, framework="numpy") as f:
-                missing = {"r_in", "r_out"} - set(f.keys())
-                if missing:
-                    raise ValueError(
-                        f"{path} holds {sorted(f.keys())}, expected r_in and r_out: is it a rotations file?"
-                    )
-                metadata = json.loads((f.metadata() or {}).get("rotsparse", "{}"))
-                return cls(f.get_tensor("r_in"), f.get_tensor("r_out")), metadata
+                names = sorted(f.keys())
+                tensors = {name: f.get_tensor(name) for name in ("r_in", "r_out") if name in names}
+                metadata = (f.metadata() or {}).get("rotsparse", "{}")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"cannot read rotations from {path}: {error}") from None
+        if len(tensors) < 2:
+            raise ValueError(f"{path} holds {names}, expected r_in and r_out: is it a rotations file?")
+        try:
+            return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: its metadata is not JSON ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _orthogonal(name, r):

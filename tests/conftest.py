@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests, and how hypothesis runs here."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Derandomised: the same commit gives the same verdict. No deadline: the first example of a test compiles.
+settings.register_profile(
+    "rotsparse",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("rotsparse")
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for oracles: finite differences, autodiff Jacobians, exact identities."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict():
+    """Arrays of different types may not meet: an accidental float64 (or float32) is an error.
+
+    Rank promotion stays allowed: a bias on a batch of examples is how these formulas are written.
+    """
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def rng():
+    """A NumPy generator with a fixed seed: test data that needs no key."""
+    return np.random.default_rng(0)
