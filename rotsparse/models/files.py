@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or not there."""
+"""Folders that are either complete or not there."""
 
 import os
 import shutil
@@ -6,21 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-def write_file(path: str | os.PathLike, payload: bytes) -> None:
-    """Write a file under a temporary name and rename it when it is complete."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(payload)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 @contextmanager
@@ -33,10 +18,11 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists():
         raise ValueError(f"{path} exists already: choose another name or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    outer = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    inner = outer / "new"  # with the access rights of any new folder, unlike what mkdtemp makes
     try:
-        yield temporary
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        inner.mkdir()
+        yield inner
+        os.rename(inner, path)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)

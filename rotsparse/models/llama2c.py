@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rotsparse.files import write_atomically
 from rotsparse.models.config import Rotary, TransformerConfig
-from rotsparse.models.files import write_file
 from rotsparse.models.model import Model, named, nested
 
 _HEADER = struct.Struct("<7i")
@@ -82,7 +82,7 @@ def save_llama2c(model: Model, path: str | os.PathLike) -> None:
     for name, _ in layout:
         names = [name.replace("*", str(i)) for i in range(c.n_layers)] if "*" in name else [name]
         parts += [np.ascontiguousarray(flat[n], "<f4").tobytes() for n in names]
-    write_file(path, b"".join(parts))
+    write_atomically(path, b"".join(parts))
 
 
 def _config(dim, hidden, n_layers, n_heads, n_kv_heads, vocab, seq_len):

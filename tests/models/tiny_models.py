@@ -25,7 +25,7 @@ RAW = {
     "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**_GROUPED, "head_dim": 6, "tie_word_embeddings": True},
     "gemma2": {**_GROUPED, "head_dim": 6, "sliding_window": 5},
-    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 32},
     "gpt_neox": {**_GROUPED, "num_key_value_heads": 4, "rotary_pct": 0.5},
     "bert": {**_GROUPED, "num_key_value_heads": 4, "architectures": ["BertModel"]},
 }

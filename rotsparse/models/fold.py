@@ -1,0 +1,159 @@
+"""Rotations put into a whole transformer, so that its residual stream is in the coordinates found.
+
+*The stream* (`fold_stream`): see `stream` for how; it costs nothing when the model runs.
+*One MLP* (`fold_mlp`): where the stream cannot be rotated, an MLP's inputs and outputs still can, at the price of two
+matrix products whenever the model runs.
+
+Everything is computed in float64, from rotations made orthogonal to float64, and rounded once. Every fold is checked on
+the tokens it is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from rotsparse.models.layers import mlp_layer, with_mlp_layer
+from rotsparse.models.model import AnyArray, Model
+from rotsparse.models.stream import keep_mean, moved_mean, rotate_stream, stream_places
+from rotsparse.models.transformer import run
+from rotsparse.rotations import Rotations
+
+# A fold that changes float64 logits by more than this share of the largest of them is no rounding error.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class FoldedModel:
+    """A folded model, and the largest differences of its outputs from the original's on the tokens that were checked:
+    `exact_error` before the new weights were rounded, `error` as the model runs. `scale` is the largest output."""
+
+    model: Model
+    error: float
+    exact_error: float
+    scale: float
+
+
+def fold_stream(
+    model: Model,
+    rotations: Float[AnyArray, "d d"] | Sequence[Float[AnyArray, "d d"]],
+    tokens: Int[AnyArray, "batch tokens"],
+) -> FoldedModel:
+    """The same model with its residual stream in coordinates `z = R x`.
+
+    `rotations`: one matrix for the whole stream, which stays within the model's own file format, or one for each of
+    `stream_places(model.config)`, which does not. `tokens`: a few real sequences on which the logits are compared.
+
+    A LayerNorm model stays one (and in its format) if every rotation keeps the mean direction, see `keep_mean`;
+    otherwise its norms become RMSNorms, which is the same function on a centred stream.
+
+    Raises `ValueError` where the architecture does not allow it (it says what is possible instead), a matrix is not
+    orthogonal, or the logits changed.
+    """
+    _check_foldable(model)
+    places = stream_places(model.config)
+    matrices = [rotations] * len(places) if getattr(rotations, "ndim", 0) == 2 else list(rotations)
+    if len(matrices) != len(places):
+        raise ValueError(
+            f"{len(matrices)} rotations for a stream of {len(places)} places ({places[0]}, …, {places[-1]}): "
+            "give one for each, or a single matrix for all"
+        )
+    matrices = [_exact(r, model.config.d_model) for r in matrices]
+    centred = model.config.norm == "layer"
+    keeps = centred and all(moved_mean(r) < 1e-4 for r in matrices)
+    if keeps:
+        matrices = [keep_mean(r) for r in matrices]
+    config = replace(model.config, norm="layer" if keeps else "rms")
+    exact = model.astype(np.float64)
+    folded = replace(exact, config=config, params=rotate_stream(exact.params, exact.config, matrices))
+    return _checked(model, exact, folded, tokens)
+
+
+def fold_mlp(model: Model, layer: int, rotations: Rotations, tokens: Int[AnyArray, "batch tokens"]) -> FoldedModel:
+    """The same model with one MLP in rotated coordinates: its sites `input` and `output` are `R_in u` and `R_out y`.
+
+    The model multiplies by `R_in` behind the norm and by `R_outᵀ` in front of the sum whenever it runs. This works for
+    every architecture, and no original file format can hold it.
+
+    Raises `ValueError` where the rotations do not fit, or the outputs changed.
+    """
+    config = model.config
+    for side, r in (("input", rotations.r_in), ("output", rotations.r_out)):
+        if len(r) == config.d_hidden != config.d_model:
+            raise ValueError(
+                f"the MLP's {side} has width {config.d_model}, the rotation {len(r)}, like the hidden layer: there "
+                "stands an elementwise φ, and φ(Qz) ≠ Qφ(z), so only an MLP's inputs and outputs can rotate"
+            )
+    r = Rotations(_exact(rotations.r_in, config.d_model), _exact(rotations.r_out, config.d_model))
+    exact = model.astype(np.float64)
+    folded = with_mlp_layer(exact, layer, mlp_layer(exact, layer).rotate(r.r_in, r.r_out))
+    mlp = folded.params["layers"][layer]["mlp"]
+    mlp["r_in"] = r.r_in @ mlp["r_in"] if "r_in" in mlp else r.r_in
+    mlp["r_out"] = r.r_out @ mlp["r_out"] if "r_out" in mlp else r.r_out
+    return _checked(model, exact, folded, tokens)
+
+
+_INSTEAD = "What can be done: analyse its MLPs (mlp_layer), or fold them one at a time with fold_mlp"
+
+
+def _check_foldable(model: Model) -> None:
+    c = model.config
+    if c.placement == "post":
+        raise ValueError(
+            f"the stream of a {c.architecture} model cannot be rotated: its norms stand in the stream (post-LN), "
+            f"and their scales do not commute with a rotation. {_INSTEAD}"
+        )
+    if c.placement == "sandwich":
+        raise ValueError(
+            f"the stream of a {c.architecture} model cannot be rotated: between each block and it stands a norm "
+            f"whose scale no matrix behind it could take up. {_INSTEAD}"
+        )
+    if not c.head:
+        raise ValueError(
+            f"this {c.architecture} model has no head that could take up the last norm and undo the rotation: load the "
+            "language model, not its bare body"
+        )
+    if any("r_in" in layer["mlp"] or "r_out" in layer["mlp"] for layer in model.params["layers"]):
+        raise ValueError("an MLP of this model was folded before: fold the stream first, then its MLPs")
+
+
+def _exact(r, d: int) -> np.ndarray:
+    """The nearest orthogonal matrix in float64."""
+    r = np.asarray(r, np.float64)
+    if r.shape != (d, d):
+        raise ValueError(f"the stream has width {d}: expected a rotation [{d}, {d}], got {list(r.shape)}")
+    error = np.abs(r @ r.T - np.eye(d)).max()
+    if not error < 1e-3:
+        raise ValueError(
+            f"the rotation is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
+        )
+    u, _, vt = np.linalg.svd(r)
+    return u @ vt
+
+
+def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedModel:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"tokens should be [batch, tokens] to check the fold on, got shape {list(tokens.shape)}")
+    with jax.enable_x64(True):
+        before = _outputs(exact, tokens)
+        exact_error = np.abs(_outputs(folded, tokens) - before).max()
+    scale = float(np.abs(before).max())
+    if not exact_error <= TOLERANCE * scale:
+        raise ValueError(
+            f"folding changed the function: outputs of up to {scale:.2g} differ by up to {exact_error:.2g}. "
+            "Are all weights finite, and of similar size?"
+        )
+    rounded = folded.astype(original.dtype)
+    error = exact_error
+    if original.dtype != np.float64:
+        error = np.abs(_outputs(rounded, tokens) - _outputs(original, tokens)).max()
+    return FoldedModel(rounded, float(error), float(exact_error), scale)
+
+
+def _outputs(model: Model, tokens: np.ndarray) -> np.ndarray:
+    # Operation by operation: compiling the whole network for one look at it would take longer than the look.
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(model.params, model.config, tokens)[0])

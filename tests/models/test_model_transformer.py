@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import RAW, message, tiny
+
+from rotsparse.layers import GatedMLP
+from rotsparse.models.layers import mlp_layer, with_mlp_layer
+from rotsparse.models.transformer import SITES, run
+
+TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
+PRE_NORM = [name for name in RAW if name not in ("bert", "gemma2")]
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_captured_values_fit_together(name):
+    """The layer taken from the model maps what was captured in front of it to what was captured behind."""
+    model = tiny(name)
+    points = tuple((1, site) for site in SITES)
+    _, seen = run(model.params, model.config, TOKENS, capture=points)
+    assert set(seen) == set(points)
+    assert seen[1, "hidden"].shape == (2, 9, model.config.d_hidden)
+    layer = mlp_layer(model, 1)
+    np.testing.assert_allclose(layer(seen[1, "input"]), seen[1, "output"], atol=1e-5)
+    if name == "bert":
+        np.testing.assert_array_equal(seen[1, "residual"], seen[1, "input"])
+        return
+    np.testing.assert_allclose(mlp_layer(model, 1, norm=True)(seen[1, "residual"]), seen[1, "output"], atol=1e-5)
+    if name in PRE_NORM:
+        block = mlp_layer(model, 1, norm=True, skip=True)(seen[1, "residual"])
+        np.testing.assert_allclose(block, seen[1, "residual"] + seen[1, "output"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("site", SITES)
+def test_interventions(name, site):
+    """Putting back the value changes nothing, another value changes the output, and under jit it is the same."""
+    model = tiny(name)
+    plain, seen = run(model.params, model.config, TOKENS, capture=((0, site),))
+    same, again = run(
+        model.params, model.config, TOKENS, capture=((0, site),), intervene={(0, site): lambda _: seen[0, site]}
+    )
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    np.testing.assert_array_equal(again[0, site], seen[0, site])
+
+    changed = jax.jit(lambda p, t: run(p, model.config, t, intervene={(0, site): lambda v: -v})[0])
+    assert np.abs(changed(model.params, TOKENS) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in RAW if name != "bert"])
+def test_no_token_sees_a_later_one(name):
+    model = tiny(name)
+    changed = TOKENS.copy()
+    changed[:, -1] = (changed[:, -1] + 1) % 31
+    a, b = (np.asarray(run(model.params, model.config, t)[0]) for t in (TOKENS, changed))
+    np.testing.assert_allclose(a[:, :-1], b[:, :-1], atol=1e-6)
+    assert np.abs(a[:, -1] - b[:, -1]).max() > 1e-3
+
+
+def test_a_window_hides_what_is_further_back():
+    model = tiny("mistral", num_hidden_layers=1)
+    changed = TOKENS.copy()
+    changed[:, 0] = (changed[:, 0] + 1) % 31
+    a, b = (np.asarray(run(model.params, model.config, t)[0]) for t in (TOKENS, changed))
+    different = np.abs(a - b).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(different, [True] * 5 + [False] * 4)  # a window of 5 tokens, itself included
+
+
+def test_padding_is_not_looked_at():
+    model = tiny("bert")
+    mask = np.ones((2, 9), bool)
+    mask[0, 6:] = False
+    padded = run(model.params, model.config, TOKENS, mask=mask)[0]
+    alone = run(model.params, model.config, TOKENS[:1, :6])[0]
+    np.testing.assert_allclose(padded[:1, :6], alone, atol=1e-5)
+
+
+def test_points_that_are_not_there():
+    model = tiny("llama")
+    for point in [(2, "input"), (0, "gate"), (-1, "input")]:
+        with pytest.raises(ValueError, match="layers 0 to 1, sites residual, input, hidden, output"):
+            run(model.params, model.config, TOKENS, capture=(point,))
+    with pytest.raises(ValueError, match=r"intervention at 0\.input returned shape \[2, 9\]"):
+        run(model.params, model.config, TOKENS, intervene={(0, "input"): lambda v: v[..., 0]})
+    with pytest.raises(ValueError, match="40 tokens a sequence, but the model has 32 positions"):
+        run(model.params, model.config, np.zeros((1, 40), int))
+
+
+# --- layers taken out and put back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_layer_put_back_is_the_same_model(name):
+    model = tiny(name)
+    options = {"norm": name != "bert", "skip": name in PRE_NORM}
+    again = with_mlp_layer(model, 1, mlp_layer(model, 1, **options))
+    assert again.fingerprint() == model.fingerprint()
+
+
+def test_layer_put_back_changes_only_its_own_model():
+    model = tiny("llama")
+    before = model.fingerprint()
+    layer = mlp_layer(model, 0)
+    assert isinstance(layer, GatedMLP)
+    changed = with_mlp_layer(model, 0, layer.rotate(None, jnp.eye(16)[::-1]))
+    assert model.fingerprint() == before != changed.fingerprint()
+    np.testing.assert_array_equal(changed.params["layers"][0]["mlp"]["w_down"], layer.w_down[::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("bert", {"norm": True}, "bert normalises behind its blocks"),
+        ("gemma2", {"norm": True, "skip": True}, "no rotsparse layer does"),
+        ("llama", {"skip": True}, "set norm=True too"),
+    ],
+)
+def test_layers_that_cannot_be(name, options, text):
+    with pytest.raises(ValueError) as error:
+        mlp_layer(tiny(name), 0, **options)
+    assert text in message(error)
+
+
+def test_layers_that_do_not_fit():
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match="layer 0 is a MLP with gelu_tanh, got a GatedMLP with silu"):
+        with_mlp_layer(model, 0, mlp_layer(tiny("llama"), 0))
+    with pytest.raises(ValueError, match=r"w_in has shape \[24, 32\], the model needs \[24, 16\]"):
+        with_mlp_layer(model, 0, mlp_layer(tiny("gpt2", n_embd=32), 0))
+    rotated = mlp_layer(model, 0, norm=True).rotate(jnp.linalg.qr(jnp.ones((16, 16)) + jnp.eye(16))[0], None)
+    with pytest.raises(ValueError, match="removes another direction"):
+        with_mlp_layer(model, 0, rotated)
