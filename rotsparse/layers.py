@@ -214,17 +214,24 @@ class FunctionLayer(Layer):
         return j if r_out is None else jnp.einsum("po,noi->npi", r_out, j)
 
     def rotate(self, r_in, r_out):
-        compose = lambda new, old: new if old is None else old if new is None else new @ old  # noqa: E731
-        return _replace(self, r_in=compose(r_in, self.r_in), r_out=compose(r_out, self.r_out))
+        rotated = self
+        if r_in is not None:
+            rotated = _replace(rotated, d_in=len(r_in), r_in=r_in if self.r_in is None else r_in @ self.r_in)
+        if r_out is not None:
+            rotated = _replace(rotated, d_out=len(r_out), r_out=r_out if self.r_out is None else r_out @ self.r_out)
+        return rotated
 
 
 class Subspace(Layer):
-    """`J ↦ P_out J P_inᵀ` for frames P with orthonormal rows: a layer seen through some of its directions. The examples
-    stay whole, so gates and norms are those of the original layer."""
+    """`J ↦ P_out J P_inᵀ` for frames P with orthonormal rows: a layer seen through some of its directions. The
+    examples stay whole, so gates and norms are those of the original layer."""
 
     layer: Layer
     frame_in: Float[Array, "k_in d_in"]
     frame_out: Float[Array, "k_out d_out"]
+
+    def __init__(self, layer: Layer, frame_in: Matrix, frame_out: Matrix):
+        self.layer, self.frame_in, self.frame_out = layer, frame_in, frame_out
 
     @property
     def d_in(self) -> int:
@@ -320,7 +327,7 @@ def _skip_matrix(skip, d_out, d_in, dtype):
             raise ValueError(
                 f"a skip connection adds the input to the output: expected d_in = d_out, got {d_in} and {d_out}"
             )
-        return jnp.eye(d_in, dtype=dtype)
+        return np.eye(d_in, dtype=dtype)
     return weight("skip", skip, (d_out, d_in))
 
 
