@@ -1,12 +1,13 @@
 """`compare`: one table of all metrics for all bases, on the same held-out examples and the same resamples of them."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -17,8 +18,8 @@ from rotsparse.layers import Layer
 from rotsparse.measures import GemanMcClure, Measure
 from rotsparse.metrics import HIGHER_IS_SPARSER, Matrix, evaluate
 from rotsparse.rotations import Rotations
+from rotsparse.statistics import Rows, jacobian_gram, jacobians
 from rotsparse.statistics import covariance as input_covariance
-from rotsparse.statistics import jacobian_gram, jacobians
 
 LABELS: dict[str, str] = {
     "edges_90": "edges@90",
@@ -84,14 +85,14 @@ class Comparison:
         rivals = [basis for basis in self.metrics if basis != learned]
         if learned not in self.metrics or not rivals:
             raise ValueError(f"expected {learned!r} and at least one other basis, got {', '.join(self.metrics)}")
-        clear, close, behind = [], [], []
+        clear, close, behind = [], defaultdict(list), defaultdict(list)
         for name in self._names():
             rival = self._best(name, rivals)
             ours, theirs = self.metrics[learned][name], self.metrics[rival][name]
             if self._best(name, [rival, learned]) == rival:
-                behind.append(f"{LABELS[name]} (best: {rival})")
+                behind[rival].append(LABELS[name])
             elif ours.overlaps(theirs):
-                close.append(f"{LABELS[name]} (next: {rival})")
+                close[rival].append(LABELS[name])
             else:
                 clear.append(LABELS[name])
         total = len(self._names())
@@ -102,8 +103,8 @@ class Comparison:
             )
         parts = [f"sparser than every baseline on {len(clear)} of {total} metrics"]
         parts[0] += f" ({', '.join(clear)})" if clear else ""
-        parts += [f"ahead within the 95% intervals on {', '.join(close)}"] if close else []
-        parts += [f"not ahead on {', '.join(behind)}"] if behind else []
+        parts += [f"ahead of {rival} within the 95% intervals on {', '.join(names)}" for rival, names in close.items()]
+        parts += [f"not ahead of {rival} on {', '.join(names)}" for rival, names in behind.items()]
         return f"On held-out examples {learned} is {'; '.join(parts)}."
 
     def _names(self) -> list[str]:
@@ -118,7 +119,7 @@ class Comparison:
 
 def compare(
     layer: Layer,
-    x_test: Float[Array, "n d_in"],
+    x_test: Rows,
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool = False,

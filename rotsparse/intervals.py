@@ -40,4 +40,5 @@ def bootstrap_interval(value: float, resampled: Float[np.ndarray, "resamples"]) 
     lower on fewer examples. The move takes out that bias; for a mean it changes nothing.
     """
     low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975])
-    return Interval(float(value), float(value + low), float(value + high))
+    # A count that hardly ever changes may have both percentiles on one side of its mean.
+    return Interval(float(value), float(value + min(low, 0)), float(value + max(high, 0)))

@@ -14,8 +14,8 @@ from rotsparse.checks import activations, weight
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
+from rotsparse.statistics import Rows, jacobian_gram, jacobians
 from rotsparse.statistics import covariance as input_covariance
-from rotsparse.statistics import jacobian_gram, jacobians
 
 Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
 
@@ -32,13 +32,10 @@ HIGHER_IS_SPARSER: dict[str, bool] = {
     "gap_closed": True,
 }
 
-# Small enough that the passes over a chunk on the host run mostly in cache.
-_CHUNK_BYTES = 8 * 2**20
-
 
 def evaluate(
     layer: Layer,
-    x: Float[Array, "n d_in"],
+    x: Rows,
     rotations: Rotations,
     *,
     scale_inputs: bool = False,
@@ -47,7 +44,7 @@ def evaluate(
     key: PRNGKeyArray,
     resamples: int = 200,
 ) -> dict[str, Interval]:
-    """The metrics of `Z = R_out J(x) R_inᵀ` on held-out `x`, N entries an example:
+    """The metrics of `Z = R_out J(x) R_inᵀ` on held-out `x` (`[n, d_in]`), N entries an example:
 
     - `edges_90`, `edges_99`: how many entries of the mean squared Jacobian `E[Z²]` hold 90% (99%) of its sum;
     - `fraction_below_0.1_rms`: share of all entries with `|z| < 0.1 rms(Z)`, the rms over all entries and examples;
@@ -82,7 +79,7 @@ def evaluate(
     per_example: list[dict[str, np.ndarray]] = []
     square_sum, resampled_squares = np.zeros(entries), np.zeros((resamples, entries), np.float32)
     done = 0
-    for z in jacobians(layer, x, r_in, r_out, chunk_bytes=_CHUNK_BYTES):
+    for z in jacobians(layer, x, r_in, r_out):
         z = np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
         square = np.square(z)
         per_example.append(_example_metrics(z, square))

@@ -18,19 +18,20 @@ from rotsparse.checks import activations
 from rotsparse.layers import Layer
 
 Rows = Float[Array, "n d"] | Float[np.ndarray, "n d"]
+"""Examples, one a row."""
 
 CHUNK_BYTES = 64 * 2**20
 
 
-def chunk_size(layer: Layer, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """How many examples' Jacobians to hold at once (in float32).
+def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
+    """How many examples' Jacobians, in float32, fit into `chunk_bytes` (default: `CHUNK_BYTES`); at least one.
 
     An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for the gated weights it is made of: as
     many as the largest weight matrix has.
     """
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(layer) if eqx.is_array_like(leaf)]
     numbers = max([layer.d_out * layer.d_in, *sizes])
-    return max(1, chunk_bytes // (4 * numbers))
+    return max(1, (CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // (4 * numbers))
 
 
 def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
@@ -74,19 +75,19 @@ class JacobianMoments(NamedTuple):
     gram_out: Float[np.ndarray, "d_out d_out"]
 
 
-def jacobian_moments(layer: Layer, x: Float[Array, "n d_in"]) -> JacobianMoments:
+def jacobian_moments(layer: Layer, x: Rows) -> JacobianMoments:
     """`E[J]`, `E[JᵀJ]`, `E[JJᵀ]` over the examples. Two matrix products of `2·d_out·d_in·(d_in + d_out)` flops an
     example beside the Jacobian itself."""
     return JacobianMoments(*_mean_over_examples(_moment_sums, layer, x))
 
 
-def jacobian_gram(layer: Layer, x: Float[Array, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
+def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
     """`E[JᵀJ]`: its quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the output's response to direction r."""
     return _mean_over_examples(_gram_sum, layer, x)[0]
 
 
 def jacobians(
-    layer: Layer, x: Float[Array, "n d_in"], r_in=None, r_out=None, *, chunk_bytes: int = CHUNK_BYTES
+    layer: Layer, x: Float[Array, "n d_in"], r_in=None, r_out=None, *, chunk_bytes: int | None = None
 ) -> Iterator[np.ndarray]:
     """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
 
@@ -103,7 +104,7 @@ class LayerStatistics:
     Raises `ValueError` where `x` is not `[examples, d_in]`, not finite, or constant.
     """
 
-    def __init__(self, layer: Layer, x: Float[Array, "n d_in"]):
+    def __init__(self, layer: Layer, x: Rows):
         self.layer = layer
         self.x = activations("x", x, layer.d_in)
 
