@@ -198,7 +198,7 @@ def minimize(
             "restart": chosen,
             "seconds": seconds,
             "compile_seconds": compile_seconds,
-            "gradient_norm": float(optax.global_norm(grads)),
+            "gradient_norm": float(optax.tree.norm(grads)),
             "orthogonality_error": _worst_error(bases),
         },
     )

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from rotsparse.layers import Layer
 from rotsparse.measures import Measure
-from rotsparse.objectives import chunk_size, chunked_sum
-from rotsparse.statistics import jacobian_gram
+from rotsparse.objectives import chunked_sum
+from rotsparse.statistics import chunk_size, jacobian_gram
 
 
 def floor(layer: Layer, x: Float[Array, "n d_in"], measure: Measure) -> float:

@@ -6,6 +6,7 @@ only the result is rounded to the precision that the weights came in.
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,14 +46,14 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Array, "n d_in"] | None = 
     widths = (rotations.r_in.shape[0], rotations.r_out.shape[0])
     if widths != (layer.d_in, layer.d_out):
         raise ValueError(f"the rotations have widths {widths[0]} and {widths[1]}, the layer {layer.d_in} and {layer.d_out}")
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(layer) if hasattr(leaf, "dtype")}
-    dtype = np.dtype(max(dtypes, key=lambda t: np.dtype(t).itemsize)) if dtypes else np.dtype(np.float32)
     if x is None:
-        x = np.random.default_rng(0).standard_normal((64, layer.d_in))
-    x = np.asarray(checks.activations("x", x, layer.d_in), dtype)
+        x = np.random.default_rng(0).standard_normal((64, layer.d_in), np.float32)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(layer) if isinstance(leaf, np.ndarray | jax.Array)] or [x.dtype]
+    dtype = np.result_type(*dtypes)
+    x = np.asarray(checks.weight("x", x, (None, layer.d_in)), dtype)
 
     exact = Rotations(_orthogonalized(rotations.r_in), _orthogonalized(rotations.r_out))
-    with jax.enable_x64(dtype == np.float64):
+    with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
         rotated = _cast(_cast(layer, np.float64).rotate(exact.r_in, exact.r_out), dtype)
         before = np.asarray(layer(jnp.asarray(x)))
         z = np.asarray(x.astype(np.float64) @ exact.r_in.T, dtype)
@@ -75,5 +76,5 @@ def _orthogonalized(r: Array) -> np.ndarray:
 
 
 def _cast(layer, dtype):
-    """The layer with NumPy weights of that type."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), layer)
+    """The layer with NumPy weights of that type (functions and constants that they close over stay)."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype) if eqx.is_array_like(leaf) else leaf, layer)

@@ -38,7 +38,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
             case ".safetensors":
                 return load_file(path)
             case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
+                with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
                     return {name: arrays[name] for name in arrays.files}
             case ".npy":
                 return {"array": np.load(path, allow_pickle=False)}

@@ -322,13 +322,11 @@ def _rotated_skip(skip, r_in, r_out):
 def _skip_matrix(skip, d_out, d_in, dtype):
     if skip is False or skip is None:
         return None
-    if skip is True:
-        if d_out != d_in:
-            raise ValueError(
-                f"a skip connection adds the input to the output: expected d_in = d_out, got {d_in} and {d_out}"
-            )
-        return np.eye(d_in, dtype=dtype)
-    return weight("skip", skip, (d_out, d_in))
+    if skip is True and d_out != d_in:
+        raise ValueError(
+            f"a skip connection adds the input to the output: expected d_in = d_out, got {d_in} and {d_out}"
+        )
+    return weight("skip", np.eye(d_in, dtype=dtype) if skip is True else skip, (d_out, d_in))
 
 
 def _check_norm(norm, d_in):

@@ -24,7 +24,7 @@ from rotsparse import checks
 from rotsparse.layers import Layer, Subspace
 from rotsparse.measures import Measure, with_eps
 from rotsparse.orthogonal import matmul, skew
-from rotsparse.statistics import covariance, jacobian_gram
+from rotsparse.statistics import chunk_size, covariance, jacobian_gram
 
 Bases = dict[str, Float[Array, "d d"]]
 
@@ -33,7 +33,7 @@ VARIANCE_FLOOR = 1e-6
 
 # Memory for the per-example arrays of one chunk. Larger chunks are no faster: this keeps a core's matrix products busy
 # and the intermediate results near the cache.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 class Objective(eqx.Module):
@@ -109,7 +109,7 @@ class JacobianSparsity(Objective):
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
         self.batch_size = batch_size
         self.precision = precision
-        self.chunk = chunk_size(layer)
+        self.chunk = chunk_size(layer, CHUNK_BYTES)
 
     @property
     def spaces(self):
@@ -132,7 +132,7 @@ class JacobianSparsity(Objective):
             layer=subspace,
             gram=jnp.asarray(jacobian_gram(subspace, self.x), self.x.dtype),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
-            chunk=chunk_size(subspace),
+            chunk=chunk_size(subspace, CHUNK_BYTES),
         )
 
     def on(self, x: Float[Array, "n d_in"]) -> "JacobianSparsity":
@@ -335,12 +335,6 @@ class Held(Objective):
     def value_and_grad(self, bases):
         value, grads = self.objective.value_and_grad(bases | self.held)
         return value, {name: g for name, g in grads.items() if name not in self.held}
-
-
-def chunk_size(layer: Layer) -> int:
-    """Examples a chunk, so that its Jacobians (and what they are made of) take about `CHUNK_BYTES`."""
-    hidden = max((leaf.shape[0] for leaf in jax.tree.leaves(layer) if leaf.ndim == 2), default=0)
-    return max(1, CHUNK_BYTES // (4 * layer.d_in * (hidden + 2 * layer.d_out)))
 
 
 def chunked_sum(function, x: Float[Array, "n d"], chunk: int):

@@ -133,7 +133,7 @@ class Solution:
     def load(cls, path: str | os.PathLike) -> "Solution":
         """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             scalars = json.loads(str(arrays["scalars"]))
             under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
