@@ -1,0 +1,100 @@
+"""What the figures show, computed from streamed examples: a few small arrays, whatever the number of examples.
+
+All magnitudes are in units of `rms(Z)`, the root mean square of all entries over all examples in the same basis.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rotsparse.checks import activations
+from rotsparse.layers import Layer
+from rotsparse.rotations import Rotations
+from rotsparse.statistics import covariance as input_covariance
+from rotsparse.statistics import jacobians
+
+BEFORE, AFTER = "neurons", "learned"
+
+# The histogram's bins: 1% wide, over the whole range of float32, so that no scale has to be known beforehand.
+_BIN = 0.01
+_LOWEST = -110.0
+_BINS = round(220 / _BIN)
+_CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """`mean[basis]` is `E|Z|`, `[d_out, d_in]`, and `examples[basis]` the |Z| of the same few single examples, for the
+    two bases that are shown as pictures, "neurons" and "learned".
+
+    `curves[basis]`, for every basis, is how large |z| is at each of `ranks`: a share `ranks[k]` of all entries of all
+    examples is at least `curves[basis][k]`.
+    """
+
+    mean: dict[str, Float[np.ndarray, "d_out d_in"]]
+    examples: dict[str, Float[np.ndarray, "k d_out d_in"]]
+    ranks: Float[np.ndarray, "r"]
+    curves: dict[str, Float[np.ndarray, "r"]]
+
+
+def picture_data(
+    layer: Layer,
+    x: Float[Array, "n d_in"],
+    bases: dict[str, Rotations],
+    *,
+    scale_inputs: bool,
+    covariance: Float[Array, "d_in d_in"] | None = None,
+    examples: int = 3,
+) -> PictureData:
+    """The arrays behind all figures, from held-out inputs `x`. One pass over the examples for each basis.
+
+    `bases` holds at least "neurons" and "learned". `scale_inputs` and `covariance` are as in `metrics.evaluate`. The
+    single examples are spread evenly over `x`. The curves are read off a histogram with bins 1% wide.
+
+    Raises `ValueError` where one of the two is missing, `x` does not fit, or the Jacobian is zero for every example.
+    """
+    x = activations("x", x, layer.d_in)
+    if not {BEFORE, AFTER} <= set(bases):
+        raise ValueError(f"a report needs bases called {BEFORE!r} and {AFTER!r}, got {', '.join(bases) or 'none'}")
+    sigma = input_covariance(x)[1] if covariance is None else np.asarray(covariance, np.float64)
+    picked = x[np.linspace(0, len(x) - 1, min(examples, len(x))).round().astype(int)]
+    entries = layer.d_in * layer.d_out
+    # The few largest entries need steps in the logarithm, the many small ones even steps.
+    ranks = np.unique(np.concatenate([np.geomspace(1 / entries, 1, 100), np.linspace(0.01, 1, 100)]))
+
+    mean, single, curves = {}, {}, {}
+    for name, rotations in bases.items():
+        r_in = np.asarray(rotations.r_in, np.float64)
+        if scale_inputs:
+            variance = np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True)
+            r_in = r_in * np.sqrt(np.maximum(variance, 0))[:, None]
+        total, square_sum, counts = np.zeros((layer.d_out, layer.d_in)), 0.0, np.zeros(_BINS, np.int64)
+        for z in jacobians(layer, x, r_in, rotations.r_out, chunk_bytes=_CHUNK_BYTES):
+            z = np.abs(z)
+            total += z.sum(axis=0, dtype=np.float64)
+            square_sum += np.square(z, dtype=np.float64).sum()
+            counts += _histogram(z)
+        rms = np.sqrt(square_sum / (entries * len(x)))
+        if rms == 0:
+            raise ValueError("the layer's Jacobian is zero for every example: there is nothing to show")
+        curves[name] = _magnitudes(counts, ranks) / rms
+        if name in (BEFORE, AFTER):
+            mean[name] = total / (len(x) * rms)
+            single[name] = np.abs(np.concatenate(list(jacobians(layer, picked, r_in, rotations.r_out)))) / rms
+    return PictureData(mean, single, ranks, curves)
+
+
+def _histogram(z: Float[np.ndarray, "*s"]) -> Int[np.ndarray, "bins"]:
+    """Counts of |z| in bins of equal width in the logarithm; zeros are in the first."""
+    with np.errstate(divide="ignore"):
+        place = (np.log(z.ravel()) - _LOWEST) / _BIN
+    return np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
+
+
+def _magnitudes(counts: Int[np.ndarray, "bins"], ranks: Float[np.ndarray, "r"]) -> Float[np.ndarray, "r"]:
+    """The magnitude that a share `ranks` of the counted entries reaches."""
+    at_least = np.cumsum(counts[::-1]) / counts.sum()
+    # The tolerance keeps rounding of the last cumulative sum from asking for a bin that does not exist.
+    bins = _BINS - 1 - np.searchsorted(at_least, ranks * (1 - 1e-12))
+    return np.where(bins > 0, np.exp(_LOWEST + (bins + 0.5) * _BIN), 0)

@@ -1,0 +1,185 @@
+"""The report as one HTML page that needs nothing beside itself: the figures are inside, and it loads nothing."""
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import jax
+import numpy as np
+
+from rotsparse.alignment import chance_cosine
+from rotsparse.compare import LABELS, Comparison
+from rotsparse.metrics import HIGHER_IS_SPARSER
+from rotsparse.report.data import AFTER, BEFORE
+from rotsparse.report.names import basis_name, metric_meaning, metric_name, metric_value
+from rotsparse.solution import Solution
+
+# A direction counts as found again where another restart has one at a larger |cos|.
+SAME = 0.99
+
+
+def render(
+    *,
+    finding: str,
+    figures: dict[str, bytes],
+    comparison: Comparison,
+    solution: Solution,
+    examples: int,
+    scale_inputs: bool,
+    config: dict[str, Any],
+    floor: float | None = None,
+    function_error: float | None = None,
+) -> str:
+    """The page. `figures` holds PNG files, named as `write_report` does; `examples` is how many were held out."""
+    captions = _captions(examples, scale_inputs, floor is not None)
+    embedded = {name: _figure(figures[name], caption) for name, caption in captions.items()}
+    config = dict(config)
+    versions = config.pop("versions", {})
+    return Template(files("rotsparse.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        finding=escape(finding),
+        tiles=_tiles(comparison, solution, function_error),
+        heat_maps=embedded["heat_maps"],
+        examples=f"{examples:,}",
+        table=_table(comparison),
+        glossary=_glossary(comparison),
+        single=embedded["examples"],
+        sorted=embedded["sorted"],
+        metrics=embedded["metrics"],
+        fit=_rows(_fit_facts(solution, floor, function_error)),
+        history=embedded["history"],
+        agreement=_agreement(solution),
+        config=_rows(config.items()),
+        versions=_rows(versions.items()),
+    )
+
+
+def _captions(examples: int, scale_inputs: bool, has_floor: bool) -> dict[str, str]:
+    scaled = " Every column is multiplied by the standard deviation of its input direction." if scale_inputs else ""
+    limit = " No rotations get below the floor; to reach it, one pair would have to diagonalise all Jacobians."
+    return {
+        "heat_maps": "Every square says how far one output direction (row) moves for a small change along one input "
+        f"direction (column), in absolute value, averaged over {examples:,} held-out examples.{scaled} White is at "
+        "most 0.1 of the root mean square (rms) of all entries; the colour scale is logarithmic and shared. Directions "
+        "have no order of their own: in both pictures one rule orders rows and columns, so that large entries come to "
+        "the diagonal.",
+        "examples": "The same for single examples, above in the basis of neurons, below in the learned one. Rows and "
+        "columns keep the order of the averages. The fit makes every one of these sparse, not their average.",
+        "sorted": "The entries of all held-out examples, the largest at the left. The further left a curve falls "
+        "below the dotted line, the more entries are practically zero. A curve that drops vertically ends in exact "
+        "zeros, such as the rows of inactive ReLU neurons.",
+        "metrics": "A point for every basis, with its 95% interval where that is wider than the point. A diamond "
+        "marks the best.",
+        "history": "The objective during the fit. If it still falls at the end, more steps may help."
+        + (limit if has_floor else ""),
+    }
+
+
+def _figure(png: bytes, caption: str) -> str:
+    image = base64.b64encode(png).decode("ascii")
+    caption = escape(caption)
+    picture = f'<img alt="{caption}" src="data:image/png;base64,{image}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _tiles(comparison: Comparison, solution: Solution, function_error: float | None) -> str:
+    before, after = comparison.metrics[BEFORE], comparison.metrics[AFTER]
+    tiles = []
+    for metric in ("fraction_below_0.1_rms", "edges_99"):
+        rival = comparison.metrics[_best_rival(comparison, metric)][metric]
+        show = (lambda v: f"{v:.0%}") if metric.startswith("fraction") else (lambda v, m=metric: metric_value(m, v))
+        change = f"{show(before[metric].value)} → {show(after[metric].value)}"
+        tiles.append((metric_name(metric), change, f"best other basis: {show(rival.value)}"))
+    if function_error is not None:
+        tiles.append(("function error", f"{function_error:.1e}", "largest change of an output after folding"))
+    tiles.append(("orthogonality error", f"{_orthogonality_error(solution):.1e}", "largest entry of |RRᵀ − I|"))
+    cells = ((escape(name), escape(value), escape(note)) for name, value, note in tiles)
+    return "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in cells)
+
+
+def _best_rival(comparison: Comparison, metric: str) -> str:
+    return Comparison({basis: of for basis, of in comparison.metrics.items() if basis != AFTER}).best(metric)
+
+
+def _table(comparison: Comparison) -> str:
+    names = _metrics(comparison)
+    best = {metric: comparison.best(metric) for metric in names}
+    heads = "".join(
+        f'<th scope="col">{escape(LABELS[m])}&nbsp;{"↑" if HIGHER_IS_SPARSER[m] else "↓"}</th>' for m in names
+    )
+    rows = []
+    for basis, of in comparison.metrics.items():
+        cells = []
+        for name, m in of.items():
+            low, high = metric_value(name, m.low), metric_value(name, m.high)
+            mark = ' class="best"' if best[name] == basis else ""
+            cells.append(f"<td{mark}>{metric_value(name, m.value)}<small>{low} to {high}</small></td>")
+        mark = ' class="learned"' if basis == AFTER else ""
+        rows.append(f'<tr{mark}><th scope="row">{escape(basis_name(basis))}</th>{"".join(cells)}</tr>')
+    return (
+        f'<table class="metrics"><thead><tr><th scope="col">basis</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _glossary(comparison: Comparison) -> str:
+    return "".join(f"<li><b>{escape(LABELS[m])}</b>: {escape(metric_meaning(m))}</li>" for m in _metrics(comparison))
+
+
+def _metrics(comparison: Comparison) -> list[str]:
+    return list(comparison.metrics[AFTER])
+
+
+def _fit_facts(solution: Solution, floor: float | None, function_error: float | None) -> Iterable[tuple[str, str]]:
+    detail = f" ({solution.detail})" if solution.detail else ""
+    yield "Result", f"{solution.result.name}: {solution.result.value}{detail}"
+    held_out = "" if solution.validation_value is None else f"; on held-out examples {solution.validation_value:.4g}"
+    yield "Objective", f"{solution.start_value:.4g} at the start, {solution.value:.4g} at the end{held_out}"
+    if floor is not None:
+        way = (solution.start_value - solution.value) / max(solution.start_value - floor, 1e-12)
+        yield "Floor", f"{floor:.4g}, a bound for any rotations; the fit went {way:.0%} of the way from its start to it"
+    if function_error is not None:
+        yield "Function error", f"{function_error:.2e}: largest change of an output with the rotations in the weights"
+    yield "Orthogonality error", f"{_orthogonality_error(solution):.2e}: largest entry of |RRᵀ − I|"
+    for name in ("steps", "best_step", "seconds"):
+        if name in solution.stats:
+            value = solution.stats[name]
+            yield name.replace("_", " ").capitalize(), f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _orthogonality_error(solution: Solution) -> float:
+    return solution.rotations.orthogonality_error()
+
+
+def _agreement(solution: Solution) -> str:
+    """How many directions of each side the other restarts found again, beside what chance would give."""
+    if len(solution.candidates) < 2:
+        return ""
+    rows = []
+    for space, cosines in solution.agreement().items():
+        d = cosines.shape[1]
+        again = int(np.sum(cosines.min(axis=0) > SAME))
+        chance = chance_cosine(d, key=jax.random.key(0), draws=5).value
+        side = {"in": "inputs", "out": "outputs"}.get(space, space)
+        mean = f"mean |cos| {cosines.mean():.2f} (chance {chance:.2f})"
+        rows.append((side, f"{again} of {d} directions found again; {mean}"))
+    return (
+        f'<h2>Do the restarts agree?</h2><table class="facts">{_rows(rows)}</table>'
+        f'<p class="note">{len(solution.candidates)} restarts from different starts. A direction is found again where '
+        f"every other restart has one at |cos| &gt; {SAME}. Directions that are not found again are one choice among "
+        "many: the data do not determine them, however sparse the result.</p>"
+    )
+
+
+def _rows(facts: Iterable[tuple[str, Any]]) -> str:
+    return "".join(f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(_text(v))}</td></tr>' for k, v in facts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_text(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return "none" if value is None else str(value)
