@@ -25,19 +25,18 @@ $(BIN)/pip:
 	  echo "rotsparse needs Python 3.11 or newer, and $(PYTHON) is older or missing: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each set of extras, remade when the requirements change.
-define install
-$(VENV)/.installed-$(1): pyproject.toml constraints.txt | $(BIN)/pip
-	@echo "Installing rotsparse$(2) into $(VENV) ..."
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(2)'
-	@touch $$@
-endef
-$(eval $(call install,core,))
-$(eval $(call install,tests,[tests,models]))
-$(eval $(call install,dev,[dev]))
-$(eval $(call install,benchmarks,[benchmarks]))
-$(eval $(call install,experiments,[models]))
-$(eval $(call install,peers,[tests,peers]))
+# The extras that a target needs, and one stamp for each such set: remade when the requirements change.
+extras-core :=
+extras-tests := [tests,models]
+extras-dev := [dev]
+extras-benchmarks := [benchmarks]
+extras-experiments := [models]
+extras-peers := [tests,peers]
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(extras-$*)'
+	@touch $@
 
 demo: $(VENV)/.installed-core
 	$(BIN)/rotsparse demo --out runs/demo --overwrite
