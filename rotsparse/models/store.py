@@ -1,0 +1,166 @@
+"""Activations on disk: a folder with `manifest.json` and the rows in `.npy` shards.
+
+The manifest says which model, layer, site and tokens they come from, and lists every finished shard with its rows and
+SHA-256. It is replaced after each shard, so that whatever it lists is whole, and a capture can go on from there.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rotsparse.files import write_atomically
+from rotsparse.models.model import Model
+
+_MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
+_PROGRESS = ("rows", "shards", "complete")
+
+
+class ActivationStore:
+    """A finished store: `rows x width` numbers, of which only what is asked for is read."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.shape = (int(manifest["rows"]), int(manifest["width"]))
+        self._ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: range) -> Float[np.ndarray, "n width"]:
+        """These rows, as float32. Raises `ValueError` where they are outside the store or a shard is damaged."""
+        if len(rows) and not (0 <= min(rows) and max(rows) < len(self)):
+            raise ValueError(f"rows {rows} are outside the store {self.folder}, which has {len(self)}")
+        indices = np.asarray(rows)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        out = np.empty((len(rows), self.shape[1]), np.float32)
+        for shard in np.unique(shards):
+            array = self._shard(int(shard))
+            here = shards == shard
+            out[here] = array[indices[here] - (self._ends[shard] - len(array))]
+        return out
+
+    def verify(self) -> None:
+        """Read everything once and compare it with the manifest's hashes. Raises `ValueError` that names the shard."""
+        for shard in self.manifest["shards"]:
+            with (self.folder / shard["file"]).open("rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
+                    raise ValueError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
+
+    def _shard(self, index: int) -> np.ndarray:
+        shard = self.manifest["shards"][index]
+        path = self.folder / shard["file"]
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"cannot read {path}: {error}. Remove the store and capture again") from None
+        if array.shape != (shard["rows"], self.shape[1]):
+            raise ValueError(f"{path} has shape {list(array.shape)}, expected {[shard['rows'], self.shape[1]]}")
+        return array
+
+
+def open_store(folder: str | os.PathLike, model: Model | None = None) -> ActivationStore:
+    """The store in a folder; with a model, only if it was captured from that model.
+
+    Raises `ValueError` where there is no store, it is unfinished or a shard is missing, or another model wrote it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{folder} holds no activations: there is no {_MANIFEST}")
+    if model is not None and manifest["model"] != model.fingerprint():
+        raise ValueError(
+            f"the activations in {folder} come from another model (or from before it was folded): capture them again"
+        )
+    if not manifest["complete"]:
+        raise ValueError(
+            f"the capture into {folder} was interrupted: start it again with the same settings, it goes on"
+        )
+    missing = [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing[:5])}: remove the store and capture again")
+    return ActivationStore(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder, `None` where there is none. Raises `ValueError` where it is something else."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {folder / _MANIFEST}: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise ValueError(f"{folder / _MANIFEST} is not the manifest of an activation store")
+    return manifest
+
+
+class StoreWriter:
+    """Adds shards to a store, beginning or going on.
+
+    `settings` is everything that determines the rows; a store that was begun with others is refused.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder = folder
+        self.manifest: dict[str, Any] = {"format": _FORMAT, **settings, "rows": 0, "shards": [], "complete": False}
+        begun = read_manifest(folder)
+        if begun is not None and begun["shards"]:
+            self._check_same(begun)
+            self.manifest = begun
+        elif begun is None and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no activations: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest["complete"]
+
+    @property
+    def shards(self) -> int:
+        """How many shards are finished."""
+        return len(self.manifest["shards"])
+
+    def write(self, index: int, rows: np.ndarray) -> None:
+        """Shard number `index`; one that is there already is left alone."""
+        if index < self.shards:
+            return
+        assert index == self.shards, "shards are written in order"
+        if index == 0:
+            self._save()  # from now on the folder is known as this store, whatever happens
+        buffer = io.BytesIO()
+        np.save(buffer, rows)
+        payload, file = buffer.getvalue(), f"{index:05d}.npy"
+        write_atomically(self.folder / file, payload)
+        digest = hashlib.sha256(payload).hexdigest()
+        self.manifest["shards"].append({"file": file, "rows": len(rows), "sha256": digest})
+        self.manifest["rows"] += len(rows)
+        self._save()
+
+    def finish(self) -> ActivationStore:
+        """Mark the store as complete."""
+        if not self.complete:
+            self.manifest["complete"] = True
+            self._save()
+        return ActivationStore(self.folder, self.manifest)
+
+    def _save(self) -> None:
+        write_atomically(self.folder / _MANIFEST, json.dumps(self.manifest, indent=1).encode())
+
+    def _check_same(self, begun: Mapping[str, Any]) -> None:
+        wanted = {name: value for name, value in self.manifest.items() if name not in _PROGRESS}
+        found = {name: value for name, value in begun.items() if name not in _PROGRESS}
+        if wanted["model"] != found["model"]:
+            raise ValueError(f"{self.folder} holds activations of another model: choose another folder")
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"{self.folder} was begun with {name} = {found.get(name)!r}, not {wanted.get(name)!r}: choose "
+                    "another folder, or the same settings to go on"
+                )
