@@ -2,8 +2,8 @@
 times faster than vmapped `jax.jacrev` with autodiff through it.
 
 Everything is timed in this one process, in turn. Work is counted as what the closed form needs,
-`2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` flops; the matrix-product rate is that of the same three products with nothing
-between them (and of one large square product, for reference).
+`2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` flops; the matrix-product rate is that of the same three products
+with nothing between them (and of one large square product, for reference).
 """
 
 import dataclasses
@@ -54,11 +54,22 @@ def main(config: Config) -> None:
     shapes = GPU_SHAPES if jax.default_backend() != "cpu" else SHAPES
     shapes = shapes[:1] if config.quick else shapes
     table = Table(title=f"objective and gradient on {jax.devices()[0].device_kind} ({jax.local_device_count()} device)")
-    for heading in ("layer", "examples/s", "GF/s", "same products GF/s", "square product GF/s", "share", "÷ autodiff", "÷ factored autodiff"):
+    for heading in (
+        "layer",
+        "examples/s",
+        "GF/s",
+        "same products GF/s",
+        "square product GF/s",
+        "share",
+        "÷ autodiff",
+        "÷ factored autodiff",
+    ):
         table.add_column(heading, justify="right")
     results = []
     for shape in shapes:
-        result = measure(shape, config.examples if shape.d < 1000 else max(8, config.examples // 8), 3 if config.quick else 5)
+        result = measure(
+            shape, config.examples if shape.d < 1000 else max(8, config.examples // 8), 3 if config.quick else 5
+        )
         results.append(result)
         table.add_row(
             shape.name,
@@ -134,7 +145,8 @@ def autodiff(layer, x, objective, bases):
 
 
 def factored(layer, x, objective, bases):
-    """A better use of autodiff: the Jacobian does not depend on the rotations, so only the rotating is differentiated."""
+    """A better use of autodiff: the Jacobian does not depend on the rotations, so only the rotating is
+    differentiated."""
 
     def value(bases):
         j = jax.vmap(jax.jacrev(layer))(x)

@@ -28,7 +28,7 @@ Matrix = Float[np.ndarray, "d d"]
 _RELATIVE_VARIANCE = 1e-6
 # Enough for stable components, and FastICA's time grows with it.
 _ICA_EXAMPLES = 10_000
-_ICA_ITERATIONS = 400
+_ICA_ITERATIONS = 200
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def ica(layer: Layer, x: Rows, *, seed: int, statistics: LayerStatistics | None 
     transposed mixing matrix as well: that is the rotation. Directions with less than 1e-6 of the largest variance
     stay principal axes.
 
-    At most 10,000 examples are used, drawn by `seed`. FastICA that has not converged after 400 iterations is used as
+    At most 10,000 examples are used, drawn by `seed`. FastICA that has not converged after 200 iterations is used as
     it is (an orthogonal matrix all the same), with a message at level INFO of this module's logger.
     """
     s = statistics or LayerStatistics(layer, x)
@@ -206,6 +206,11 @@ def _polar(a: Matrix) -> Matrix:
     return left @ right
 
 
+def _few_threads(d: int) -> threadpool_limits:
+    """A context for loops over small matrices, where many threads wait for each other far longer than they compute."""
+    return threadpool_limits(1 if d <= 512 else None, user_api="blas")
+
+
 def _weights_in(layer: MLP | GatedMLP, w) -> Float[np.ndarray, "hidden d_in"]:
     return np.asarray(w if layer.norm is None else layer.norm.absorb(w), np.float64)
 
@@ -221,9 +226,7 @@ def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random
     whitened = ((v - mean) @ kept.T) / np.sqrt(variances[varying])
     start = _positive_qr(rng.standard_normal((len(kept), len(kept))))
     fast_ica = FastICA(whiten=False, w_init=start, max_iter=_ICA_ITERATIONS)  # pyright: ignore[reportArgumentType]
-    # Small matrix products in many threads cost far more in waiting than they save, above all on a busy machine.
-    threads = 1 if len(kept) <= 256 else None
-    with threadpool_limits(threads, user_api="blas"), warnings.catch_warnings(record=True) as caught:
+    with _few_threads(len(kept)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         components = fast_ica.fit(whitened).components_
     if any(issubclass(w.category, ConvergenceWarning) for w in caught):
@@ -244,23 +247,28 @@ def _varimax_axes(cov: Matrix) -> Matrix:
 
 
 def _varimax(loadings: Float[np.ndarray, "d k"], iterations: int = 1000, tolerance: float = 1e-7) -> Matrix:
-    """The orthogonal T that maximises `V(T) = Σ_j Var_i(B_ij²)`, `B = A T`.
+    """The orthogonal T that maximises `V(T) = Σ_j Var_i(B_ij²)`, `B = A T` (a local maximum, from `T = I`).
 
-    `T ← polar(G + αT)` with `G = Aᵀ(B³ - B diag(mean_i B²)) = d/4 ∇V`. Every step goes up: `α/2 ‖T‖²` is a constant on
-    the orthogonal matrices, and added to `d/4 V` with `α = 3 ‖A‖₂⁴/d` it makes it convex, so that it lies above its
-    linearisation. (With α = 0 the iteration can stall or cycle.)
+    `T ← polar(G + αT)` with `G = Aᵀ(B³ - B diag(mean_i B²)) = d/4 ∇V`. On the orthogonal matrices `α/2 ‖T‖²` is a
+    constant; with `α = 3 ‖A‖₂⁴/d` it makes `d/4 V` convex, so that it lies above its linearisation and every step goes
+    up. A smaller α takes longer steps, and none at all can cycle: α starts small and grows whenever a step goes down.
     """
-    turn = np.eye(loadings.shape[1])
-    shift = 3 * np.linalg.norm(loadings, 2) ** 4 / len(loadings)
-    reached = -1.0
-    for _ in range(iterations):
-        turned = loadings @ turn
-        square = np.square(turned)
-        criterion = square.var(axis=0).sum()
-        if criterion <= reached * (1 + tolerance):
-            break
-        reached = criterion
-        turn = _polar(loadings.T @ (turned * (square - square.mean(axis=0))) + shift * turn)
+    bound = 3 * np.linalg.norm(loadings, 2) ** 4 / len(loadings)
+    shift = 0.01 * bound
+    turn, turned = np.eye(loadings.shape[1]), loadings
+    reached = np.square(turned).var(axis=0).sum()
+    with _few_threads(len(turn)):
+        for _ in range(iterations):
+            square = np.square(turned)
+            step = _polar(loadings.T @ (turned * (square - square.mean(axis=0))) + shift * turn)
+            value = np.square(loadings @ step).var(axis=0).sum()
+            if value < reached and shift < bound:
+                shift = min(4 * shift, bound)
+                continue
+            gain, reached = value - reached, value
+            turn, turned = step, loadings @ step
+            if gain <= tolerance * reached:
+                break
     return turn
 
 

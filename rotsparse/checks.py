@@ -8,6 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+# What users hand in: JAX or NumPy arrays.
+Data = Array | np.ndarray
+
 
 def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
     """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).

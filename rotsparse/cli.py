@@ -19,12 +19,13 @@ class LayerOptions:
     """Which layer, and what enters it."""
 
     layer: Path
-    """Layer file (safetensors or .npz) with named arrays, matrices [out, in]: w, b (single layer), or w_in, b_in, w_out,
-    b_out (MLP block), or w_gate, w_up, w_down (gated block); norm_scale, norm_bias if a norm is in front."""
+    """Layer file (safetensors or .npz) with named arrays, matrices [out, in]: w, b (single layer), or w_in, b_in,
+    w_out, b_out (MLP block), or w_gate, w_up, w_down (gated block); norm_scale, norm_bias if a norm is in front."""
     activations: Path
     """The layer's inputs [examples, d_in] to fit on: .npy, .npz or safetensors."""
     test_activations: Path | None = None
-    """Held-out inputs that every reported number is computed on. Without them, a fifth of the activations is held out."""
+    """Held-out inputs that every reported number is computed on. Without them, a fifth of the activations is held
+    out."""
     activation: Activation = "relu"
     """The nonlinearity."""
     norm: Literal["rms", "layer"] | None = None
@@ -113,7 +114,8 @@ class Compare:
 class Fold:
     """Put rotations into a layer's weights (in float64), check that the function is unchanged, and write the layer.
 
-    Example: rotsparse fold --layer mlp.npz --activations x.npy --rotations runs/mlp/rotations.safetensors --out folded.safetensors
+    Example: rotsparse fold --layer mlp.npz --activations x.npy --rotations runs/mlp/rotations.safetensors --out
+    folded.safetensors
     """
 
     layer: tyro.conf.OmitArgPrefixes[LayerOptions]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -45,9 +46,10 @@ def demo(command: "cli.Demo") -> int:
         console.print("training a 64-64-64-10 ReLU network on handwritten digits ...")
         network = digits.train(command.seed)
         first, layer = network.layers[0], network.layers[1]
-        train, test = (np.asarray(first(x))[: command.examples] for x in (network.train, network.test))
+        train, test = (np.asarray(first(jnp.asarray(x)))[: command.examples] for x in (network.train, network.test))
         console.print(
-            f"held-out accuracy {network.accuracy:.1%}; its second layer has {layer.d_in} inputs and {layer.d_out} outputs; "
+            f"held-out accuracy {network.accuracy:.1%}; its second layer has {layer.d_in} inputs and "
+            f"{layer.d_out} outputs; "
             f"fitting on {len(train)} examples, reporting on {len(test)} others"
         )
         # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
@@ -117,7 +119,9 @@ def comparison(command: "cli.Compare") -> int:
     )
     console.print(table.table())
     if command.out is not None:
-        runs.write_json(command.out, {"config": _plain(command), "versions": runs.versions(), "metrics": table.to_json()})
+        runs.write_json(
+            command.out, {"config": _plain(command), "versions": runs.versions(), "metrics": table.to_json()}
+        )
     return 0
 
 
@@ -188,4 +192,7 @@ def _plain(command) -> dict[str, Any]:
     """A command's options as JSON."""
     options = dataclasses.asdict(command)
     options |= options.pop("layer") if isinstance(options.get("layer"), dict) else {}
-    return {k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v for k, v in options.items()}
+    return {
+        k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v
+        for k, v in options.items()
+    }

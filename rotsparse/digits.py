@@ -1,4 +1,5 @@
-"""The demo's network: 64-64-64-10, ReLU, trained on scikit-learn's handwritten digits (which come with it: no download).
+"""The demo's network: 64-64-64-10, ReLU, trained on scikit-learn's handwritten digits (which come with it: no
+download).
 
 It is trained anew, in a few seconds, by every demo: nothing pretrained is shipped.
 """

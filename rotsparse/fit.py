@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse import checks
+from rotsparse.checks import Data
 from rotsparse.layers import Layer
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import Bases, Held, JacobianSparsity, Objective
@@ -34,7 +35,7 @@ MIN_CHUNK = 20
 
 def find_rotations(
     layer: Layer,
-    x: Float[Array, "n d_in"],
+    x: Float[Data, "n d_in"],
     *,
     key: PRNGKeyArray,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
@@ -47,17 +48,18 @@ def find_rotations(
     solver: Solver | None = None,
     steps: int = 400,
     batch_size: int | None = None,
-    validation: Float[Array, "n d_in"] | None = None,
+    validation: Float[Data, "n d_in"] | None = None,
     patience: int | None = None,
     progress: bool = False,
 ) -> Solution:
     """Rotations of the layer's inputs and outputs in which its per-example Jacobians are sparse.
 
-    Minimises `E_x mean S(z)` over orthogonal `R_in`, `R_out`, where z are the entries of `R_out J(x) R_inᵀ`, each column
-    multiplied by the standard deviation of its rotated input (`scale_inputs`), divided by their root mean square.
+    Minimises `E_x mean S(z)` over orthogonal `R_in`, `R_out`, where z are the entries of `R_out J(x) R_inᵀ`, each
+    column multiplied by the standard deviation of its rotated input (`scale_inputs`), divided by their root mean
+    square.
 
-    - `x`: the layer's inputs, `[n, d_in]`. `validation`: held-out inputs; when given, the best step and the best restart
-      are chosen on them.
+    - `x`: the layer's inputs, `[n, d_in]`. `validation`: held-out inputs; when given, the best step and the best
+      restart are chosen on them.
     - `measure`: the sparsity measure S. `tie`: one rotation for both sides (a residual stream). `hold`: sides ("in",
       "out") that stay as they start.
     - `start`: where the first restart begins (default: the neuron basis); the others begin at Haar-random rotations.
@@ -68,8 +70,8 @@ def find_rotations(
       (default: all). `patience`: stop after this many steps without improvement (default: never).
     - `key`: same key and inputs, same bits on the same machine.
 
-    Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for inputs
-    that do not fit the layer, are not finite, or do not vary.
+    Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for
+    inputs that do not fit the layer, are not finite, or do not vary.
     """
     space_out = "in" if tie else "out"
     checks.activations("x", x, layer.d_in)
@@ -82,14 +84,16 @@ def find_rotations(
         raise ValueError(f"hold names {sorted(unknown)}: expected some of {sorted(objective.spaces)}")
     if start is not None and (start.r_in.shape[0], start.r_out.shape[0]) != (layer.d_in, layer.d_out):
         raise ValueError(
-            f"start has widths {start.r_in.shape[0]} and {start.r_out.shape[0]}, the layer {layer.d_in} and {layer.d_out}"
+            f"start has widths {start.r_in.shape[0]} and {start.r_out.shape[0]}, the layer {layer.d_in} and "
+            f"{layer.d_out}"
         )
     dtype = objective.x.dtype
     first = {name: jnp.eye(d, dtype=dtype) for name, d in objective.spaces.items()}
     if start is not None:
         first |= {"in": jnp.asarray(start.r_in, dtype), space_out: jnp.asarray(start.r_out, dtype)}
 
-    options: dict[str, Any] = dict(key=key, restarts=restarts, solver=solver, steps=steps, patience=patience, progress=progress)
+    options: dict[str, Any] = {"key": key, "restarts": restarts, "solver": solver, "steps": steps}
+    options |= {"patience": patience, "progress": progress}
     if active_subspace is None:
         if not hold:
             return minimize(objective, first, validation=held_out, **options)
@@ -118,8 +122,8 @@ def minimize(
     patience: int | None = None,
     progress: bool = False,
 ) -> Solution:
-    """Minimise any objective over the rotations of its spaces. See `find_rotations` for the arguments; `start` holds one
-    orthogonal matrix for every space, and `validation` is the same objective on other examples."""
+    """Minimise any objective over the rotations of its spaces. See `find_rotations` for the arguments; `start` holds
+    one orthogonal matrix for every space, and `validation` is the same objective on other examples."""
     for name, value in {"steps": steps, "restarts": restarts, "patience": patience}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} should be at least 1, got {value}")

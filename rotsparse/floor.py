@@ -1,26 +1,28 @@
 """The floor: how sparse any rotation could possibly make a layer.
 
-The squared entries of a rotated matrix are majorised by its squared singular values (a mask of k entries has rank at most
-k, so by von Neumann's trace inequality it holds at most the k largest of them). For every measure S that is concave in z²
-with S(0) = 0, hence,
+The squared entries of a rotated matrix are majorised by its squared singular values (a mask of k entries has rank at
+most k, so by von Neumann's trace inequality it holds at most the k largest of them). For every measure S that is
+concave in z² with S(0) = 0, hence,
 
     E_x mean_{o,i} S(z_oi) ≥ E_x (1/(d_out d_in)) Σ_i S(σ_i(z(x)))        for any R_in, R_out.
 
-It is reached only if one rotation pair diagonalises every example's Jacobian, so the gap to it is an upper bound of what is
-left to gain, not an estimate. It holds for unscaled inputs; with inputs scaled, the columns' scales depend on the rotation.
+It is reached only if one rotation pair diagonalises every example's Jacobian, so the gap to it is an upper bound of
+what is left to gain, not an estimate. It holds for unscaled inputs; with inputs scaled, the columns' scales depend on
+the rotation.
 """
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from rotsparse.checks import Data
 from rotsparse.layers import Layer
 from rotsparse.measures import Measure
 from rotsparse.objectives import chunked_sum
 from rotsparse.statistics import chunk_size, jacobian_gram
 
 
-def floor(layer: Layer, x: Float[Array, "n d_in"], measure: Measure) -> float:
+def floor(layer: Layer, x: Float[Data, "n d_in"], measure: Measure) -> float:
     """Lower bound of `JacobianSparsity(layer, x, measure, scale_inputs=False)` over all rotations.
 
     Costs one singular value decomposition an example: use a few hundred examples of a wide layer.

@@ -1,7 +1,7 @@
 """`fold`: put rotations into a layer's weights, and check that the function did not change.
 
-`f'(z) = R_out f(R_inᵀ z)`. The rotations are made orthogonal to float64 and multiplied into the weights in float64, once;
-only the result is rounded to the precision that the weights came in.
+`f'(z) = R_out f(R_inᵀ z)`. The rotations are made orthogonal to float64 and multiplied into the weights in float64,
+once; only the result is rounded to the precision that the weights came in.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse import checks
+from rotsparse.checks import Data
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 
@@ -24,8 +25,8 @@ TOLERANCE = 1e-3
 class Folded:
     """A rotated layer `z ↦ R_out f(R_inᵀ z)` with the rotations that it holds (exact to float64).
 
-    `error` is the largest absolute difference between `R_outᵀ f'(R_in x)` and `f(x)` on the examples that were checked, in
-    the precision of the weights, `scale` the root mean square of `f(x)` on them.
+    `error` is the largest absolute difference between `R_outᵀ f'(R_in x)` and `f(x)` on the examples that were
+    checked, in the precision of the weights, `scale` the root mean square of `f(x)` on them.
     """
 
     layer: Layer
@@ -34,7 +35,7 @@ class Folded:
     scale: float
 
 
-def fold(layer: Layer, rotations: Rotations, x: Float[Array, "n d_in"] | None = None) -> Folded:
+def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = None) -> Folded:
     """The layer in rotated coordinates: the same function, `f(x) = R_outᵀ f'(R_in x)`.
 
     `x`: inputs on which this is checked (default: 64 standard normal ones; real activations are better).
@@ -45,9 +46,10 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Array, "n d_in"] | None = 
     """
     widths = (rotations.r_in.shape[0], rotations.r_out.shape[0])
     if widths != (layer.d_in, layer.d_out):
-        raise ValueError(f"the rotations have widths {widths[0]} and {widths[1]}, the layer {layer.d_in} and {layer.d_out}")
-    if x is None:
-        x = np.random.default_rng(0).standard_normal((64, layer.d_in), np.float32)
+        raise ValueError(
+            f"the rotations have widths {widths[0]} and {widths[1]}, the layer {layer.d_in} and {layer.d_out}"
+        )
+    x = np.random.default_rng(0).standard_normal((64, layer.d_in), np.float32) if x is None else np.asarray(x)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(layer) if isinstance(leaf, np.ndarray | jax.Array)] or [x.dtype]
     dtype = np.result_type(*dtypes)
     x = np.asarray(checks.weight("x", x, (None, layer.d_in)), dtype)
@@ -61,7 +63,8 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Array, "n d_in"] | None = 
     error, scale = float(np.abs(after - before).max()), float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     if not error <= TOLERANCE * max(scale, 1e-30):
         raise ValueError(
-            f"folding changed the function: outputs differ by up to {error:.2g} where their root mean square is {scale:.2g}. "
+            f"folding changed the function: outputs differ by up to {error:.2g} where their root mean square is "
+            f"{scale:.2g}. "
             "Check that the layer computes in full float32 precision and that x looks like its real inputs"
         )
     return Folded(rotated, exact, error, scale)
@@ -69,10 +72,10 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Array, "n d_in"] | None = 
 
 def _orthogonalized(r: Array) -> np.ndarray:
     """The nearest orthogonal matrix in float64, by Newton-Schulz steps (it is already near)."""
-    r = np.asarray(r, np.float64)
+    x = np.asarray(r, np.float64)
     for _ in range(4):
-        r = 1.5 * r - 0.5 * r @ r.T @ r
-    return r
+        x = 1.5 * x - 0.5 * x @ x.T @ x
+    return x
 
 
 def _cast(layer, dtype):

@@ -6,8 +6,8 @@ A layer file holds named arrays, matrices `[out, in]`:
 - `w_in`, `b_in`, `w_out`, `b_out`: an MLP block
 - `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
 
-Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `skip` is the matrix of a skip
-connection; a folded LayerNorm has its `norm_mean_direction`.
+Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `skip` is the matrix of
+a skip connection; a folded LayerNorm has its `norm_mean_direction`.
 """
 
 import os
@@ -55,7 +55,9 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
     """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, or unfit ones."""
     arrays = load_arrays(path)
     if len(arrays) != 1:
-        raise ValueError(f"{path} holds {len(arrays)} arrays ({', '.join(sorted(arrays))}): expected just the activations")
+        raise ValueError(
+            f"{path} holds {len(arrays)} arrays ({', '.join(sorted(arrays))}): expected just the activations"
+        )
     return np.asarray(checks.activations(str(path), next(iter(arrays.values())), width))
 
 
@@ -86,15 +88,17 @@ def load_layer(
             case _:
                 missing = {"w_up", "w_down"} - set(arrays)
                 if missing:
-                    raise ValueError(f"a gated block needs w_gate, w_up and w_down: {', '.join(sorted(missing))} missing")
+                    raise ValueError(
+                        f"a gated block needs w_gate, w_up and w_down: {', '.join(sorted(missing))} missing"
+                    )
                 return GatedMLP(**arrays, **options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def save_layer(path: str | os.PathLike, layer: Layer) -> None:
-    """Write a layer in the form that `load_layer` reads, as safetensors. Atomic. Raises `ValueError` for a layer that is
-    not made of weights."""
+    """Write a layer in the form that `load_layer` reads, as safetensors. Atomic. Raises `ValueError` for a layer that
+    is not made of weights."""
     if not isinstance(layer, MLP | GatedMLP):
         raise ValueError(f"a {type(layer).__name__} has no weights to write")
     names = ("w_in", "b_in", "w_out", "b_out") if isinstance(layer, MLP) else ("w_gate", *_KINDS["w_gate"])
@@ -105,7 +109,9 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
         fields = {"norm_scale": "scale", "norm_bias": "bias", "norm_mean_direction": "mean_direction"}
         arrays |= {name: getattr(layer.norm, field) for name, field in fields.items()}
         if layer.norm.scale is None:  # absorbed by a fold: a file says that there is a norm by its scale
-            arrays["norm_scale"] = np.ones(layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32)
+            arrays["norm_scale"] = np.ones(
+                layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
+            )
     write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
 
 

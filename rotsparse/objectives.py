@@ -2,14 +2,14 @@
 
 An *activation space* (the input of a layer, its output, the residual stream) has a name and one rotation. An objective
 is a function of the rotations of some spaces, here called `bases`: a dictionary from the name of a space to its
-orthogonal matrix. `JacobianSparsity` connects two spaces, possibly the same one (a tied fit); `ActivationSparsity` looks
-at one; `WeightedSum` adds them up, and that is all a chain of layers needs.
+orthogonal matrix. `JacobianSparsity` connects two spaces, possibly the same one (a tied fit); `ActivationSparsity`
+looks at one; `WeightedSum` adds them up, and that is all a chain of layers needs.
 
 The gradient is the *relative* one: the skew-symmetric `Γ` with `F(expm(Ω) R) = F(R) + <Γ, Ω> + O(Ω²)`. For
 `Z = R_out J R_inᵀ` and `G = ∂F/∂Z` it is `Γ_out = skew(E[G Zᵀ])`, `Γ_in = skew(E[Gᵀ Z])`: it needs Z itself and nothing
-else of the layer, so every layer has a closed-form gradient, nothing of size [n, d_out, d_in] is kept (each chunk's Z is
-made, used and forgotten), and for an MLP block with d_hidden = 4 d the gradient costs a third of what backpropagation
-through `(R_out L) diag(g) (M R_inᵀ)` would.
+else of the layer, so every layer has a closed-form gradient, nothing of size [n, d_out, d_in] is kept (each chunk's Z
+is made, used and forgotten), and for an MLP block with d_hidden = 4 d the gradient costs a third of what
+backpropagation through `(R_out L) diag(g) (M R_inᵀ)` would.
 """
 
 import abc
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rotsparse import checks
+from rotsparse.checks import Data
 from rotsparse.layers import Layer, Subspace
 from rotsparse.measures import Measure, with_eps
 from rotsparse.orthogonal import matmul, skew
@@ -66,9 +67,9 @@ class JacobianSparsity(Objective):
     """`E_x mean_{o,i} S(z_oi(x))`, `z = Z sd / rms(Z sd)`, `Z(x) = R_out J(x) R_inᵀ`.
 
     Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
-    `scale_inputs=False`: a unit change along a direction that never varies is not a local change. The root mean square is
-    that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`, also when the
-    examples are sampled), so the objective does not reward making Z small.
+    `scale_inputs=False`: a unit change along a direction that never varies is not a local change. The root mean
+    square is that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`,
+    also when the examples are sampled), so the objective does not reward making Z small.
 
     `x` is `[n, d_in]`. `batch_size` examples are drawn for each step when it is given. `precision` is that of the large
     matrix products: "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
@@ -77,7 +78,7 @@ class JacobianSparsity(Objective):
     """
 
     layer: Layer
-    x: Float[Array, "n d_in"]
+    x: Float[Data, "n d_in"]
     measure: Measure
     gram: Float[Array, "d_in d_in"]
     covariance: Float[Array, "d_in d_in"] | None
@@ -90,7 +91,7 @@ class JacobianSparsity(Objective):
     def __init__(
         self,
         layer: Layer,
-        x: Float[Array, "n d_in"],
+        x: Float[Data, "n d_in"],
         measure: Measure,
         *,
         scale_inputs: bool = True,
@@ -135,7 +136,7 @@ class JacobianSparsity(Objective):
             chunk=chunk_size(subspace, CHUNK_BYTES),
         )
 
-    def on(self, x: Float[Array, "n d_in"]) -> "JacobianSparsity":
+    def on(self, x: Float[Data, "n d_in"]) -> "JacobianSparsity":
         """The same objective on other examples (held-out ones, say), with everything that normalises it computed anew
         from them."""
         return JacobianSparsity(
@@ -207,7 +208,7 @@ class ActivationSparsity(Objective):
     the rotation. One value and gradient cost `4·n·d²` flops.
     """
 
-    x: Float[Array, "n d"]
+    x: Float[Data, "n d"]
     rms: Float[Array, ""]
     measure: Measure
     space: str = eqx.field(static=True)
@@ -217,7 +218,7 @@ class ActivationSparsity(Objective):
 
     def __init__(
         self,
-        x: Float[Array, "n d"],
+        x: Float[Data, "n d"],
         measure: Measure,
         *,
         space: str = "in",
@@ -245,7 +246,7 @@ class ActivationSparsity(Objective):
     def with_eps(self, eps):
         return _replace(self, measure=with_eps(self.measure, eps))
 
-    def on(self, x: Float[Array, "n d"]) -> "ActivationSparsity":
+    def on(self, x: Float[Data, "n d"]) -> "ActivationSparsity":
         """The same objective on other examples."""
         return ActivationSparsity(x, self.measure, space=self.space, precision=self.precision)
 
@@ -281,7 +282,9 @@ class WeightedSum(Objective):
         self.terms = tuple(terms)
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.terms)
         if not self.terms or len(self.weights) != len(self.terms):
-            raise ValueError(f"expected one weight for each term, got {len(self.terms)} terms, {len(self.weights)} weights")
+            raise ValueError(
+                f"expected one weight for each term, got {len(self.terms)} terms, {len(self.weights)} weights"
+            )
         _ = self.spaces
 
     @property
@@ -337,7 +340,7 @@ class Held(Objective):
         return value, {name: g for name, g in grads.items() if name not in self.held}
 
 
-def chunked_sum(function, x: Float[Array, "n d"], chunk: int):
+def chunked_sum(function, x: Float[Data, "n d"], chunk: int):
     """Sum of `function(x_chunk, weights)` over chunks of examples, one in memory at a time. The last chunk is filled up
     with copies of weight zero."""
     n = len(x)

@@ -1,7 +1,7 @@
 """Run folders: what a run writes, and never half of it.
 
-A run works in a folder of its own beside the one that was asked for and is moved there when it is complete, so a failed or
-interrupted run leaves no half-written folder and never harms an earlier result.
+A run works in a folder of its own beside the one that was asked for and is moved there when it is complete, so a
+failed or interrupted run leaves no half-written folder and never harms an earlier result.
 """
 
 import contextlib

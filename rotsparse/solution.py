@@ -58,9 +58,9 @@ class Solution:
     """The best rotations of a fit, and the evidence.
 
     `value` and `start_value` are the objective on all training examples, of the result and of the start it came from;
-    `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best rotations of
-    every restart, `candidate_values` what they were chosen by. `stats` holds the counts, times and certificates that
-    `summary` prints.
+    `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best
+    rotations of every restart, `candidate_values` what they were chosen by. `stats` holds the counts, times and
+    certificates that `summary` prints.
     """
 
     bases: Bases
@@ -97,8 +97,8 @@ class Solution:
         """How well the restarts agree: for every space, `|cos|` of each direction of the result with its match in each
         of the other restarts (matched up to sign and order), `[restarts - 1, d]`.
 
-        A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds again is
-        not, however sparse the result. Raises `ValueError` after a single restart.
+        A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds
+        again is not, however sparse the result. Raises `ValueError` after a single restart.
         """
         from rotsparse.alignment import match
 
@@ -121,12 +121,12 @@ class Solution:
             "validation_value": self.validation_value,
             "stats": self.stats,
         }
-        arrays = {f"bases/{name}": r for name, r in self.bases.items()}
+        arrays: dict[str, Any] = {f"bases/{name}": r for name, r in self.bases.items()}
         for i, candidate in enumerate(self.candidates):
             arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
         arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
         buffer = io.BytesIO()
-        np.savez(buffer, scalars=json.dumps(scalars), candidate_values=self.candidate_values, **arrays)
+        np.savez(buffer, **{"scalars": json.dumps(scalars), "candidate_values": self.candidate_values} | arrays)
         write_atomically(path, buffer.getvalue())
 
     @classmethod

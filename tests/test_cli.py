@@ -42,7 +42,9 @@ FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--steps", "20",
 
 
 def test_fit_writes_a_run_folder(files, capsys, monkeypatch):
-    code, out, _ = rotsparse(capsys, monkeypatch, *FIT, "--test-activations", "test.npy", "--activation", "gelu", "--seed", 3)
+    code, out, _ = rotsparse(
+        capsys, monkeypatch, *FIT, "--test-activations", "test.npy", "--activation", "gelu", "--seed", 3
+    )
     assert code == 0
     assert "report: run/report.html" in out
     run = files / "run"

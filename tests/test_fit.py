@@ -1,4 +1,5 @@
-"""`find_rotations`: it finds planted rotations, is deterministic, never returns something worse, and says how it ended."""
+"""`find_rotations`: it finds planted rotations, is deterministic, never returns something worse, and says how it
+ended."""
 
 import dataclasses
 
@@ -161,7 +162,9 @@ def test_non_finite_values_stop_the_run_and_say_where():
 
 
 def test_an_optimiser_that_returns_nan_is_caught():
-    broken = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (jax.tree.map(lambda u: u * jnp.nan, g), s))
+    broken = optax.GradientTransformation(
+        lambda p: (), lambda g, s, p=None: (jax.tree.map(lambda u: u * jnp.nan, g), s)
+    )
     layer, x, _ = planted(n=50)
     solution = quick(layer, x, solver=Riemannian(broken))
     assert solution.result is Result.NON_FINITE
@@ -229,9 +232,9 @@ def test_solution_round_trip(tmp_path):
     solution.save(tmp_path / "solution.npz")
     loaded = Solution.load(tmp_path / "solution.npz")
     assert same_bits(solution.candidates, loaded.candidates) and same_bits(solution.bases, loaded.bases)
-    assert dataclasses.replace(loaded, bases={}, candidates=(), candidate_values=None, history=None) == dataclasses.replace(
-        solution, bases={}, candidates=(), candidate_values=None, history=None
-    )
+    assert dataclasses.replace(
+        loaded, bases={}, candidates=(), candidate_values=None, history=None
+    ) == dataclasses.replace(solution, bases={}, candidates=(), candidate_values=None, history=None)
     content = (tmp_path / "solution.npz").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"not a zip"):
         (tmp_path / "damaged.npz").write_bytes(damaged)
@@ -244,7 +247,10 @@ def test_solution_round_trip(tmp_path):
 def test_gated_and_function_layers_fit(rng):
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     x = draw(40, 6)
-    for layer in (GatedMLP(draw(10, 6), draw(10, 6), draw(6, 10), skip=True), FunctionLayer(lambda x: jnp.sin(x[:4]), 6, 4)):
+    for layer in (
+        GatedMLP(draw(10, 6), draw(10, 6), draw(6, 10), skip=True),
+        FunctionLayer(lambda x: jnp.sin(x[:4]), 6, 4),
+    ):
         solution = find_rotations(layer, x, key=KEY, steps=40)
         assert solution.value <= solution.start_value
         assert solution.rotations.r_out.shape == (layer.d_out, layer.d_out)

@@ -61,7 +61,9 @@ def test_folding_twice_is_folding_the_composition():
 def test_precision_is_that_of_the_weights():
     with jax.enable_x64(True):
         layer = make_layer("mlp", "none", np.float64)
-    folded = fold(layer, Rotations.haar(jax.random.key(0), D, D), np.ones((2, D), np.float32) + np.eye(2, D, dtype=np.float32))
+    folded = fold(
+        layer, Rotations.haar(jax.random.key(0), D, D), np.ones((2, D), np.float32) + np.eye(2, D, dtype=np.float32)
+    )
     assert folded.layer.w_in.dtype == np.float64
     assert folded.error < 1e-12
 

@@ -64,7 +64,7 @@ def test_unreadable_files(tmp_path):
         with pytest.raises(ValueError, match=f"missing.{suffix} does not exist"):
             load_arrays(tmp_path / f"missing.{suffix}")
     (tmp_path / "x.txt").write_text("1 2")
-    with pytest.raises(ValueError, match="expected a .npy, .npz or .safetensors file, got '.txt'"):
+    with pytest.raises(ValueError, match=r"expected a \.npy, \.npz or \.safetensors file, got '\.txt'"):
         load_arrays(tmp_path / "x.txt")
     np.save(tmp_path / "objects.npy", np.array([{}, None]), allow_pickle=True)
     with pytest.raises(ValueError, match="cannot be read"):

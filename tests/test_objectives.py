@@ -76,7 +76,9 @@ def naive_value(layer, x, measure, scale, bases, space_out="out"):
 def test_jacobian_objective_is_the_formula(x64, rng, kind, scale):
     layer, x = make_layers(rng)[kind], draw(rng, N, D) * np.arange(1, D + 1)
     objective = in_chunks_of(JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale), 4)
-    assert_gradient(objective, bases_for(objective), lambda b: naive_value(layer, objective.x, measures.Log(0.3), scale, b))
+    assert_gradient(
+        objective, bases_for(objective), lambda b: naive_value(layer, objective.x, measures.Log(0.3), scale, b)
+    )
 
 
 @pytest.mark.parametrize("scale", [True, False])

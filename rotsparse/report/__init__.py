@@ -1,10 +1,12 @@
 """The report of a run: figures, and one self-contained HTML page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array, Float
 
+from rotsparse.checks import Data
 from rotsparse.compare import Comparison
 from rotsparse.files import write_atomically
 from rotsparse.layers import Layer
@@ -22,7 +24,7 @@ def write_report(
     folder: Path,
     *,
     layer: Layer,
-    x_test: Float[Array, "n d_in"],
+    x_test: Float[Data, "n d_in"],
     bases: dict[str, Rotations],
     comparison: Comparison,
     solution: Solution,
@@ -30,14 +32,16 @@ def write_report(
     covariance: Float[Array, "d_in d_in"] | None = None,
     config: dict[str, Any],
     finding: str,
+    remarks: Sequence[str] = (),
     floor: float | None = None,
     function_error: float | None = None,
 ) -> None:
     """Write `figures/*.png` and `report.html` into a run folder, each file whole or not at all, the page last.
 
     `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
-    fit behind the latter. `finding` is the first thing on the page. `config` is listed on it, its "versions" apart.
-    `floor` bounds the solution's objective, `function_error` is that of folding; where one is `None`, it is left out.
+    fit behind the latter. `finding` is the first thing on the page, `remarks` follow it. `config` is listed on it,
+    its "versions" apart. `floor` bounds the solution's objective, `function_error` is that of folding; where one is
+    `None`, it is left out.
 
     Raises `ValueError` for unfit bases or inputs, `OSError` where the folder is missing or cannot be written.
     """
@@ -55,6 +59,7 @@ def write_report(
     pngs = {name: figures.png(figure) for name, figure in drawn.items()}
     page = render(
         finding=finding,
+        remarks=remarks,
         figures=pngs,
         comparison=comparison,
         solution=solution,

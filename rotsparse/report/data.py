@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rotsparse.checks import activations
+from rotsparse.checks import Data, activations
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.statistics import covariance as input_covariance
@@ -40,7 +40,7 @@ class PictureData:
 
 def picture_data(
     layer: Layer,
-    x: Float[Array, "n d_in"],
+    x: Float[Data, "n d_in"],
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool,

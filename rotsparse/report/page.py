@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing beside itself: the figures are inside, and it loads nothing."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -24,6 +24,7 @@ SAME = 0.99
 def render(
     *,
     finding: str,
+    remarks: Sequence[str] = (),
     figures: dict[str, bytes],
     comparison: Comparison,
     solution: Solution,
@@ -40,6 +41,7 @@ def render(
     versions = config.pop("versions", {})
     return Template(files("rotsparse.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         finding=escape(finding),
+        remarks="".join(f"<p>{escape(remark)}</p>" for remark in remarks),
         tiles=_tiles(comparison, solution, function_error),
         heat_maps=embedded["heat_maps"],
         examples=f"{examples:,}",

@@ -1,0 +1,72 @@
+"""What a fit found, in words: one sentence with the sizes, and the remarks without which it would mislead."""
+
+import numpy as np
+
+from rotsparse.compare import Comparison
+from rotsparse.layers import MLP, Layer
+from rotsparse.report.names import basis_name
+from rotsparse.solution import Solution
+
+# A direction counts as the same where its match has a larger |cos|.
+SAME = 0.99
+
+
+def finding(comparison: Comparison, layer: Layer) -> str:
+    """One sentence: how many entries are left, and how many are practically zero."""
+    rivals = Comparison({basis: of for basis, of in comparison.metrics.items() if basis != "learned"})
+
+    def sizes(metric: str, form: str) -> str:
+        rival = rivals.best(metric)
+        of = comparison.metrics
+        return (
+            f"(neurons {of['neurons'][metric].value:{form}}; best baseline, {basis_name(rival)}, "
+            f"{of[rival][metric].value:{form}})"
+        )
+
+    learned = comparison.metrics["learned"]
+    return (
+        f"In the learned basis {learned['edges_99'].value:,.0f} of {layer.d_in * layer.d_out:,} entries hold 99% "
+        f"of the mean "
+        f"squared Jacobian of held-out examples {sizes('edges_99', ',.0f')}, and "
+        f"{learned['fraction_below_0.1_rms'].value:.0%} of all entries are below a tenth of their rms "
+        f"{sizes('fraction_below_0.1_rms', '.0%')}."
+    )
+
+
+def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[str]:
+    """Where the learned basis is ahead and where not; which directions other starts find again; and what is no news."""
+    said = [comparison.verdict()]
+    reproduced = reproduced_directions(solution)
+    if isinstance(layer, MLP) and layer.w_out is None:
+        # An elementwise φ pins the outputs of a single layer to its neurons.
+        found = int(np.sum(np.max(np.abs(np.asarray(solution.rotations.r_out)), axis=1) > SAME))
+        said.append(
+            f"{found} of the {layer.d_out} output directions are single neurons (|cos| > {SAME}). That is no "
+            f"discovery: the "
+            "nonlinearity pins the outputs of a single layer to its neurons, and finding them again is a check "
+            "of the method."
+        )
+    if reproduced is not None:
+        parts = [
+            f"{int(again.sum())} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
+        ]
+        said.append(f"Other restarts find {' and '.join(parts)} again (|cos| > {SAME}).")
+        undetermined = [_side(space) for space, again in reproduced.items() if again.mean() < 0.5]
+        if undetermined:
+            said.append(
+                f"Most {' and '.join(undetermined)} directions are not determined by these data: another start "
+                f"gives other ones "
+                "that are about as sparse, so do not read meaning into single ones."
+            )
+    return said
+
+
+def reproduced_directions(solution: Solution) -> dict[str, np.ndarray] | None:
+    """For every space, which directions every other restart found again; `None` after a single restart."""
+    if len(solution.candidates) == 1:
+        return None
+    return {space: cosines.min(axis=0) > SAME for space, cosines in solution.agreement().items()}
+
+
+def _side(space: str) -> str:
+    return {"in": "input", "out": "output"}.get(space, space)
