@@ -17,7 +17,7 @@ from rotsparse.solvers import Annealing, Riemannian
 KEY = jax.random.key(0)
 
 
-def planted(d, seed, activation="relu", n=256, batch_size=16):
+def planted(d, seed, activation="relu", n=256, batch_size: int | None = 16):
     """The objective of an MLP block that is sparse on both sides (every one of its 2d neurons has two inputs and two
     outputs), hidden by two Haar-random rotations; and the bases that undo them."""
     rng = np.random.default_rng(seed)
