@@ -5,6 +5,7 @@ One table serves both directions. All tensors it lists are required, except a he
 """
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +29,11 @@ class Entry:
 @dataclass(frozen=True)
 class Architecture:
     """`prefix` stands before the names of the transformer's body where a head was saved with it. `flags` are the
-    entries of config.json that switch biases on, with the parameters they stand for. `ignored` are buffers that can be
-    recomputed; `carried` tensors are not used but written back."""
+    entries of config.json that switch biases on, with the parameters they stand for; `body` gets those that are on.
+    `ignored` are buffers that can be recomputed; `carried` tensors are not used but written back."""
 
     config: Callable[[Raw], TransformerConfig]
-    body: Callable[[Raw, TransformerConfig], list[Entry]]
+    body: Callable[[TransformerConfig, AbstractSet[str]], list[Entry]]
     prefix: str
     head_name: str | None = "lm_head.weight"
     tied_by_default: bool = False
@@ -42,7 +43,8 @@ class Architecture:
 
     def entries(self, raw: Raw, config: TransformerConfig, *, prefix: str) -> list[Entry]:
         """Every tensor that a file with this configuration must have."""
-        entries = [Entry(prefix + e.name, e.params, e.split, e.join) for e in self.body(raw, config)]
+        on = {name for name in self.flags if self.flag(raw, name)}
+        entries = [Entry(prefix + e.name, e.params, e.split, e.join) for e in self.body(config, on)]
         if config.head and self.head_name and not raw.get("tie_word_embeddings", self.tied_by_default):
             entries.append(Entry(self.head_name, ("unembed",)))
         return entries
@@ -241,9 +243,7 @@ def _gemma_norm(theirs: str, ours: str) -> list[Entry]:
     return [Entry(f"{theirs}.weight", (f"{ours}.scale",), lambda a: (a + 1,), lambda a: a - 1)]
 
 
-def _llama_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
-    flags = ARCHITECTURES[raw["model_type"]].flags
-    on = {name for name in flags if ARCHITECTURES[raw["model_type"]].flag(raw, name)}
+def _llama_body(c: TransformerConfig, on: AbstractSet[str]) -> list[Entry]:
     norm = _gemma_norm if c.placement == "sandwich" else lambda theirs, ours: _norm(theirs, ours, bias=False)
     entries = [Entry("embed_tokens.weight", ("embed",)), *norm("norm", "final_norm")]
     for i in range(c.n_layers):
@@ -267,7 +267,7 @@ def _llama_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
     return entries
 
 
-def _gpt2_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
+def _gpt2_body(c: TransformerConfig, on: AbstractSet[str]) -> list[Entry]:
     def conv1d(theirs, ours, letter):
         """GPT-2 keeps its matrices as `[in, out]`."""
         weight = Entry(f"{theirs}.weight", (f"{ours}.w_{letter}",), lambda a: (a.T,), lambda a: a.T)
@@ -296,7 +296,7 @@ def _gpt2_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
     return entries
 
 
-def _gpt_neox_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
+def _gpt_neox_body(c: TransformerConfig, on: AbstractSet[str]) -> list[Entry]:
     def split(a):
         """Fused head by head: `[heads, (q, k, v), d_head, ...]`."""
         by_head = a.reshape(c.n_heads, 3, c.d_head, *a.shape[1:])
@@ -306,7 +306,7 @@ def _gpt_neox_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
         by_head = [part.reshape(c.n_heads, c.d_head, *part.shape[1:]) for part in qkv]
         return np.stack(by_head, axis=1).reshape(3 * c.n_heads * c.d_head, *qkv[0].shape[1:])
 
-    attention_bias = ARCHITECTURES["gpt_neox"].flag(raw, "attention_bias")
+    attention_bias = "attention_bias" in on
     entries = [Entry("embed_in.weight", ("embed",)), *_norm("final_layer_norm", "final_norm")]
     for i in range(c.n_layers):
         name = f"layers.{i}"
@@ -323,7 +323,7 @@ def _gpt_neox_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
     return entries
 
 
-def _bert_body(raw: Raw, c: TransformerConfig) -> list[Entry]:
+def _bert_body(c: TransformerConfig, on: AbstractSet[str]) -> list[Entry]:
     entries = [
         Entry("embeddings.word_embeddings.weight", ("embed",)),
         Entry("embeddings.position_embeddings.weight", ("positions",)),

@@ -52,7 +52,8 @@ def fold_stream(
     Raises `ValueError` where the architecture does not allow it (it says what is possible instead), a matrix is not
     orthogonal, or the logits changed.
     """
-    _check_foldable(model)
+    if (reason := obstacle(model)) is not None:
+        raise ValueError(reason)
     places = stream_places(model.config)
     matrices = [rotations] * len(places) if getattr(rotations, "ndim", 0) == 2 else list(rotations)
     if len(matrices) != len(places):
@@ -95,28 +96,28 @@ def fold_mlp(model: Model, layer: int, rotations: Rotations, tokens: Int[AnyArra
     return _checked(model, exact, folded, tokens)
 
 
-_INSTEAD = "What can be done: analyse its MLPs (mlp_layer), or fold them one at a time with fold_mlp"
-
-
-def _check_foldable(model: Model) -> None:
-    c = model.config
-    if c.placement == "post":
-        raise ValueError(
-            f"the stream of a {c.architecture} model cannot be rotated: its norms stand in the stream (post-LN), "
-            f"and their scales do not commute with a rotation. {_INSTEAD}"
+def obstacle(model: Model) -> str | None:
+    """Why the stream of a model cannot be rotated, and what can be done instead; `None` where it can."""
+    name = model.config.architecture
+    instead = "What can be done: analyse its MLPs (mlp_layer), or fold them one at a time with fold_mlp"
+    if model.config.placement == "post":
+        return (
+            f"the stream of a {name} model cannot be rotated: its norms stand in the stream (post-LN), and their "
+            f"scales do not commute with a rotation. {instead}"
         )
-    if c.placement == "sandwich":
-        raise ValueError(
-            f"the stream of a {c.architecture} model cannot be rotated: between each block and it stands a norm "
-            f"whose scale no matrix behind it could take up. {_INSTEAD}"
+    if model.config.placement == "sandwich":
+        return (
+            f"the stream of a {name} model cannot be rotated: between each block and it stands a norm whose scale no "
+            f"matrix behind it could take up. {instead}"
         )
-    if not c.head:
-        raise ValueError(
-            f"this {c.architecture} model has no head that could take up the last norm and undo the rotation: load the "
-            "language model, not its bare body"
+    if not model.config.head:
+        return (
+            f"this {name} model has no head that could take up the last norm and undo the rotation: load the language "
+            "model, not its bare body"
         )
     if any("r_in" in layer["mlp"] or "r_out" in layer["mlp"] for layer in model.params["layers"]):
-        raise ValueError("an MLP of this model was folded before: fold the stream first, then its MLPs")
+        return "an MLP of this model was folded before: fold the stream first, then its MLPs"
+    return None
 
 
 def _exact(r, d: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse.models.model import AnyArray, Model
-from rotsparse.models.transformer import run
+from rotsparse.models.transformer import step
 
 
 def cross_entropy(
@@ -29,28 +29,33 @@ def generate(
 ) -> np.ndarray:
     """Continue each prompt to `length` tokens: the likeliest token each time, or, with a key, samples at `temperature`.
 
-    The whole sequence is computed again for every token: right for small models, slow for large ones.
     Raises `ValueError` where `length` exceeds the model's positions or the model has no head.
     """
     if not model.config.head or not model.config.causal:
         raise ValueError(f"a {model.config.architecture} model has no next-token head, so it cannot write text")
     prompts = jnp.asarray(prompts)
-    if not 0 < prompts.shape[1] < length:
-        raise ValueError(f"length counts the prompt: expected more than its {prompts.shape[1]} tokens, got {length}")
+    if not 0 < prompts.shape[1] < length <= model.config.max_positions:
+        raise ValueError(
+            f"length counts the prompt: expected more than its {prompts.shape[1]} tokens and at most the model's "
+            f"{model.config.max_positions} positions, got {length}"
+        )
     return np.asarray(_generate(model.params, model.config, prompts, length, key, temperature))
 
 
 @partial(jax.jit, static_argnames=("config", "length"))
 def _generate(params, config, prompts, length, key, temperature):
-    start = prompts.shape[1]
-    padded = jnp.pad(prompts, ((0, 0), (0, length - start)))
+    batch, start = prompts.shape
+    cache = jnp.zeros((config.n_layers, 2, batch, length, config.n_kv_heads, config.d_head), params["embed"].dtype)
+    tokens = jnp.pad(prompts, ((0, 0), (0, length - start)))
 
-    def step(i, tokens):
-        logits = run(params, config, tokens)[0][:, i - 1]
+    def write(i, carry):
+        tokens, cache = carry
+        logits, cache = step(params, config, tokens[:, i], i, cache)
         if key is None:
             chosen = jnp.argmax(logits, axis=-1)
         else:
             chosen = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
-        return tokens.at[:, i].set(chosen.astype(tokens.dtype))
+        chosen = jnp.where(i + 1 < start, tokens[:, i + 1], chosen.astype(tokens.dtype))
+        return tokens.at[:, i + 1].set(chosen), cache
 
-    return jax.lax.fori_loop(start, length, step, padded)
+    return jax.lax.fori_loop(0, length - 1, write, (tokens, cache))[0]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotsparse.layers import MLP, GatedMLP
+from rotsparse.layers import MLP, GatedMLP, Layer
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import check_point, norm_of
 
@@ -53,7 +53,7 @@ def mlp_layer(model: Model, layer: int, *, norm: bool = False, skip: bool = Fals
     return (GatedMLP if config.gated else MLP)(**weights, **options)
 
 
-def with_mlp_layer(model: Model, layer: int, new: MLP | GatedMLP) -> Model:
+def with_mlp_layer(model: Model, layer: int, new: Layer) -> Model:
     """The model with these weights in the MLP of one layer: the inverse of `mlp_layer`.
 
     A norm or skip connection that the layer has is written too; one that it has not stays as it was. This only writes:
@@ -62,10 +62,11 @@ def with_mlp_layer(model: Model, layer: int, new: MLP | GatedMLP) -> Model:
     Raises `ValueError` where the layer is of another kind or shape, or has a norm that the model cannot have.
     """
     old = mlp_layer(model, layer)
-    if type(new) is not type(old) or new.activation is not old.activation:
+    if not isinstance(new, type(old)) or new.activation is not old.activation:
+        phi = getattr(new, "activation", None)
         raise ValueError(
-            f"layer {layer} is a {type(old).__name__} with {old.activation.__name__}, got a {type(new).__name__} with "
-            f"{getattr(new.activation, '__name__', new.activation)}"
+            f"layer {layer} is a {type(old).__name__} with {model.config.activation}, got a {type(new).__name__} with "
+            f"{getattr(phi, '__name__', phi)}"
         )
     changed = jax.tree.map(lambda a: a, model.params)  # new dictionaries around the same arrays
     block = changed["layers"][layer]

@@ -7,10 +7,11 @@ It is there to look inside: at every MLP there are four named *sites* whose valu
     hidden     what enters its last matrix, after the nonlinearity           [batch, tokens, d_hidden]
     output     what it adds to the stream (before a post-norm)               [batch, tokens, d_model]
 
-No cache of keys and values, no dropout: training and fast generation are other libraries' business.
+No dropout: training is other libraries' business.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse.activations import as_activation
-from rotsparse.models.config import Rotary, TransformerConfig
+from rotsparse.models.config import TransformerConfig
 from rotsparse.models.model import AnyArray, Params
 from rotsparse.norms import Norm, layer_norm
 
@@ -61,12 +62,38 @@ def run(
         raise ValueError(
             f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them shorter"
         )
-    x = _embed(params, config, tokens, token_types)
+    positions = jnp.arange(tokens.shape[1])
+    x = _embed(params, config, tokens, token_types, positions)
     for index, layer in enumerate(params["layers"]):
-        x = _block(layer, config, x, _visible(config, index, tokens.shape[1], mask), index, probe)
-    if "final_norm" in params:
-        x = norm_of(params["final_norm"], config)(x)
-    return (_logits(params, config, x) if config.head else x), probe.captured
+        visible = _visible(config, index, positions, tokens.shape[1])
+        visible = visible[None] if mask is None else visible[None] & mask[:, None, :]
+        x = _block(layer, config, x, lambda p, u, v=visible: _attention(p, config, u, positions, v), index, probe)
+    return _output(params, config, x), probe.captured
+
+
+def step(
+    params: Params,
+    config: TransformerConfig,
+    token: Int[Array, "batch"],
+    position: Int[Array, ""],
+    cache: Float[Array, "layers 2 batch tokens heads d"],
+) -> tuple[Float[Array, "batch out"], Float[Array, "layers 2 batch tokens heads d"]]:
+    """What `run` returns at one position of a causal model, given the keys and values of the positions before it in
+    `cache` (zeros of that shape at the start); and the cache with this position's."""
+
+    def attend(index, p, u):
+        def remember(k, v):
+            nonlocal cache
+            cache = cache.at[index, :, :, position].set(jnp.stack([k[:, 0], v[:, 0]]))
+            return cache[index, 0], cache[index, 1]
+
+        visible = _visible(config, index, position[None], cache.shape[3])[None]
+        return _attention(p, config, u, position[None], visible, remember)
+
+    x = _embed(params, config, token[:, None], None, position[None])
+    for index, layer in enumerate(params["layers"]):
+        x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), {}))
+    return _output(params, config, x)[:, 0], cache
 
 
 def norm_of(p: Params, config: TransformerConfig) -> Norm:
@@ -109,21 +136,21 @@ def check_point(config: TransformerConfig, point: tuple[int, str]) -> Point:
     return Point(layer, site)
 
 
-def _embed(params, config, tokens, token_types):
+def _embed(params, config, tokens, token_types, positions):
     x = params["embed"][tokens] * config.embedding_scale
     if "positions" in params:
-        x = x + params["positions"][: tokens.shape[1]]
+        x = x + params["positions"][positions]
     if "token_types" in params:
         x = x + params["token_types"][jnp.zeros_like(tokens) if token_types is None else token_types]
     return norm_of(params["embed_norm"], config)(x) if "embed_norm" in params else x
 
 
-def _block(layer, config, x, visible, index, probe):
+def _block(layer, config, x, attend, index, probe):
     def pre(name, x):
         return x if config.placement == "post" else norm_of(layer[name], config)(x)
 
     def attention(x):
-        return _attention(layer["attn"], config, pre("attn_norm", x), visible)
+        return attend(layer["attn"], pre("attn_norm", x))
 
     def mlp(x):
         return _mlp(layer["mlp"], config, pre("mlp_norm", x), index, probe)
@@ -158,7 +185,7 @@ def _mlp(p, config, u, index, probe):
     return y @ p["r_out"] if "r_out" in p else y  # r_out is undone: R⁻¹ = Rᵀ
 
 
-def _attention(p, config, u, visible):
+def _attention(p, config, u, positions, visible, remember=lambda k, v: (k, v)):
     def heads(name, n):
         return _affine(p, name, u).reshape(*u.shape[:2], n, config.d_head)
 
@@ -166,7 +193,8 @@ def _attention(p, config, u, visible):
     if "q_norm" in p:
         q, k = norm_of(p["q_norm"], config)(q), norm_of(p["k_norm"], config)(k)
     if config.rotary is not None:
-        q, k = rotate_positions(config.rotary, q), rotate_positions(config.rotary, k)
+        q, k = _rotate(config.rotary, q, positions), _rotate(config.rotary, k, positions)
+    k, v = remember(k, v)
     # Grouped-query attention: each key/value head serves `group` consecutive query heads.
     q = q.reshape(*q.shape[:2], config.n_kv_heads, -1, config.d_head)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * config.attention_scale
@@ -176,9 +204,9 @@ def _attention(p, config, u, visible):
     return _affine(p, "o", mixed.reshape(*u.shape[:2], -1))
 
 
-def rotate_positions(rotary: Rotary, x: Float[Array, "batch tokens heads d"]) -> Float[Array, "batch tokens heads d"]:
-    """Turn the pairs of every head by their position's angles."""
-    angle = jnp.arange(x.shape[1])[:, None] * jnp.asarray(rotary.frequencies(), x.dtype)
+def _rotate(rotary, x, positions):
+    """Turn the pairs of every head of `x` `[batch, tokens, heads, d]` by their position's angles."""
+    angle = positions[:, None] * jnp.asarray(rotary.frequencies(), x.dtype)
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     turned, rest = x[..., : rotary.dims], x[..., rotary.dims :]
     if rotary.interleaved:
@@ -190,16 +218,18 @@ def rotate_positions(rotary: Rotary, x: Float[Array, "batch tokens heads d"]) ->
     return jnp.concatenate([pairs, rest], axis=-1)
 
 
-def _visible(config, layer, n, mask):
-    """`[batch or 1, query, key]`: which tokens each position may look at."""
-    back = jnp.arange(n)[:, None] - jnp.arange(n)[None, :]
-    visible = back >= 0 if config.causal else jnp.ones((n, n), bool)
-    if config.windows[layer] is not None:
-        visible = visible & (back < config.windows[layer])
-    return visible[None] if mask is None else visible[None] & mask[:, None, :]
+def _visible(config, layer, positions, n):
+    """`[query, key]`: which of the n tokens each position may look at."""
+    back = positions[:, None] - jnp.arange(n)[None, :]
+    visible = back >= 0 if config.causal else jnp.ones_like(back, bool)
+    return visible if config.windows[layer] is None else visible & (back < config.windows[layer])
 
 
-def _logits(params, config, x):
+def _output(params, config, x):
+    if "final_norm" in params:
+        x = norm_of(params["final_norm"], config)(x)
+    if not config.head:
+        return x
     logits = x @ params.get("unembed", params["embed"]).T
     if "unembed_bias" in params:
         logits = logits + params["unembed_bias"]

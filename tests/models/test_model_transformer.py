@@ -5,6 +5,7 @@ import pytest
 from tiny_models import RAW, message, tiny
 
 from rotsparse.layers import GatedMLP
+from rotsparse.models.language import generate
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.transformer import SITES, run
 
@@ -64,6 +65,22 @@ def test_a_window_hides_what_is_further_back():
     a, b = (np.asarray(run(model.params, model.config, t)[0]) for t in (TOKENS, changed))
     different = np.abs(a - b).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(different, [True] * 5 + [False] * 4)  # a window of 5 tokens, itself included
+
+
+@pytest.mark.parametrize("name", [name for name in RAW if name != "bert"])
+def test_generated_tokens_are_the_likeliest(name):
+    """Written one at a time from remembered keys and values, judged by a run over the whole text."""
+    model = tiny(name)
+    written = generate(model, TOKENS[:, :3], 12)
+    np.testing.assert_array_equal(written[:, :3], TOKENS[:, :3])
+    logits = np.asarray(run(model.params, model.config, written)[0])
+    chosen = np.take_along_axis(logits[:, 2:-1], written[:, 3:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, logits[:, 2:-1].max(axis=-1), atol=1e-4)
+
+
+def test_generation_ends_with_the_models_positions():
+    with pytest.raises(ValueError, match="at most the model's 32 positions, got 33"):
+        generate(tiny("llama"), TOKENS, 33)
 
 
 def test_padding_is_not_looked_at():
