@@ -39,5 +39,6 @@ from rotsparse.models.store import ActivationStore as ActivationStore
 from rotsparse.models.store import open_store as open_store
 from rotsparse.models.stream import keep_mean as keep_mean
 from rotsparse.models.stream import stream_places as stream_places
+from rotsparse.models.summary import summarize as summarize
 from rotsparse.models.transformer import SITES as SITES
 from rotsparse.models.transformer import run as run
