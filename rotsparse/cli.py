@@ -51,7 +51,7 @@ class Demo:
     """Replace an earlier run."""
     seed: int = 0
     """Everything random follows from it."""
-    steps: int = 400
+    steps: int = 8000
     """Optimisation steps."""
     examples: int | None = None
     """Use only so many images (a quick look)."""
@@ -73,16 +73,19 @@ class Fit:
     """The sparsity measure that is minimised."""
     eps: float | None = None
     """The measure's scale, in units of the rms entry: what counts as zero."""
-    steps: int = 400
-    """Optimisation steps."""
-    restarts: int = 1
+    solver: Literal["auto", "annealing", "adam"] = "auto"
+    """auto and annealing: many cheap steps of a prescribed angle that shrinks to zero. adam: Adam with a cosine
+    decay."""
+    steps: int | None = None
+    """Optimisation steps: 4000 for annealing (more find better optima), 400 for adam, unless given."""
+    restarts: int = 2
     """Independent starts (the first from the neurons, the others random), fitted at once; how well they agree is
     reported."""
     batch_size: int | None = None
-    """Examples a step; all of them by default."""
+    """Examples a step: 16 for annealing, all for adam, unless given."""
     learning_rate: float = 0.2
-    """Rate of the Adam optimiser; it falls to zero along a cosine."""
-    max_step: float = 0.5
+    """Adam's rate at the start."""
+    max_step: float = 0.4
     """Largest angle that one step may turn, in radians."""
     active_subspace: float | None = None
     """Rotate only the directions that hold this share of the variance, e.g. 0.999."""
@@ -91,7 +94,7 @@ class Fit:
     hold: tuple[Literal["in", "out"], ...] = ()
     """Sides that stay in the neuron basis."""
     patience: int | None = None
-    """Stop after this many steps without improvement."""
+    """With adam: stop after this many steps without improvement."""
     start: Path | None = None
     """Rotations (a run's rotations.safetensors) to start from."""
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from rotsparse import baselines, cli, digits, job, measures, runs
 from rotsparse.activations import ACTIVATIONS
 from rotsparse.compare import compare
+from rotsparse.fit import BATCH_SIZE, STEPS
 from rotsparse.fold import fold as fold_layer
 from rotsparse.layer_files import load_activations, load_layer, save_layer
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Solution
-from rotsparse.solvers import Riemannian
+from rotsparse.solvers import Annealing, Riemannian
 from rotsparse.statistics import covariance
 
 console = Console()
@@ -81,17 +82,14 @@ def fit(command: "cli.Fit") -> int:
     options = {
         "measure": measures.by_name(command.measure, command.eps),
         "scale_inputs": command.layer.input_scale == "std",
-        "steps": command.steps,
         "restarts": command.restarts,
-        "batch_size": command.batch_size,
-        "solver": Riemannian(optax.adam(command.learning_rate), max_step=command.max_step),
         "active_subspace": command.active_subspace,
         "tie": command.tie,
         "hold": command.hold,
         "patience": command.patience,
         "start": None if command.start is None else Rotations.load(command.start)[0],
         "progress": True,
-    }
+    } | _solver(command)
     with runs.new_run(command.out, overwrite=command.overwrite) as folder:
         config = {"command": "fit", **_plain(command)}
         solution = job.run(
@@ -179,6 +177,18 @@ def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray, np.ndarray]
     order = np.random.default_rng(options.seed).permutation(len(x))
     held_out = len(x) // 5
     return layer, x[order[held_out:]], x[order[:held_out]]
+
+
+def _solver(command: "cli.Fit") -> dict[str, Any]:
+    """The solver with the steps and the batch size that suit it."""
+    if command.solver == "adam":
+        solver = Riemannian(optax.adam(command.learning_rate), max_step=command.max_step)
+        return {"solver": solver, "steps": command.steps or 400, "batch_size": command.batch_size}
+    return {
+        "solver": Annealing(angle=command.max_step),
+        "steps": command.steps or STEPS,
+        "batch_size": command.batch_size or BATCH_SIZE,
+    }
 
 
 def _check_positive(command, *names):

@@ -5,6 +5,7 @@ objective, keeps the best rotations of every restart, reports progress and decid
 """
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +26,19 @@ from rotsparse.orthogonal import haar, orthogonality_error
 from rotsparse.progress import Progress
 from rotsparse.rotations import Rotations
 from rotsparse.solution import History, Result, Solution
-from rotsparse.solvers import Riemannian, Solver
+from rotsparse.solvers import Annealing, Solver
 from rotsparse.subspace import ActiveSubspace
 
-# The driver looks at a fit about this many times, and no more often than every MIN_CHUNK steps.
-CHECKS = 40
+# A run is cut into about this many chunks, of at least MIN_CHUNK steps.
+CHUNKS = 40
 MIN_CHUNK = 20
+
+# Judging on all examples may cost this share of what the steps cost.
+CHECKING = 0.25
+
+# What a fit takes unless told otherwise: many cheap, noisy steps (see `solvers.annealing`).
+BATCH_SIZE = 16
+STEPS = 4000
 
 
 def find_rotations(
@@ -46,8 +54,8 @@ def find_rotations(
     start: Rotations | None = None,
     restarts: int = 1,
     solver: Solver | None = None,
-    steps: int = 400,
-    batch_size: int | None = None,
+    steps: int = STEPS,
+    batch_size: int | None = BATCH_SIZE,
     validation: Float[Data, "n d_in"] | None = None,
     patience: int | None = None,
     progress: bool = False,
@@ -66,8 +74,9 @@ def find_rotations(
     - `active_subspace`: when given (e.g. 0.999), only directions that hold this share of the variance of inputs and of
       outputs are rotated, starting from their principal components. Where the variance sits in few directions this is
       much faster and finds better optima.
-    - `solver`: default `Riemannian()`, hot bounded Adam steps with a cosine decay. `batch_size`: examples a step
-      (default: all). `patience`: stop after this many steps without improvement (default: never).
+    - `solver`: default `Annealing()`, large steps that shrink along noisy gradients of `batch_size` examples (`None`:
+      all of them). More `steps` find better optima. `Riemannian(optax.adam(0.1))` takes any optax optimiser.
+    - `patience`: stop after this many steps without improvement (default: never).
     - `key`: same key and inputs, same bits on the same machine.
 
     Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for
@@ -116,7 +125,7 @@ def minimize(
     *,
     key: PRNGKeyArray,
     solver: Solver | None = None,
-    steps: int = 400,
+    steps: int = STEPS,
     restarts: int = 1,
     validation: Objective | None = None,
     patience: int | None = None,
@@ -127,7 +136,11 @@ def minimize(
     for name, value in {"steps": steps, "restarts": restarts, "patience": patience}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} should be at least 1, got {value}")
-    solver = Riemannian() if solver is None else solver
+    solver = Annealing() if solver is None else solver
+    if patience is not None and isinstance(solver, Annealing):
+        raise ValueError(
+            "annealing improves most near its end, so patience would stop it early: take fewer steps instead"
+        )
     spaces = objective.spaces
     if not spaces:
         raise ValueError("nothing to optimise: every space is held fixed")
@@ -136,7 +149,9 @@ def minimize(
     state = jax.vmap(solver.init)(bases)
     keys = jax.random.split(jax.random.fold_in(key, 1), restarts)
     judge = objective if validation is None else validation
-    chunk = min(steps, max(MIN_CHUNK, -(-steps // CHECKS)))
+    chunk = min(steps, max(MIN_CHUNK, -(-steps // CHUNKS)))
+    # Chunks from one check to the next. A value costs half of a value with its gradient.
+    checks_every = math.ceil(0.5 / (CHECKING * chunk * objective.batch_share))
 
     begun = time.perf_counter()
     at = [jnp.asarray(step) for step in (*range(0, steps, chunk), steps)]  # arrays, so that the bounds are traced
@@ -148,30 +163,40 @@ def minimize(
     checked, checked_at, objectives = [values], [0], []
     best, best_values, best_step = bases, values, np.zeros(restarts, int)
     done, result, detail = 0, Result.ALL_STEPS, ""
+
+    def check():
+        """Judge the current rotations, and keep those that are the best of their restart so far."""
+        nonlocal best, best_values, best_step
+        values = np.asarray(judged(judge, bases))
+        checked.append(values)
+        checked_at.append(done)
+        better = values < best_values  # False for NaN
+        best = jax.tree.map(lambda new, old: jnp.where(better[:, None, None], new, old), bases, best)
+        best_values = np.where(better, values, best_values)
+        best_step = np.where(better, done, best_step)
+        return np.isfinite(values).all()
+
     with Progress(steps, enabled=progress) as bar:
         try:
-            for begin, end in itertools.pairwise(at):
-                bases, state, history = run(solver, objective, bases, state, keys, begin, end, chunk, steps)
-                values = np.asarray(judged(judge, bases))
-                stop = int(end)
-                history = np.asarray(history)[:, : stop - done]
+            for i, (begin, end) in enumerate(itertools.pairwise(at), start=1):
+                moved, moved_state, history = run(solver, objective, bases, state, keys, begin, end, chunk, steps)
+                history = np.asarray(history)[:, : int(end) - done]
                 objectives.append(history)
-                if not (np.isfinite(history).all() and np.isfinite(values).all()):
-                    result, detail = Result.NON_FINITE, _where(history, done, stop)
+                if not np.isfinite(history).all():
+                    result, detail = Result.NON_FINITE, _where(history, done)
                     break
-                done = stop
-                checked.append(values)
-                checked_at.append(done)
-                better = values < best_values
-                best = jax.tree.map(lambda new, old, b=better: jnp.where(b[:, None, None], new, old), bases, best)
-                best_values = np.where(better, values, best_values)
-                best_step = np.where(better, done, best_step)
-                bar.update(done, objective=best_values.min(), error=_worst_error(bases))
+                bases, state, done = moved, moved_state, int(end)
+                if (i % checks_every == 0 or done == steps) and not check():
+                    result, detail = Result.NON_FINITE, f"the objective on all examples, after step {done}"
+                    break
+                bar.update(done, objective=history.mean(axis=1).min(), error=_worst_error(bases))
                 if patience is not None and done - best_step.max() >= patience:
                     result = Result.CONVERGED
                     break
         except KeyboardInterrupt:
             result = Result.INTERRUPTED
+        if checked_at[-1] != done:
+            check()
     seconds = time.perf_counter() - begun
 
     # A start that is itself not finite cannot be chosen; if no restart is, there is nothing to return.
@@ -249,10 +274,7 @@ def _worst_error(bases: Bases) -> float:
     return max(float(jnp.max(orthogonality_error(r))) for r in bases.values())
 
 
-def _where(history, done, stop):
+def _where(history, done):
     """Where a run went wrong, in words."""
-    bad = np.argwhere(~np.isfinite(history))
-    if len(bad):
-        restart, step = min(map(tuple, bad), key=lambda at: at[1])
-        return f"the objective at step {done + step}, restart {restart}"
-    return f"the objective after step {stop}, or the rotations"
+    restart, step = min(map(tuple, np.argwhere(~np.isfinite(history))), key=lambda at: at[1])
+    return f"the objective at step {done + step}, restart {restart}"

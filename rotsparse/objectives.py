@@ -58,6 +58,11 @@ class Objective(eqx.Module):
         """The same objective on a random minibatch of its examples (drawn with replacement, so both value and gradient
         are unbiased), or itself when it has no batch size."""
 
+    @property
+    @abc.abstractmethod
+    def batch_share(self) -> float:
+        """The share of the examples that `sample` draws: what a step costs, relative to `value` on all of them."""
+
     @abc.abstractmethod
     def with_eps(self, eps: float | Array) -> "Objective":
         """The same objective with the measure's scale replaced."""
@@ -78,7 +83,7 @@ class JacobianSparsity(Objective):
     """
 
     layer: Layer
-    x: Float[Data, "n d_in"]
+    x: Float[Array, "n d_in"]
     measure: Measure
     gram: Float[Array, "d_in d_in"]
     covariance: Float[Array, "d_in d_in"] | None
@@ -117,10 +122,11 @@ class JacobianSparsity(Objective):
         return {self.space_in: self.layer.d_in, self.space_out: self.layer.d_out}
 
     def sample(self, key):
-        if self.batch_size is None or self.batch_size >= len(self.x):
-            return self
-        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
-        return _replace(self, x=self.x[rows])
+        return _sampled(self, key)
+
+    @property
+    def batch_share(self):
+        return _batch_share(self)
 
     def with_eps(self, eps):
         return _replace(self, measure=with_eps(self.measure, eps))
@@ -208,7 +214,7 @@ class ActivationSparsity(Objective):
     the rotation. One value and gradient cost `4·n·d²` flops.
     """
 
-    x: Float[Data, "n d"]
+    x: Float[Array, "n d"]
     rms: Float[Array, ""]
     measure: Measure
     space: str = eqx.field(static=True)
@@ -238,10 +244,11 @@ class ActivationSparsity(Objective):
         return {self.space: self.x.shape[1]}
 
     def sample(self, key):
-        if self.batch_size is None or self.batch_size >= len(self.x):
-            return self
-        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
-        return _replace(self, x=self.x[rows])
+        return _sampled(self, key)
+
+    @property
+    def batch_share(self):
+        return _batch_share(self)
 
     def with_eps(self, eps):
         return _replace(self, measure=with_eps(self.measure, eps))
@@ -300,6 +307,10 @@ class WeightedSum(Objective):
         keys = jax.random.split(key, len(self.terms))
         return _replace(self, terms=tuple(term.sample(k) for term, k in zip(self.terms, keys, strict=True)))
 
+    @property
+    def batch_share(self):
+        return sum(term.batch_share for term in self.terms) / len(self.terms)
+
     def with_eps(self, eps):
         return _replace(self, terms=tuple(term.with_eps(eps) for term in self.terms))
 
@@ -329,6 +340,10 @@ class Held(Objective):
     def sample(self, key):
         return Held(self.objective.sample(key), self.held)
 
+    @property
+    def batch_share(self):
+        return self.objective.batch_share
+
     def with_eps(self, eps):
         return Held(self.objective.with_eps(eps), self.held)
 
@@ -356,6 +371,18 @@ def chunked_sum(function, x: Float[Data, "n d"], chunk: int):
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, x[:chunk], x[:chunk, 0]))
     return jax.lax.scan(body, zeros, rows)[0]
+
+
+def _sampled(objective, key):
+    """The objective on `batch_size` of its examples, drawn with replacement."""
+    if _batch_share(objective) == 1:
+        return objective
+    rows = jax.random.randint(key, (objective.batch_size,), 0, len(objective.x))
+    return _replace(objective, x=objective.x[rows])
+
+
+def _batch_share(objective):
+    return 1.0 if objective.batch_size is None else min(1.0, objective.batch_size / len(objective.x))
 
 
 def _add(a: Bases, b: Bases) -> Bases:
