@@ -196,7 +196,7 @@ def test_a_rotated_dense_layer_still_has_its_own_gates(x64):
 # --- functions and subspaces ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "d_out"), [("dense", 8), ("mlp", 8), ("gated", 8), ("mlp", 3)])
+@pytest.mark.parametrize(("kind", "d_out"), [("gated", 8), ("mlp", 3)])
 def test_function_layer_agrees_with_the_closed_form(kind, d_out, x64):
     """In forward mode, and with fewer outputs than inputs in reverse mode."""
     closed = make_layer(kind, "layer", "matrix", d_out=d_out)
@@ -257,7 +257,7 @@ def test_subspace_sees_the_layer_through_its_frames(x64):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mlp", "gated"])
 def test_layers_are_pytrees_that_jit_and_vmap_take(kind):
     """Layers of equal shape can be stacked; a jitted function of one is not traced again for another."""
     traces = 0

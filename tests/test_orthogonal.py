@@ -63,7 +63,7 @@ def test_expm_retraction_is_the_geodesic(x64, rng):
 
 @pytest.mark.parametrize("retract", RETRACTIONS)
 def test_no_step_is_no_step(retract):
-    r = haar(jax.random.key(0), 9)
+    r = haar(jax.random.key(0), 7)
     np.testing.assert_allclose(retract(r, jnp.zeros_like(r)), r, atol=1e-6)
 
 
@@ -71,10 +71,9 @@ def test_no_step_is_no_step(retract):
 @given(exponent=st.integers(-30, 30), seed=st.integers(0, 2**32 - 1))
 def test_absurd_steps_stay_orthogonal_once_bounded(retract, exponent, seed):
     """Sizes from 1e-30 to 1e30, in float32: no learning rate can break orthogonality."""
-    d = 12
     rng = np.random.default_rng(seed)
-    omega = jnp.asarray(tangent(rng, d, 1.0) * 10.0**exponent, jnp.float32)
-    moved = jax.jit(retract)(haar(jax.random.key(seed), d), bound_step(omega, 0.5))
+    omega = jnp.asarray(tangent(rng, 7, 1.0) * 10.0**exponent, jnp.float32)
+    moved = jax.jit(retract)(haar(jax.random.key(seed), 7), bound_step(omega, 0.5))
     assert error64(moved) < 3e-6
 
 
@@ -156,9 +155,10 @@ def test_polar_is_the_svd_one_from_badly_conditioned_starts(condition, scale, x6
     d = 25
     u, _, v = np.linalg.svd(rng.standard_normal((d, d)))
     a = u * np.geomspace(1, 1 / condition, d) @ v * scale
+    result = jax.jit(polar)(jnp.asarray(a))
     # The polar factor itself moves by about eps · condition when A is rounded.
-    np.testing.assert_allclose(polar(jnp.asarray(a)), u @ v, atol=1e-14 * (10 + condition))
-    assert error64(polar(jnp.asarray(a))) < 1e-12
+    np.testing.assert_allclose(result, u @ v, atol=1e-14 * (10 + condition))
+    assert error64(result) < 1e-12
 
 
 def test_polar_in_float32_is_orthogonal_to_rounding(rng):
@@ -241,8 +241,8 @@ def test_orthogonality_error_is_the_largest_entry_for_square_batched_and_frames(
 
 @pytest.mark.parametrize("retract", RETRACTIONS)
 def test_retractions_under_vmap_and_jit_are_the_plain_ones(retract, rng):
-    rs = jax.vmap(lambda k: haar(k, 5))(jax.random.split(jax.random.key(0), 3))
-    omegas = jnp.asarray([tangent(rng, 5, 0.3) for _ in range(3)], jnp.float32)
+    rs = jax.vmap(lambda k: haar(k, 7))(jax.random.split(jax.random.key(0), 3))
+    omegas = jnp.asarray([tangent(rng, 7, 0.3) for _ in range(3)], jnp.float32)
     together = jax.jit(jax.vmap(retract))(rs, omegas)
     for r, omega, moved in zip(rs, omegas, together, strict=True):
         np.testing.assert_allclose(moved, retract(r, omega), atol=1e-6)
