@@ -13,7 +13,7 @@ from rich.console import Console
 from rotsparse import baselines, cli, digits, job, measures, runs
 from rotsparse.activations import ACTIVATIONS
 from rotsparse.compare import compare
-from rotsparse.fit import BATCH_SIZE, STEPS
+from rotsparse.fit import STEPS
 from rotsparse.fold import fold as fold_layer
 from rotsparse.layer_files import load_activations, load_layer, save_layer
 from rotsparse.layers import Layer
@@ -187,7 +187,7 @@ def _solver(command: "cli.Fit") -> dict[str, Any]:
     return {
         "solver": Annealing(angle=command.max_step),
         "steps": command.steps or STEPS,
-        "batch_size": command.batch_size or BATCH_SIZE,
+        "batch_size": command.batch_size,
     }
 
 

@@ -36,6 +36,12 @@ def finding(comparison: Comparison, layer: Layer) -> str:
 def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[str]:
     """Where the learned basis is ahead and where not; which directions other starts find again; and what is no news."""
     said = [comparison.verdict()]
+    if {comparison.best("participation_ratio"), comparison.best("top_1_percent_energy")} != {"learned"}:
+        said.append(
+            "Participation ratio and top-1% energy look only at the few largest entries, which an SVD makes as "
+            "large as can "
+            "be; the objective asks for zeros elsewhere."
+        )
     reproduced = reproduced_directions(solution)
     if isinstance(layer, MLP) and layer.w_out is None:
         # An elementwise φ pins the outputs of a single layer to its neurons.

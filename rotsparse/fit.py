@@ -36,7 +36,7 @@ MIN_CHUNK = 20
 # Judging on all examples may cost this share of what the steps cost.
 CHECKING = 0.25
 
-# What a fit takes unless told otherwise: many cheap, noisy steps (see `solvers.annealing`).
+# What annealing takes unless told otherwise: many cheap, noisy steps.
 BATCH_SIZE = 16
 STEPS = 4000
 
@@ -55,7 +55,7 @@ def find_rotations(
     restarts: int = 1,
     solver: Solver | None = None,
     steps: int = STEPS,
-    batch_size: int | None = BATCH_SIZE,
+    batch_size: int | None = None,
     validation: Float[Data, "n d_in"] | None = None,
     patience: int | None = None,
     progress: bool = False,
@@ -74,14 +74,18 @@ def find_rotations(
     - `active_subspace`: when given (e.g. 0.999), only directions that hold this share of the variance of inputs and of
       outputs are rotated, starting from their principal components. Where the variance sits in few directions this is
       much faster and finds better optima.
-    - `solver`: default `Annealing()`, large steps that shrink along noisy gradients of `batch_size` examples (`None`:
-      all of them). More `steps` find better optima. `Riemannian(optax.adam(0.1))` takes any optax optimiser.
+    - `solver`: default `Annealing()`, large steps that shrink, along noisy gradients; more `steps` find better optima.
+      `Riemannian(optax.adam(0.1))` takes any optax optimiser.
+    - `batch_size`: examples a step. By default 16 for annealing, which wants that noise, and all for other solvers.
     - `patience`: stop after this many steps without improvement (default: never).
     - `key`: same key and inputs, same bits on the same machine.
 
     Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for
     inputs that do not fit the layer, are not finite, or do not vary.
     """
+    solver = Annealing() if solver is None else solver
+    if batch_size is None and isinstance(solver, Annealing):
+        batch_size = BATCH_SIZE
     space_out = "in" if tie else "out"
     checks.activations("x", x, layer.d_in)
     objective = JacobianSparsity(
