@@ -87,7 +87,7 @@ def _activation(raw: Raw, key: str, default: str) -> str:
 def _refuse(raw: Raw, **accepted: Any) -> None:
     """Settings that would change the computation in a way the transformer here does not know."""
     for key, value in accepted.items():
-        if raw.get(key, value) != value:
+        if raw.get(key) not in (None, value):
             raise ValueError(f"config.json: {key} = {raw[key]!r} is not supported, only {value!r} is")
 
 
@@ -158,7 +158,7 @@ def _qwen(raw: Raw) -> TransformerConfig:
 
 
 def _gemma2(raw: Raw) -> TransformerConfig:
-    _refuse(raw, use_bidirectional_attention=None)
+    _refuse(raw, use_bidirectional_attention=False)
     types = ["full_attention" if i % 2 else "sliding_attention" for i in range(_need(raw, "num_hidden_layers"))]
     # A missing cap is the default cap; a cap of null is none.
     return _llama_like(

@@ -27,11 +27,16 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class FoldedModel:
-    """A folded model, and the largest differences of its outputs from the original's on the tokens that were checked:
-    `exact_error` before the new weights were rounded, `error` as the model runs. `scale` is the largest output."""
+    """A folded model, and how far its outputs are at most from the original's on the tokens that were checked.
+
+    `exact_error`: in float64 throughout, so that it is the fold's own. `rounded_error`: with the new weights rounded to
+    the model's type, run in float64. `error`: as the two models run, where both also round every operation. `scale` is
+    the largest output.
+    """
 
     model: Model
     error: float
+    rounded_error: float
     exact_error: float
     scale: float
 
@@ -138,20 +143,20 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.size == 0:
         raise ValueError(f"tokens should be [batch, tokens] to check the fold on, got shape {list(tokens.shape)}")
+    rounded = folded.astype(original.dtype)
     with jax.enable_x64(True):
         before = _outputs(exact, tokens)
         exact_error = np.abs(_outputs(folded, tokens) - before).max()
+        rounded_error = np.abs(_outputs(rounded.astype(np.float64), tokens) - before).max()
     scale = float(np.abs(before).max())
     if not exact_error <= TOLERANCE * scale:
         raise ValueError(
             f"folding changed the function: outputs of up to {scale:.2g} differ by up to {exact_error:.2g}. "
             "Are all weights finite, and of similar size?"
         )
-    rounded = folded.astype(original.dtype)
-    error = exact_error
-    if original.dtype != np.float64:
+    with jax.enable_x64(original.dtype == np.float64):
         error = np.abs(_outputs(rounded, tokens) - _outputs(original, tokens)).max()
-    return FoldedModel(rounded, float(error), float(exact_error), scale)
+    return FoldedModel(rounded, float(error), float(rounded_error), float(exact_error), scale)
 
 
 def _outputs(model: Model, tokens: np.ndarray) -> np.ndarray:

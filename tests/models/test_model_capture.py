@@ -1,3 +1,4 @@
+import importlib
 import json
 import tracemalloc
 from typing import Any
@@ -7,8 +8,6 @@ import numpy as np
 import pytest
 from tiny_models import STORIES, message, needs_stories, tiny
 
-from rotsparse.models import capture as capture_module
-from rotsparse.models import store as store_module
 from rotsparse.models.capture import capture
 from rotsparse.models.layers import mlp_layer
 from rotsparse.models.load import load_model, load_tokenizer
@@ -16,6 +15,9 @@ from rotsparse.models.sequences import TextFile, TokenFile
 from rotsparse.models.store import open_store
 from rotsparse.models.transformer import run
 
+# The package exports a function of the same name.
+capture_module = importlib.import_module("rotsparse.models.capture")
+store_module = importlib.import_module("rotsparse.models.store")
 POINTS = [(0, "input"), (1, "hidden")]
 # Small shards, so that there are several: two batches of two sequences each.
 SMALL: dict[str, Any] = {"length": 8, "batch": 2, "shard_bytes": 8 * 2 * 2 * 24 * 4}

@@ -102,6 +102,25 @@ def test_config_that_does_not_fit(changes, text, tmp_path):
         load_huggingface(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("bert", {"position_embedding_type": "relative_key"}),
+        ("bert", {"is_decoder": True}),
+    ],
+)
+def test_settings_that_would_change_the_computation(name, setting, tmp_path):
+    save_huggingface(tiny(name), tmp_path / "m")
+    edit_config(tmp_path / "m", **dict.fromkeys(setting))  # null is the usual value
+    assert load_huggingface(tmp_path / "m").config == tiny(name).config
+    edit_config(tmp_path / "m", **setting)
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} = .* is not supported"):
+        load_huggingface(tmp_path / "m")
+
+
 def test_fused_tensor_of_the_wrong_shape(tmp_path):
     save_huggingface(tiny("gpt2"), tmp_path / "m")
     rewrite(tmp_path / "m", lambda t: t.update({"transformer.h.1.attn.c_attn.weight": np.ones((16, 47), np.float32)}))

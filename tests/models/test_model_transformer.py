@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +34,10 @@ def test_captured_values_fit_together(name):
         np.testing.assert_allclose(block, seen[1, "residual"] + seen[1, "output"], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "bert"])  # one of each arrangement of blocks and norms
 @pytest.mark.parametrize("site", SITES)
 def test_interventions(name, site):
-    """Putting back the value changes nothing, another value changes the output, and under jit it is the same."""
+    """Putting back the value changes nothing, another value changes the output."""
     model = tiny(name)
     plain, seen = run(model.params, model.config, TOKENS, capture=((0, site),))
     same, again = run(
@@ -44,8 +46,24 @@ def test_interventions(name, site):
     np.testing.assert_allclose(same, plain, atol=1e-6)
     np.testing.assert_array_equal(again[0, site], seen[0, site])
 
-    changed = jax.jit(lambda p, t: run(p, model.config, t, intervene={(0, site): lambda v: -v})[0])
-    assert np.abs(changed(model.params, TOKENS) - plain).max() > 1e-3
+    changed = run(model.params, model.config, TOKENS, intervene={(0, site): lambda v: -v})[0]
+    assert np.abs(changed - plain).max() > 1e-3
+
+
+def test_jit_traces_once():
+    model = tiny("qwen3")
+    points = ((0, "input"), (1, "hidden"))
+    traces = []
+
+    @jax.jit
+    def compiled(params, tokens):
+        traces.append(tokens.shape)
+        return run(params, model.config, tokens, capture=points, intervene={(0, "output"): jnp.negative})
+
+    for tokens in (TOKENS, TOKENS[::-1]):
+        expected = run(model.params, model.config, tokens, capture=points, intervene={(0, "output"): jnp.negative})
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), compiled(model.params, tokens), expected)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in RAW if name != "bert"])
@@ -67,7 +85,7 @@ def test_a_window_hides_what_is_further_back():
     np.testing.assert_array_equal(different, [True] * 5 + [False] * 4)  # a window of 5 tokens, itself included
 
 
-@pytest.mark.parametrize("name", [name for name in RAW if name != "bert"])
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "gpt_neox", "gemma2"])
 def test_generated_tokens_are_the_likeliest(name):
     """Written one at a time from remembered keys and values, judged by a run over the whole text."""
     model = tiny(name)
