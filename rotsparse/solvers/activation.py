@@ -13,6 +13,7 @@ All stages are calls of one compiled function, a while loop around one evaluatio
 equal blocks, and a stage says how many of them it looks at.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,8 @@ STEPS = 60  # at most, in a stage
 START_EPS = 1.0
 FALL = 0.3  # ε falls by this factor ...
 SETTLED = 0.3  # ... once a step moves no direction's activations by more than this multiple of ε
-LADDER = 0.6  # ratio of neighbouring rungs of the ladder of ε
+LADDER = 3.0, 0.7  # first rung of the ladder of ε, and the ratio of neighbours
+PATIENCE = 2  # rungs that do worse on held-out data than the best so far, and the ladder ends
 
 
 class ActivationFit(NamedTuple):
@@ -79,7 +81,7 @@ def fit_activations(
     """The rotation R that makes `z = R x / rms(x)` sparse: a minimiser of `E mean_i S(z_i)`.
 
     `measure` (default `Log(eps=0.1)`) is used at its ε in the end, after larger ones. With `validation` examples the
-    basis is fitted at a ladder of ε from 2 down to a fifth of the measure's, and the one returned whose value *at the
+    basis is fitted at a ladder of ε from 3 down to a fifth of the measure's, and the one returned whose value *at the
     measure's ε* is lowest on them. The fit starts from a Haar-random rotation, or from `start`, which it returns when
     it finds nothing better; of several `restarts` (random rotations but for the first) the best one counts. With fewer
     than about 20·d examples restarts pay.
@@ -106,56 +108,77 @@ def fit_activations(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     with jax.default_matmul_precision("highest"):
         blocks = _shuffled(x, rng)
-        fits = []
-        for i in range(restarts):
-            r = start if i == 0 and start is not None else jnp.asarray(_haar(rng, d), x.dtype)
-            fits += _fit(blocks, r, measure, laddered=validation is not None)
+        starts = [jnp.asarray(_haar(rng, d), x.dtype) for _ in range(restarts)]
         if start is not None:
-            final = float(measure.eps)
-            unmoved = _descend(blocks, len(blocks.x), start, measure, final, final, False, 0.0, 1)
-            fits.append((unmoved, final))
-        values = [float(run.search.value) for run, _ in fits]
-        if validation is not None:
-            held_out = ActivationSparsity(validation, measure)
-            values = [float(_value(held_out, run.search.anchor)) for run, _ in fits]
+            starts[0] = start
+        if validation is None:
+            runs = [_fall(blocks, r, measure) for r in starts]
+            values = [float(run.search.value) for run in runs]
+        else:
+            objective = ActivationSparsity(validation, measure)
+            held_out = lambda run: float(_value(objective, run.search.anchor))  # noqa: E731
+            runs = [_climb_down(blocks, r, measure, held_out) for r in starts]
+            values = [held_out(run) for run in runs]
+        if start is not None:
+            eps = float(measure.eps)
+            runs.append(_descend(blocks, len(blocks.x), start, measure, eps, eps, False, 0.0, 1))
+            values.append(float(runs[-1].search.value) if validation is None else held_out(runs[-1]))
     best = int(np.argmin(np.where(np.isfinite(values), values, np.inf)))
-    run, eps = fits[best]
-    r, gradient = run.search.anchor, np.asarray(run.search.gradient)
-    return r, ActivationFit(
-        value=float(run.search.value),
-        eps=eps,
-        gradient_norm=float(np.linalg.norm(gradient)) / d,
-        orthogonality_error=_orthogonality_error(r),
-        steps=sum(int(run.steps) for run, _ in fits),
-        converged=bool(run.done),
-        improved=start is None or best < len(fits) - 1,
+    search = runs[best].search
+    return search.anchor, ActivationFit(
+        value=float(search.value),
+        eps=float(runs[best].eps),
+        gradient_norm=float(np.linalg.norm(search.gradient)) / d,
+        orthogonality_error=_orthogonality_error(search.anchor),
+        steps=sum(int(run.steps) for run in runs),
+        converged=bool(runs[best].done),
+        improved=start is None or best < restarts,
     )
 
 
-def _fit(blocks: _Blocks, r, measure: Measure, *, laddered: bool) -> list[tuple[_Run, float]]:
-    """The stages from one start: the final run and its ε, or one for every rung of the ladder."""
-    count, rows, d = blocks.x.shape
-    final = float(measure.eps)
-    first = max(START_EPS, final)
+def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
+    """Stage 1: the fixed point on growing subsamples."""
     steps = 0
-    sizes = sorted({min(count, -(-per_dimension * d // rows)) for per_dimension in SUBSAMPLES})
-    for used in sizes:
-        run = _descend(blocks, used, r, measure, first, first, True, 0.1, STEPS)
+    for used in _subsamples(blocks):
+        run = _descend(blocks, used, r, measure, START_EPS, START_EPS, True, 0.1, STEPS)
         r, steps = run.trial, steps + run.steps
+    return run._replace(steps=steps)
 
-    if not laddered:
-        run = _descend(blocks, sizes[-1], r, measure, first, final, False, SETTLED, STEPS)
-        steps += run.steps
-        run = _descend(blocks, count, run.trial, measure, final, final, False, 0.01, STEPS)
-        return [(run._replace(steps=steps + run.steps), final)]
 
-    rungs = []
-    top, bottom = max(2 * START_EPS, final), 0.2 * final
-    for eps in np.geomspace(top, bottom, 1 + round(np.log(bottom / top) / np.log(LADDER))).tolist():
-        run = _descend(blocks, count, r, measure, eps, eps, False, 0.01, STEPS)
-        rungs.append((run._replace(steps=steps + run.steps), eps))
-        r, steps = run.search.anchor, 0
-    return rungs
+def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
+    """All stages: the run at the final ε."""
+    final = float(measure.eps)
+    matched = _match(blocks, r, measure)
+    largest = _subsamples(blocks)[-1]
+    fallen = _descend(blocks, largest, matched.trial, measure, max(START_EPS, final), final, False, SETTLED, STEPS)
+    last = _finish(blocks, fallen.trial, measure, final)
+    return last._replace(steps=matched.steps + fallen.steps + last.steps)
+
+
+def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run], float]) -> _Run:
+    """Stage 1, and then stage 3 down the ladder until `held_out` has risen for some rungs, and at the vertex of the
+    parabola through the best rung and its neighbours: the run that does best by `held_out`."""
+    first, ratio = LADDER
+    last = float(measure.eps) / 5
+    rungs = 1 + max(0, round(np.log(last / first) / np.log(ratio)))
+    matched = _match(blocks, r, measure)
+    runs, values, best = [], [], 0
+    while len(runs) < min(rungs, best + PATIENCE + 1):
+        r = runs[-1].search.anchor if runs else matched.trial
+        runs.append(_finish(blocks, r, measure, first * ratio ** len(runs)))
+        values.append(held_out(runs[-1]))
+        best = int(np.argmin(values))
+    if 0 < best < len(runs) - 1:
+        square, linear, _ = np.polyfit([-1, 0, 1], values[best - 1 : best + 2], 2)
+        vertex = best - linear / (2 * square)
+        runs.append(_finish(blocks, runs[best].search.anchor, measure, first * float(ratio**vertex)))
+        values.append(held_out(runs[-1]))
+    return runs[int(np.argmin(values))]._replace(steps=matched.steps + sum(run.steps for run in runs))
+
+
+def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
+    """Quasi-Newton steps on all examples until no direction moves by 1% of ε, nor by 0.003."""
+    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, min(0.01, 0.003 / eps), STEPS)
 
 
 @jax.jit
@@ -206,6 +229,12 @@ def _over_blocks(blocks: _Blocks, used, sums):
     total = jax.lax.fori_loop(0, used, body, zeros)
     counted = jnp.where(jnp.arange(len(blocks.x)) < used, jnp.sum(blocks.weights, axis=1), 0)
     return jax.tree.map(lambda part: part / jnp.sum(counted), total)
+
+
+def _subsamples(blocks: _Blocks) -> list[int]:
+    """How many blocks hold the examples of the first stages."""
+    count, rows, d = blocks.x.shape
+    return sorted({min(count, -(-examples * d // rows)) for examples in SUBSAMPLES})
 
 
 def _shuffled(x: Float[Array, "n d"], rng: np.random.Generator) -> _Blocks:
