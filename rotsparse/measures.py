@@ -19,6 +19,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -244,6 +245,7 @@ MEASURES: dict[str, Callable[..., Measure]] = {
 }
 
 
-def with_eps(measure: Measure, eps: float | Array) -> Measure:
-    """The same measure at another scale (no retracing: the scale is an array leaf under jit)."""
-    return eqx.tree_at(lambda m: m.eps, measure, jnp.asarray(eps, jax.dtypes.canonicalize_dtype(float)))
+def with_eps(measure: Measure, eps: float | Array, dtype: DTypeLike | None = None) -> Measure:
+    """The same measure at another scale, as an array of that type (default: JAX's own float), so that no new scale
+    traces anew."""
+    return eqx.tree_at(lambda m: m.eps, measure, jnp.asarray(eps, dtype or jax.dtypes.canonicalize_dtype(float)))

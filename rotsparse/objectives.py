@@ -107,7 +107,7 @@ class JacobianSparsity(Objective):
     ):
         self.layer = layer
         self.x = checks.activations("x", x, layer.d_in)
-        self.measure = with_eps(measure, measure.eps)
+        self.measure = with_eps(measure, measure.eps, self.x.dtype)
         self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
         self.covariance = jnp.asarray(covariance(self.x)[1], self.x.dtype) if scale_inputs else None
         self.space_in, self.space_out = space_in, space_out
@@ -129,7 +129,7 @@ class JacobianSparsity(Objective):
         return _batch_share(self)
 
     def with_eps(self, eps):
-        return _replace(self, measure=with_eps(self.measure, eps))
+        return _replace(self, measure=with_eps(self.measure, eps, self.x.dtype))
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective on some directions of the layer's inputs and outputs only."""
@@ -233,7 +233,7 @@ class ActivationSparsity(Objective):
     ):
         self.x = checks.activations("x", x, jnp.shape(x)[-1] if jnp.ndim(x) else 0)
         self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
-        self.measure = with_eps(measure, measure.eps)
+        self.measure = with_eps(measure, measure.eps, self.x.dtype)
         self.space = space
         self.batch_size = batch_size
         self.precision = precision
@@ -251,7 +251,7 @@ class ActivationSparsity(Objective):
         return _batch_share(self)
 
     def with_eps(self, eps):
-        return _replace(self, measure=with_eps(self.measure, eps))
+        return _replace(self, measure=with_eps(self.measure, eps, self.x.dtype))
 
     def on(self, x: Float[Data, "n d"]) -> "ActivationSparsity":
         """The same objective on other examples."""

@@ -81,6 +81,18 @@ def test_no_learning_rate_breaks_orthogonality(optimizer, options):
     assert solution.value <= solution.start_value
 
 
+@pytest.mark.parametrize("solver", [Riemannian(eps=geometric(1.0, 0.1)), None], ids=["riemannian", "default"])
+def test_float32_data_stay_float32_when_x64_is_on(x64, solver):
+    layer, x, _ = planted(n=50)
+    solution = quick(layer, x, steps=30, solver=solver)
+    assert solution.rotations.r_in.dtype == np.float32
+    solution = quick(
+        jax.tree.map(lambda w: np.asarray(w, np.float64), layer), x.astype(np.float64), steps=30, solver=solver
+    )
+    assert solution.rotations.r_in.dtype == np.float64
+    assert solution.rotations.orthogonality_error() < 1e-13
+
+
 def test_a_start_that_cannot_be_improved_is_returned():
     layer, x, truth = planted()
     solution = quick(layer, x, start=truth, solver=Riemannian(optax.sgd(1e3), decay=constant), steps=20)
