@@ -7,9 +7,8 @@ components among themselves; the remaining ones stay as they are.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from rotsparse.checks import Data
 from rotsparse.layers import Layer, Subspace
 from rotsparse.objectives import Bases, JacobianSparsity
 from rotsparse.statistics import covariance
@@ -21,7 +20,7 @@ class ActiveSubspace:
     `pca` holds all of them, strongest first, `[d, d]` for each space; `kept` how many are active.
     """
 
-    def __init__(self, layer: Layer, x: Float[Data, "n d_in"], energy: float):
+    def __init__(self, layer: Layer, x: Float[Array, "n d_in"], energy: float):
         if not 0 < energy <= 1:
             raise ValueError(f"active_subspace is a share of the variance: expected a number in (0, 1], got {energy}")
         self.pca, self.kept = {}, {}

@@ -1,9 +1,9 @@
 """Gradient descent on the orthogonal group with any optax optimiser.
 
 The relative gradient Γ (skew-symmetric) goes through the optimiser as if it were an ordinary gradient; the update Ω,
-made skew-symmetric again, is the tangent step `R <- retract(R, Ω)`. Because Ω always refers to the current point, moment
-estimates need no parallel transport. The step's spectral norm (the largest angle that it turns) is bounded, so no
-learning rate can leave the region where the retraction is accurate, and none can produce a NaN.
+made skew-symmetric again, is the tangent step `R <- retract(R, Ω)`. Because Ω always refers to the current point,
+moment estimates need no parallel transport. The step's spectral norm (the largest angle that it turns) is bounded, so
+no learning rate can leave the region where the retraction is accurate, and none can produce a NaN.
 
 Large bounded steps that decay are not a safety net but the method: the early, hot phase is what gets out of the local
 minima of sharp measures on trained layers.
