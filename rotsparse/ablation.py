@@ -1,12 +1,13 @@
 """Edge ablation: how few edges between rotated inputs and rotated outputs does a stage need?
 
-An edge (o, i) says that rotated output o sees rotated input i. With edges cut, each output coordinate is recomputed from
-the inputs that it still sees, the others held at their mean:
+An edge (o, i) says that rotated output o sees rotated input i. With edges cut, each output coordinate is recomputed
+from the inputs that it still sees, the others held at their mean:
 
     ẑ_o(x) = r_o · f(R_inᵀ (m_o ⊙ z + (1 - m_o) ⊙ z̄)),      z = R_in x,  m_o: the mask of output o
 
 and `R_outᵀ ẑ` goes back into the network. Unlike a derivative this needs no small step, and unlike an objective it is
-measured in what the network is for: its accuracy. (The protocol of Bushnaq et al., "The Local Interaction Basis", 2024.)
+measured in what the network is for: its accuracy. (The protocol of Bushnaq et al., "The Local Interaction Basis",
+2024.)
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rotsparse.checks import activations
+from rotsparse.checks import activations, weight
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.statistics import Rows, chunks, jacobians
@@ -30,7 +31,8 @@ _ROWS = 4096
 
 
 def accuracy(logits: Callable[[Array], Array], labels: Int[Array, "n"]) -> Score:
-    """Share of examples whose largest logit is that of their label. `logits` maps a stage's outputs to the network's."""
+    """Share of examples whose largest logit is that of their label. `logits` maps a stage's outputs to the
+    network's."""
     return _mean_score(logits, labels, lambda z, y: jnp.argmax(z, axis=-1) == y)
 
 
@@ -50,6 +52,9 @@ class EdgeAblation:
     examples `x` (`[n, d_in]`), as are the means at which cut inputs are held. Give it training inputs, and evaluate on
     others.
 
+    `reader`: `[m, d_out]`, the (mean) Jacobian of what reads the layer's output. Row o of the importance is then
+    multiplied by `‖reader r_o‖²`, so that an edge into an output that nothing reads is the first to be cut.
+
     `copies`: the layer's input is this many vectors side by side that share the rotation `r_in` (positions of a
     sequence); one edge then stands for that input in every copy. Their importances add up.
 
@@ -58,7 +63,7 @@ class EdgeAblation:
 
     importance: Float[np.ndarray, "d_out d_in"]
 
-    def __init__(self, layer: Layer, x: Rows, rotations: Rotations, *, copies: int = 1):
+    def __init__(self, layer: Layer, x: Rows, rotations: Rotations, *, reader=None, copies: int = 1):
         x = activations("x", x, layer.d_in)
         d_in = rotations.r_in.shape[0]
         if (copies * d_in, rotations.r_out.shape[0]) != (layer.d_in, layer.d_out):
@@ -75,6 +80,9 @@ class EdgeAblation:
         square = sum(np.square(c, dtype=np.float64).sum(axis=0) for c in jacobians(layer, x, self._r_in, self._r_out))
         square = square / len(x) * z.var(axis=0)
         self.importance = square.reshape(layer.d_out, copies, d_in).sum(axis=1)
+        if reader is not None:
+            read = np.asarray(weight("reader", reader, (None, layer.d_out)), np.float64) @ np.asarray(rotations.r_out).T
+            self.importance *= np.square(read).sum(axis=0)[:, None]
         # Stable, so that ties (edges that are exactly zero) are cut in the same order everywhere.
         self._order = np.argsort(-self.importance, axis=None, kind="stable")
 
@@ -126,8 +134,8 @@ class EdgeAblation:
 
 
 def fewest(suffices: Callable[[int], bool], at_most: int) -> int:
-    """The smallest k in 0..at_most with `suffices(k)`, where `suffices` is monotone and true at `at_most`. About
-    `2 log₂ log₂ at_most + log₂ k` calls' worth of bisection: midpoints are geometric means."""
+    """The smallest k in 0..at_most with `suffices(k)`, by bisection with geometric midpoints. `suffices` should be
+    monotone, and true at `at_most`."""
     if suffices(0):
         return 0
     too_few, enough = 0, at_most
@@ -156,6 +164,6 @@ def _mean_score(logits, labels, per_example):
     def score(y):
         if len(y) != len(labels):
             raise ValueError(f"{len(y)} outputs for {len(labels)} labels: they should be of the same examples")
-        return float(np.mean(chunk_score(y, labels), dtype=np.float64))
+        return float(np.mean(np.asarray(chunk_score(y, labels)), dtype=np.float64))
 
     return score

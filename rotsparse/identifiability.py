@@ -1,0 +1,135 @@
+"""Is the basis real? Two questions, asked of every direction, and one verdict.
+
+Do independent restarts find it again (is it identified by the data)? And does it talk to fewer partners than the
+directions that the same fit finds in a null model (was it learned)? A sparse result that fails both is the optimiser's
+doing, and the verdict says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from rotsparse.ablation import EdgeAblation
+from rotsparse.layers import Layer
+from rotsparse.solution import Solution
+from rotsparse.statistics import Rows
+
+# A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1.
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Side:
+    """The directions of one side of a layer, in the order of its rotation.
+
+    `agreement`: |cos| with the match in each other restart, the mean over restarts. `partners`: the effective number of
+    directions on the other side that it talks to, the participation ratio `(Σm)²/Σm²` of its mean squared scaled
+    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `fitted`: which
+    directions the fit could turn; the others (outside the active subspace, or held) agree by construction and do not
+    count.
+    """
+
+    agreement: Float[np.ndarray, "d"]
+    partners: Float[np.ndarray, "d"]
+    null_partners: float
+    fitted: Bool[np.ndarray, "d"]
+
+    def identified(self, cosine: float) -> int:
+        """How many fitted directions the restarts agree on."""
+        return int(np.count_nonzero(self.fitted & (self.agreement >= cosine)))
+
+    @property
+    def gain(self) -> Float[np.ndarray, "d"]:
+        """How many times fewer partners than in the null: above one is sparser. 0 for a direction without influence."""
+        return self.null_partners / np.where(self.partners > 0, self.partners, np.inf)
+
+
+@dataclass(frozen=True)
+class Identifiability:
+    """`gain`: by what share the fit lowers the objective below that of Haar-random rotations; `null_gains`: the same
+    for the null models."""
+
+    sides: dict[str, Side]
+    gain: float
+    null_gains: tuple[float, ...]
+    cosine: float
+
+    @property
+    def beyond_null(self) -> bool:
+        """Whether the layer became sparser than every null model did."""
+        null = max(self.null_gains)
+        return self.gain > null + MARGIN * (1 - null)
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence or two."""
+        counts = {name: (side.identified(self.cosine), int(side.fitted.sum())) for name, side in self.sides.items()}
+        found = " and ".join(f"{k} of {d} '{name}' directions" for name, (k, d) in counts.items())
+        against = f"gain {self.gain:.2f} over random rotations, null models {max(self.null_gains):.2f}"
+        some = any(k > 0.1 * d for k, d in counts.values())
+        if self.beyond_null and some:
+            return f"A sparse basis: sparser than chance ({against}), and restarts agree on {found}."
+        if self.beyond_null:
+            return (
+                f"Sparser than chance ({against}), but not one basis: restarts agree on only {found}. "
+                "Read the amount of sparsity, not the single directions."
+            )
+        if some:
+            return (
+                f"No learned sparse basis here: the null models do as well ({against}). Restarts agree on {found}, "
+                "which is then the architecture's doing (an elementwise gate pins its neurons), not the training's."
+            )
+        return f"No sparse basis here: the null models do as well ({against}), and restarts agree on only {found}."
+
+
+def identifiability(
+    layer: Layer, x: Rows, solution: Solution, nulls: Sequence[tuple[Layer, Rows, Solution]], *, cosine: float = 0.95
+) -> Identifiability:
+    """Report on a fit by `find_rotations`, with two restarts or more, of `layer` on `x`.
+
+    `nulls`: null models (`controls.random_weights`, `controls.shuffled_inputs`) as layer, inputs and the solution of
+    the same fit. `cosine`: from which |cos| on two restarts are said to agree on a direction.
+
+    Raises `ValueError` without nulls, or for a solution with a single restart.
+    """
+    if not nulls:
+        raise ValueError("without a null model nothing can be said: fit random_weights(layer, key=...) the same way")
+    agreement = {name: cosines.mean(axis=0) for name, cosines in solution.agreement().items()}
+    partners = _partners(layer, x, solution)
+    null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
+    sides = {}
+    for name in agreement:
+        null_partners = np.concatenate([found[name][_fitted(s, name)] for s, found in null])
+        fitted = _fitted(solution, name)
+        if fitted.any():
+            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), fitted)
+    return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
+
+
+def _partners(layer, x, solution):
+    """The effective number of partners of every direction, for both sides (added up for a tied one)."""
+    importance = EdgeAblation(layer, x, solution.rotations).importance
+    both = {"in": _participation(importance.T), "out": _participation(importance)}
+    return both if "out" in solution.bases else {"in": (both["in"] + both["out"]) / 2}
+
+
+def _fitted(solution, name):
+    """Which rows are not the same, to the last bit, in all restarts."""
+    first, *others = (np.asarray(candidate[name]) for candidate in solution.candidates)
+    return np.any([first != other for other in others], axis=(0, 2))
+
+
+def _participation(rows):
+    square = np.square(rows).sum(axis=1)
+    return np.square(rows.sum(axis=1)) / np.where(square > 0, square, 1)
+
+
+def _gain(solution):
+    """The first restart has a start of its own; the others start at Haar-random rotations."""
+    starts = solution.history.checked[1:, 0]
+    if not len(starts):
+        raise ValueError("the gain over random rotations needs the random starts of restarts=2 or more")
+    random = float(starts.mean())
+    return (random - float(np.nanmin(solution.candidate_values))) / abs(random)
