@@ -14,6 +14,8 @@ from rotsparse import baselines as baselines
 from rotsparse.alignment import amari_distance as amari_distance
 from rotsparse.alignment import match as match
 from rotsparse.alignment import mean_max_cosine as mean_max_cosine
+from rotsparse.chain import ChainSolution as ChainSolution
+from rotsparse.chain import fit_chain as fit_chain
 from rotsparse.compare import Comparison as Comparison
 from rotsparse.compare import compare as compare
 from rotsparse.fit import find_rotations as find_rotations
