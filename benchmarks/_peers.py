@@ -5,6 +5,7 @@ Imports are inside the functions, so that a cold start pays for its own librarie
 """
 
 import dataclasses
+import sys
 
 import numpy as np
 
@@ -107,6 +108,9 @@ def pymanopt(y, seed, eps=0.1, start=None):
     import pymanopt
     from pymanopt.manifolds import Stiefel
     from pymanopt.optimizers import ConjugateGradient
+
+    # Its import switches JAX to double precision for the whole process.
+    sys.modules["jax"].config.update("jax_enable_x64", False)
 
     n = y.shape[1]
     y = y / np.sqrt(np.mean(y**2))

@@ -13,8 +13,6 @@ import jax
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, PRNGKeyArray
-from sklearn.decomposition import FastICA
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from rotsparse.intervals import numpy_generator
@@ -216,6 +214,10 @@ def _weights_in(layer: MLP | GatedMLP, w) -> Float[np.ndarray, "hidden d_in"]:
 
 
 def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random.Generator, side: str) -> Matrix:
+    # Imported where it is used: scikit-learn takes longer to import than everything else here together.
+    from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
     mean, cov = moments
     axes = _eigenvectors(cov)
     variances = np.einsum("id,de,ie->i", axes, cov, axes, optimize=True)

@@ -220,6 +220,15 @@ def test_float64_stays_float64():
         assert recovery_error(r, basis) < 1e-8
 
 
+def test_float32_stays_float32_where_double_precision_is_on():
+    x, _ = planted()
+    expected, _ = fit_activations(x, key=jax.random.key(0), measure=Log(0.1))
+    with jax.enable_x64(True):
+        r, _ = fit_activations(x, key=jax.random.key(0), measure=Log(0.1))
+    assert r.dtype == jnp.float32
+    np.testing.assert_allclose(r, expected, atol=1e-4)
+
+
 def test_messages():
     x, _ = planted(n=50)
     key = jax.random.key(0)

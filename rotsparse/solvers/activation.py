@@ -16,13 +16,14 @@ equal blocks, and a stage says how many of them it looks at.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse import checks
-from rotsparse.measures import Log, Measure, with_eps
+from rotsparse.measures import Log, Measure
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.solvers import quasi_newton
 from rotsparse.solvers.fixed_point import project, shifted
@@ -65,7 +66,7 @@ class _Run(NamedTuple):
     eps: Float[Array, ""]
     fresh: Array  # whether the objective is a new one since the last step
     turning: Array  # whether the trial leaves a saddle
-    steps: Int[Array, ""]
+    steps: int | Int[Array, ""]
     done: Array
 
 
@@ -141,7 +142,7 @@ def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
     steps = 0
     for used in _subsamples(blocks):
         run = _descend(blocks, used, r, measure, START_EPS, START_EPS, True, 0.1, STEPS)
-        r, steps = run.trial, steps + run.steps
+        r, steps = run.trial, steps + int(run.steps)
     return run._replace(steps=steps)
 
 
@@ -152,7 +153,7 @@ def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
     largest = _subsamples(blocks)[-1]
     fallen = _descend(blocks, largest, matched.trial, measure, max(START_EPS, final), final, False, SETTLED, STEPS)
     last = _finish(blocks, fallen.trial, measure, final)
-    return last._replace(steps=matched.steps + fallen.steps + last.steps)
+    return last._replace(steps=matched.steps + int(fallen.steps) + int(last.steps))
 
 
 def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run], float]) -> _Run:
@@ -173,12 +174,12 @@ def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run],
         vertex = best - linear / (2 * square)
         runs.append(_finish(blocks, runs[best].search.anchor, measure, first * float(ratio**vertex)))
         values.append(held_out(runs[-1]))
-    return runs[int(np.argmin(values))]._replace(steps=matched.steps + sum(run.steps for run in runs))
+    return runs[int(np.argmin(values))]._replace(steps=matched.steps + sum(int(run.steps) for run in runs))
 
 
 def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
-    """Quasi-Newton steps on all examples until no direction moves by 1% of ε, nor by 0.003."""
-    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, min(0.01, 0.003 / eps), STEPS)
+    """Quasi-Newton steps on all examples until no direction moves by 0.3% of ε, nor by 0.003."""
+    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, 0.003 * min(1.0, 1.0 / eps), STEPS)
 
 
 @jax.jit
@@ -190,7 +191,8 @@ def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, t
     eps, final = jnp.asarray(eps, r.dtype), jnp.asarray(final, r.dtype)
 
     def body(run: _Run) -> _Run:
-        scaled = with_eps(measure, run.eps)
+        # Not `with_eps`, which would make float32 activations float64 where double precision is switched on.
+        scaled = eqx.tree_at(lambda m: m.eps, measure, run.eps)
         m = _over_blocks(blocks, used, lambda x, w: block_sums(x, w, run.trial, scaled))
         search = quasi_newton.advance(run.search, run.trial, m, run.fresh | matching)
         target = jnp.where(matching, shifted(m), eye + quasi_newton.tangent(search))

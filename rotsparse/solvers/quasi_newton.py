@@ -105,11 +105,12 @@ def advance(search: Search, trial: Float[Array, "d d"], m: Moments, fresh: Bool[
 
 def tangent(search: Search) -> Float[Array, "d d"]:
     """The step from the anchor to try next."""
-    newton = search.newton * 0.5**search.failures
+    failures = search.failures.astype(search.newton.dtype)
+    newton = search.newton * 0.5**failures
     # The gradient, as long as the Newton step and shrinking four times as fast.
     norm = jnp.maximum(jnp.linalg.norm(search.gradient), jnp.finfo(newton.dtype).tiny)
     length = jnp.linalg.norm(search.newton) / norm
-    downhill = -search.gradient * length * 0.25 ** (search.failures - PATIENCE + 1)
+    downhill = -search.gradient * length * 0.25 ** (failures - PATIENCE + 1)
     return jnp.where(search.failures < PATIENCE, newton, downhill)
 
 
