@@ -46,5 +46,7 @@ from rotsparse.objectives import WeightedSum as WeightedSum
 from rotsparse.rotations import Rotations as Rotations
 from rotsparse.solution import Result as Result
 from rotsparse.solution import Solution as Solution
+from rotsparse.solvers import Annealing as Annealing
 from rotsparse.solvers import Riemannian as Riemannian
 from rotsparse.solvers import Solver as Solver
+from rotsparse.solvers.activation import fit_activations as fit_activations
