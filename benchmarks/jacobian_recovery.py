@@ -81,8 +81,8 @@ def planted(n: int, activation: str, seed: int, adam_steps: int) -> Problem:
     bias = (0.1 * rng.standard_normal(2 * n)).astype(np.float32)
     layer = rs.MLP(w_in @ q_in, bias, q_out.T @ w_out, activation=activation)
     x = rng.standard_normal((512, n)).astype(np.float32) @ q_in
-    objectives = [rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=b) for b in (16, None)]
-    return Problem(*objectives, {"in": q_in, "out": q_out}, adam_steps)
+    sampled, full = (rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=b) for b in (16, None))
+    return Problem(sampled, full, {"in": q_in, "out": q_out}, adam_steps)
 
 
 def compare(n: int, activation: str, seeds: int, adam_steps: int) -> list[dict]:
@@ -167,7 +167,8 @@ def pymanopt(problem: Problem, budget: float):
         return [np.asarray(relative[k] @ bases[k], np.float64) for k in spaces]
 
     start = [np.eye(d) for d in spaces.values()]
-    cost(*start), euclidean_gradient(*start)  # compiles
+    for function in (value, gradient):
+        function(named(start))  # compiles
     solver = ConjugateGradient(verbosity=0, max_time=budget, max_iterations=10**6, min_gradient_norm=1e-6)
     begun = time.perf_counter()
     point = solver.run(
