@@ -58,17 +58,9 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-    """Find rotations of a layer's inputs and outputs in which its Jacobians are sparse; compare with every baseline.
+class FitOptions:
+    """How to fit."""
 
-    Example: rotsparse fit --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp
-    """
-
-    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
-    out: Path
-    """The run folder to write."""
-    overwrite: bool = False
-    """Replace an earlier run."""
     measure: MeasureName = "log"
     """The sparsity measure that is minimised."""
     eps: float | None = None
@@ -95,6 +87,21 @@ class Fit:
     """Sides that stay in the neuron basis."""
     patience: int | None = None
     """With adam: stop after this many steps without improvement."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Find rotations of a layer's inputs and outputs in which its Jacobians are sparse; compare with every baseline.
+
+    Example: rotsparse fit --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp
+    """
+
+    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
+    fit: tyro.conf.OmitArgPrefixes[FitOptions]
+    out: Path
+    """The run folder to write."""
+    overwrite: bool = False
+    """Replace an earlier run."""
     start: Path | None = None
     """Rotations (a run's rotations.safetensors) to start from."""
 
@@ -141,6 +148,113 @@ class Report:
     """A run folder."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show what a model consists of: its layers, their shapes, what can be rotated and folded, and what cannot and why.
+
+    Example: rotsparse inspect stories260K.bin
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """A model and what it reads."""
+
+    model: Path
+    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+    text: Path | None = None
+    """A UTF-8 text file."""
+    tokens: Path | None = None
+    """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]."""
+    tokenizer: Path | None = None
+    """The tokenizer: a tokenizer.json, or llama2.c's .bin. Without it, the tokenizer.json in the model's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """Run a model over a text and keep what enters (or leaves) its MLPs. An interrupted capture goes on where it
+    stopped when the same command is given again.
+
+    Example: rotsparse capture --model stories260K.bin --tokenizer tok512.bin --text stories.txt --out activations
+    """
+
+    source: tyro.conf.OmitArgPrefixes[TextOptions]
+    out: Path
+    """The folder to write: a store for each layer and site, such as 0.input."""
+    layers: str = "all"
+    """Numbers and ranges, such as 0-4 or 0,2,5."""
+    sites: tuple[Literal["residual", "input", "hidden", "output"], ...] = ("input",)
+    """residual: the stream in front of the norm; input: behind it; hidden: the hidden layer; output: what the MLP
+    adds."""
+    length: int = 128
+    """Tokens of a sequence."""
+    keep: float = 1.0
+    """The share of each sequence's tokens to keep, drawn at random."""
+    sequences: int | None = None
+    """At most this many sequences."""
+    batch: int = 8
+    """Sequences that the model reads at once."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How activations are stored."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitModel:
+    """Find rotations of the MLPs of a model, from captured activations. The run has a folder for every layer, with what
+    `rotsparse fit` writes for a single one.
+
+    Example: rotsparse fit-model --model stories260K.bin --store activations --layers 0-4 --out runs/stories
+    """
+
+    model: Path
+    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+    store: Path
+    """A folder that `rotsparse capture` wrote from this model."""
+    fit: tyro.conf.OmitArgPrefixes[FitOptions]
+    out: Path
+    """The run folder to write."""
+    overwrite: bool = False
+    """Replace an earlier run."""
+    layers: str = "all"
+    """Numbers and ranges, such as 0-4 or 0,2,5."""
+    site: Literal["input", "residual"] = "input"
+    """Where the layers begin. input: the MLP alone; residual: with its norm in front."""
+    skip: bool = False
+    """With --site residual: the layers end in the stream behind the MLP, not at its output."""
+    examples: int = 5000
+    """Tokens to use at most, evenly spaced. The last fifth of the capture is held out."""
+    input_scale: Literal["std", "none"] = "std"
+    """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldModel:
+    """Put rotations into a model's weights (in float64), check on real tokens that the function is unchanged, and write
+    the result. `rotsparse inspect` says what can be folded.
+
+    With a rotations file, the whole residual stream takes on its coordinates and a model of the same format is written.
+    With a fit-model run, each of its MLPs takes on its own: no model format can hold that, and layer files are written.
+
+    Example: rotsparse fold-model --model stories260K.bin --tokenizer tok512.bin --text stories.txt --rotations
+    runs/stories/layer-4/rotations.safetensors --out folded.bin
+    """
+
+    source: tyro.conf.OmitArgPrefixes[TextOptions]
+    rotations: Path
+    """A rotations.safetensors (to fold the stream), or a fit-model run (to fold each MLP)."""
+    out: Path
+    """The model to write: a new folder, or a new .bin file. For each MLP: a new folder."""
+    side: Literal["in", "out"] = "out"
+    """Which of the file's two rotations the stream takes on."""
+
+
 def main() -> None:
     """Entry point: 0 success, 1 the fit went wrong, 2 bad input (with a message), 130 interrupted."""
     command = tyro.cli(
@@ -148,7 +262,11 @@ def main() -> None:
         | Annotated[Fit, tyro.conf.subcommand("fit")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Fold, tyro.conf.subcommand("fold")]
-        | Annotated[Report, tyro.conf.subcommand("report")],
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Capture, tyro.conf.subcommand("capture")]
+        | Annotated[FitModel, tyro.conf.subcommand("fit-model")]
+        | Annotated[FoldModel, tyro.conf.subcommand("fold-model")],
         prog="rotsparse",
         description="Rotations of a network's activation spaces in which local changes have local effects.",
     )

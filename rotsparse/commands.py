@@ -1,25 +1,22 @@
 """What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
-from rotsparse import baselines, cli, digits, job, measures, runs
+from rotsparse import baselines, cli, digits, job, measures, model_commands, runs
 from rotsparse.activations import ACTIVATIONS
+from rotsparse.command_options import fit_arguments, plain
 from rotsparse.compare import compare
-from rotsparse.fit import STEPS
 from rotsparse.fold import fold as fold_layer
 from rotsparse.layer_files import load_activations, load_layer, save_layer
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Solution
-from rotsparse.solvers import Annealing, Riemannian
 from rotsparse.statistics import covariance
 
 console = Console()
@@ -38,6 +35,14 @@ def run(command: Any) -> int:
             return fold(command)
         case cli.Report():
             return redraw(command)
+        case cli.Inspect():
+            return model_commands.inspect(command, console)
+        case cli.Capture():
+            return model_commands.capture(command, console)
+        case cli.FitModel():
+            return model_commands.fit(command, console)
+        case cli.FoldModel():
+            return model_commands.fold(command, console)
     raise AssertionError(command)
 
 
@@ -57,7 +62,7 @@ def demo(command: "cli.Demo") -> int:
         save_layer(folder / "layer.safetensors", layer)
         np.save(folder / "activations.npy", train)
         np.save(folder / "test_activations.npy", test)
-        config = {"command": "demo", "accuracy": network.accuracy, **_plain(command)}
+        config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
         config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
         config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
         options = {"measure": measures.Log(0.1), "scale_inputs": False, "steps": command.steps, "restarts": 2}
@@ -78,20 +83,10 @@ def demo(command: "cli.Demo") -> int:
 def fit(command: "cli.Fit") -> int:
     """`rotsparse fit`."""
     layer, train, test = _inputs(command.layer)
-    _check_positive(command, "steps", "restarts", "batch_size", "patience", "learning_rate", "max_step", "eps")
-    options = {
-        "measure": measures.by_name(command.measure, command.eps),
-        "scale_inputs": command.layer.input_scale == "std",
-        "restarts": command.restarts,
-        "active_subspace": command.active_subspace,
-        "tie": command.tie,
-        "hold": command.hold,
-        "patience": command.patience,
-        "start": None if command.start is None else Rotations.load(command.start)[0],
-        "progress": True,
-    } | _solver(command)
+    options = fit_arguments(command.fit, command.layer.input_scale)
+    options |= {"start": None if command.start is None else Rotations.load(command.start)[0]}
     with runs.new_run(command.out, overwrite=command.overwrite) as folder:
-        config = {"command": "fit", **_plain(command)}
+        config = {"command": "fit", **plain(command)}
         solution = job.run(
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )
@@ -118,7 +113,7 @@ def comparison(command: "cli.Compare") -> int:
     console.print(table.table())
     if command.out is not None:
         runs.write_json(
-            command.out, {"config": _plain(command), "versions": runs.versions(), "metrics": table.to_json()}
+            command.out, {"config": plain(command), "versions": runs.versions(), "metrics": table.to_json()}
         )
     return 0
 
@@ -142,8 +137,8 @@ def redraw(command: "cli.Report") -> int:
     """`rotsparse report`: everything but the fit is computed again, from the files that the run's config names."""
     config, metrics = runs.read_json(command.run / runs.CONFIG), runs.read_json(command.run / job.METRICS)
     solution = Solution.load(command.run / job.SOLUTION)
-    # A demo's files lie in its own folder; those of a fit are where the user had them.
-    base = command.run if config["command"] == "demo" else Path()
+    # The files of a demo and of a model's layer lie in the run; those of a fit are where the user had them.
+    base = Path() if config["command"] == "fit" else command.run
     files = {name: base / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
     rest = {name: config[name] for name in ("activation", "norm", "skip", "input_scale", "seed") if name in config}
     layer, train, test = _inputs(cli.LayerOptions(**files, **rest))
@@ -177,32 +172,3 @@ def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray, np.ndarray]
     order = np.random.default_rng(options.seed).permutation(len(x))
     held_out = len(x) // 5
     return layer, x[order[held_out:]], x[order[:held_out]]
-
-
-def _solver(command: "cli.Fit") -> dict[str, Any]:
-    """The solver with the steps and the batch size that suit it."""
-    if command.solver == "adam":
-        solver = Riemannian(optax.adam(command.learning_rate), max_step=command.max_step)
-        return {"solver": solver, "steps": command.steps or 400, "batch_size": command.batch_size}
-    return {
-        "solver": Annealing(angle=command.max_step),
-        "steps": command.steps or STEPS,
-        "batch_size": command.batch_size,
-    }
-
-
-def _check_positive(command, *names):
-    for name in names:
-        value = getattr(command, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
-
-
-def _plain(command) -> dict[str, Any]:
-    """A command's options as JSON."""
-    options = dataclasses.asdict(command)
-    options |= options.pop("layer") if isinstance(options.get("layer"), dict) else {}
-    return {
-        k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v
-        for k, v in options.items()
-    }

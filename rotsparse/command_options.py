@@ -1,0 +1,53 @@
+"""From options of the command line to arguments of the library and to the JSON that a run records."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from rotsparse import cli, measures
+from rotsparse.fit import STEPS
+from rotsparse.solvers import Annealing, Riemannian
+
+
+def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]:
+    """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
+    for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step", "eps"):
+        check_positive(name, getattr(options, name))
+    if options.solver == "adam":
+        solver = Riemannian(optax.adam(options.learning_rate), max_step=options.max_step)
+        steps = options.steps or 400
+    else:
+        solver = Annealing(angle=options.max_step)
+        steps = options.steps or STEPS
+    return {
+        "measure": measures.by_name(options.measure, options.eps),
+        "scale_inputs": input_scale == "std",
+        "solver": solver,
+        "steps": steps,
+        "restarts": options.restarts,
+        "batch_size": options.batch_size,
+        "active_subspace": options.active_subspace,
+        "tie": options.tie,
+        "hold": options.hold,
+        "patience": options.patience,
+        "progress": True,
+    }
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise `ValueError` for an option that is given and not greater than zero."""
+    if value is not None and not value > 0:
+        raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
+
+
+def plain(command) -> dict[str, Any]:
+    """A command's options as JSON, those of its groups among the others."""
+    options: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(command).items():
+        options |= value if isinstance(value, dict) else {name: value}
+    return {
+        k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v
+        for k, v in options.items()
+    }

@@ -1,0 +1,253 @@
+"""What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
+
+import itertools
+import shutil
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.table import Table
+
+from rotsparse import cli, job, models, runs
+from rotsparse.alignment import mean_max_cosine
+from rotsparse.command_options import check_positive, fit_arguments, plain
+from rotsparse.layer_files import save_layer
+from rotsparse.models.files import new_folder
+from rotsparse.report.names import basis_name
+from rotsparse.rotations import Rotations
+from rotsparse.solution import Result
+
+# A fold is checked on so many sequences of so many tokens.
+CHECKED_SEQUENCES, CHECKED_LENGTH = 4, 128
+
+
+def inspect(command: "cli.Inspect", console: Console) -> int:
+    """`rotsparse inspect`."""
+    summary = models.summarize(models.load_model(command.model))
+    stream = summary["stream"]
+    for name in ("architecture", "format", "parameters", "vocabulary", "positions", "head", "norm"):
+        value = summary[name]
+        console.print(f"{name:14}{value:,}" if isinstance(value, int) else f"{name:14}{value}", highlight=False)
+    table = Table("layer", "MLP", "inputs", "hidden", "outputs", "in rotated coordinates")
+    for layer in summary["layers"]:
+        sizes = (layer["d_in"], layer["d_hidden"], layer["d_out"])
+        table.add_row(str(layer["layer"]), layer["mlp"], *map(str, sizes), "yes" if layer["rotates_when_run"] else "no")
+    console.print(table)
+    said = {
+        "each MLP": "its inputs and outputs can be rotated (fit-model, fold-model --rotations RUN); its hidden layer "
+        "cannot, because an elementwise φ pins its neurons",
+        "the stream": f"can be rotated (fold-model); written in {summary['format']} format: {stream['export']}"
+        if stream["foldable"]
+        else stream["reason"],
+    }
+    for what, sentence in said.items():
+        console.print(f"{what + ':':14}{sentence}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def capture(command: "cli.Capture", console: Console) -> int:
+    """`rotsparse capture`."""
+    model = models.load_model(command.source.model)
+    layers = _layer_numbers(command.layers, model)
+    for name in ("sequences", "batch"):
+        check_positive(name, getattr(command, name))
+    stores = models.capture(
+        model,
+        _source(command.source, model),
+        [(layer, site) for layer in layers for site in command.sites],
+        command.out,
+        length=command.length,
+        keep=command.keep,
+        sequences=command.sequences,
+        batch=command.batch,
+        seed=command.seed,
+        dtype=np.dtype(command.dtype).type,
+        progress=True,
+    )
+    for store in stores:
+        console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
+    return 0
+
+
+def fit(command: "cli.FitModel", console: Console) -> int:
+    """`rotsparse fit-model`: the single-layer job for one layer after the other."""
+    model = models.load_model(command.model)
+    arguments = fit_arguments(command.fit, command.input_scale)
+    check_positive("examples", command.examples)
+    if command.skip and command.site != "residual":
+        raise ValueError("--skip adds the stream in front of the norm: it needs --site residual")
+    # Everything that can be wrong with the input is found before the first fit.
+    norm = command.site == "residual"
+    work = [
+        (i, models.mlp_layer(model, i, norm=norm, skip=command.skip), *_examples(command, i, model))
+        for i in _layer_numbers(command.layers, model)
+    ]
+    layer_config = {
+        "activation": model.config.activation,
+        "norm": model.config.norm if norm else None,
+        "skip": command.skip,
+        "layer": "layer.safetensors",
+        "activations": "activations.npy",
+        "test_activations": "test_activations.npy",
+    }
+    results, table = {}, Table("layer", "entries with 99%", "neurons", "best baseline", "result")
+    with runs.new_run(command.out, overwrite=command.overwrite) as folder:
+        config = {"command": "fit-model", **plain(command)}
+        for i, layer, train, test in work:
+            console.rule(f"layer {i}")
+            part = folder / f"layer-{i}"
+            part.mkdir()
+            # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
+            save_layer(part / layer_config["layer"], layer)
+            np.save(part / layer_config["activations"], train)
+            np.save(part / layer_config["test_activations"], test)
+            own = config | layer_config | {"layer_number": i}
+            solution = job.run(part, layer, train, test, fit=arguments, seed=command.seed, config=own, console=console)
+            results[i] = runs.read_json(part / job.METRICS)
+            table.add_row(str(i), *_sizes(results[i]["metrics"]), solution.result.name)
+            if solution.result is Result.INTERRUPTED:
+                break
+        runs.write_json(folder / runs.CONFIG, config | {"versions": runs.versions(), "model": str(command.model)})
+        runs.write_json(folder / job.METRICS, {"layers": results})
+    console.print(table)
+    console.print(f"a report for each layer: {command.out}/layer-*/report.html")
+    failed = {Result.NON_FINITE.name, Result.INTERRUPTED.name}
+    return 1 if failed & {metrics["result"] for metrics in results.values()} else 0
+
+
+def fold(command: "cli.FoldModel", console: Console) -> int:
+    """`rotsparse fold-model`."""
+    if command.out.exists():
+        raise ValueError(f"{command.out} exists: choose another name or remove it first")
+    model = models.load_model(command.source.model)
+    tokens = _tokens(_source(command.source, model), model)
+    if command.rotations.is_dir():
+        return _fold_mlps(command, model, tokens, console)
+    rotations, _ = Rotations.load(command.rotations)
+    rotation = np.asarray(rotations.r_in if command.side == "in" else rotations.r_out)
+    if model.format == "llama2c" and command.out.suffix != ".bin":
+        raise ValueError(f"{command.out}: a llama2.c checkpoint's name ends in .bin")
+    if model.config.norm == "layer" and len(rotation) == model.config.d_model:
+        found, rotation = rotation, models.keep_mean(rotation)
+        console.print(
+            "A LayerNorm removes the mean, so the format holds only rotations that keep its direction: the nearest one "
+            f"is used, whose directions have a mean |cos| of {mean_max_cosine(found, rotation):.3f} with those given.",
+            soft_wrap=True,
+        )
+    folded = models.fold_stream(model, rotation, tokens)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer_from = command.source.model if model.format == "huggingface" else None
+    models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
+    difference = np.abs(_outputs(models.load_model(command.out), tokens) - _outputs(model, tokens)).max()
+    console.print(
+        f"wrote {command.out}: the stream is in rotated coordinates\n"
+        f"on {tokens.size} tokens, outputs of up to {folded.scale:.3g} differ by up to {folded.error:.1e} "
+        f"(by rounding the weights {folded.rounded_error:.1e}, in float64 throughout {folded.exact_error:.1e})\n"
+        f"read back from the file: outputs differ by up to {difference:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _fold_mlps(command: "cli.FoldModel", model: models.Model, tokens, console: Console) -> int:
+    """Each MLP in the coordinates that a run found for it, written as layer files."""
+    files = {i: command.rotations / f"layer-{i}" / "rotations.safetensors" for i in range(model.config.n_layers)}
+    files = {i: path for i, path in files.items() if path.exists()}
+    if not files:
+        raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")
+    if runs.read_json(command.rotations / runs.CONFIG).get("site") != "input":
+        raise ValueError(
+            f"{command.rotations} rotates the stream in front of the norms, not the MLPs behind them: fold one of its "
+            "rotations files into the whole stream, or fit with --site input"
+        )
+    folded, steps = model, []
+    for i, path in files.items():
+        steps.append(models.fold_mlp(folded, i, Rotations.load(path)[0], tokens))
+        folded = steps[-1].model
+    before, after = (_outputs(m, tokens) for m in (model, folded))
+    with new_folder(command.out) as folder:
+        for i, path in files.items():
+            part = folder / f"layer-{i}"
+            part.mkdir()
+            save_layer(part / "layer.safetensors", models.mlp_layer(folded, i))
+            shutil.copy(path, part)
+    console.print(
+        f"wrote {command.out}: layer files of {len(files)} MLPs, each in coordinates of its own, and their rotations\n"
+        f"on {tokens.size} tokens, outputs of up to {np.abs(before).max():.3g} differ by up to "
+        f"{np.abs(after - before).max():.1e} "
+        f"(in float64 throughout, one MLP at a time, {max(step.exact_error for step in steps):.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _outputs(model: models.Model, tokens) -> np.ndarray:
+    return np.asarray(models.run(model.params, model.config, tokens)[0])
+
+
+def _sizes(metrics) -> list[str]:
+    """Entries that hold 99%, in the learned, the neuron, and the best other basis."""
+    edges = {basis: of["edges_99"]["value"] for basis, of in metrics.items()}
+    best = min((basis for basis in edges if basis != "learned"), key=edges.__getitem__)
+    return [f"{edges['learned']:,.0f}", f"{edges['neurons']:,.0f}", f"{edges[best]:,.0f} ({basis_name(best)})"]
+
+
+def _layer_numbers(text: str, model: models.Model) -> list[int]:
+    """The layers that "0-4", "0,2,5" or "all" names. Raises `ValueError`."""
+    count = model.config.n_layers
+    if text == "all":
+        return list(range(count))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--layers should be numbers and ranges such as 0-4 or 0,2,5, or all, got {text!r}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers or max(numbers) >= count:
+        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
+    return sorted(numbers)
+
+
+def _source(options: "cli.TextOptions", model: models.Model) -> models.TextFile | models.TokenFile:
+    """The text or the tokens. Raises `ValueError` where not exactly one is given, or a text comes without tokenizer."""
+    if options.tokens is not None and options.text is None:
+        return models.TokenFile(options.tokens)
+    if options.text is None or options.tokens is not None:
+        raise ValueError("give a text with --text, or token numbers with --tokens (one of them)")
+    if options.tokenizer is None and not options.model.is_dir():
+        raise ValueError(f"{options.model} comes without a tokenizer: name its file with --tokenizer")
+    return models.TextFile(options.text, models.load_tokenizer(options.tokenizer or options.model, model))
+
+
+def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> Int[np.ndarray, "batch tokens"]:
+    """A few sequences of equal length to check a fold on."""
+    around = len(source.prefix) + len(source.suffix)
+    body = min(CHECKED_LENGTH, model.config.max_positions) - around
+    pieces = [piece for piece, _ in itertools.islice(source.sequences(body), CHECKED_SEQUENCES)]
+    whole = [piece for piece in pieces if len(piece) == body] or pieces[:1]
+    if not whole:
+        raise ValueError(f"{source.path} holds no tokens")
+    tokens = np.stack([np.concatenate([source.prefix, piece, source.suffix]).astype(np.int64) for piece in whole])
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"{source.path} has tokens from {tokens.min()} to {tokens.max()}, the model's are 0 to "
+            f"{model.config.vocab_size - 1}: they do not belong together"
+        )
+    return tokens
+
+
+def _examples(
+    command: "cli.FitModel", layer: int, model: models.Model
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
+    """Captured activations to fit on, and the held-out ones: evenly spaced in the first four fifths and in the rest.
+    Neighbouring tokens are much alike, so held-out ones come from text of their own."""
+    store = models.open_store(command.store / f"{layer}.{command.site}", model)
+    total = min(command.examples, len(store))
+    if total < 10:
+        raise ValueError(f"{store.folder}: {total} examples are too few to hold a fifth of them out, give at least 10")
+    held_out, border = total // 5, len(store) - len(store) // 5
+    train, test = range(border), range(border, len(store))
+    every = lambda rows, n: rows[:: max(1, len(rows) // n)][:n]  # noqa: E731
+    return store.read(every(train, total - held_out)), store.read(every(test, held_out))
