@@ -15,6 +15,9 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
     """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
     for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step", "eps"):
         check_positive(name, getattr(options, name))
+    largest = 1 if options.solver == "adam" else 0.5
+    if options.max_step > largest:
+        raise ValueError(f"--max-step is an angle in radians: expected at most {largest}, got {options.max_step}")
     if options.solver == "adam":
         solver = Riemannian(optax.adam(options.learning_rate), max_step=options.max_step)
         steps = options.steps or 400

@@ -144,7 +144,7 @@ def bad(*options, **replaced):
         (bad("--measure", "l2"), "l2"),
         (bad("--eps", "-1"), "--eps should be greater than zero, got -1"),
         (bad("--learning-rate", "0"), "--learning-rate should be greater than zero"),
-        (bad("--max-step", "2"), "max_step is an angle in radians"),
+        (bad("--max-step", "2"), "--max-step is an angle in radians"),
         (bad("--start", "x.npy"), "cannot read rotations from x.npy"),
         (bad("--tie"), "tied fit needs d_in = d_out, got 6 and 4"),
         (bad("--hold", "in", "out"), "nothing to optimise"),
