@@ -17,13 +17,14 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray
 
-from rotsparse import checks
+from rotsparse import checks, pairs
 from rotsparse.checks import Data
 from rotsparse.layers import Layer
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import Bases, Held, JacobianSparsity, Objective
 from rotsparse.orthogonal import haar, orthogonality_error
 from rotsparse.progress import Progress
+from rotsparse.refine import refine
 from rotsparse.rotations import Rotations
 from rotsparse.solution import History, Result, Solution
 from rotsparse.solvers import Annealing, Solver
@@ -35,6 +36,10 @@ MIN_CHUNK = 20
 
 # Judging on all examples may cost this share of what the steps cost.
 CHECKING = 0.25
+
+# Pair searches look at so many examples, and at spaces of so many entries of the Jacobian: minutes at most.
+SEARCH_EXAMPLES = 512
+LARGEST_SEARCH = 2**16
 
 # What annealing takes unless told otherwise: many cheap, noisy steps.
 BATCH_SIZE = 16
@@ -74,8 +79,10 @@ def find_rotations(
     - `active_subspace`: when given (e.g. 0.999), only directions that hold this share of the variance of inputs and of
       outputs are rotated, starting from their principal components. Where the variance sits in few directions this is
       much faster and finds better optima.
-    - `solver`: default `Annealing()`, large steps that shrink, along noisy gradients; more `steps` find better optima.
-      `Riemannian(optax.adam(0.1))` takes any optax optimiser.
+    - `solver`: by default `Annealing()` (large steps that shrink, along noisy gradients; more `steps` find better
+      optima), followed by searches over pairs of directions for as long as they pay, and the certificate that they
+      leave (see `refine`; layers of more than 256×256 go without). `Riemannian(optax.adam(0.1))` takes any optax
+      optimiser.
     - `batch_size`: examples a step. By default 16 for annealing, which wants that noise, and all for other solvers.
     - `patience`: stop after this many steps without improvement (default: never).
     - `key`: same key and inputs, same bits on the same machine.
@@ -83,6 +90,7 @@ def find_rotations(
     Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for
     inputs that do not fit the layer, are not finite, or do not vary.
     """
+    complete = solver is None  # a solver that was asked for by name runs alone
     solver = Annealing() if solver is None else solver
     if batch_size is None and isinstance(solver, Annealing):
         batch_size = BATCH_SIZE
@@ -107,20 +115,36 @@ def find_rotations(
 
     options: dict[str, Any] = {"key": key, "restarts": restarts, "solver": solver, "steps": steps}
     options |= {"patience": patience, "progress": progress}
+    fit = _anneal_and_refine if complete else minimize
     if active_subspace is None:
         if not hold:
-            return minimize(objective, first, validation=held_out, **options)
+            return fit(objective, first, validation=held_out, **options)
         held = {name: first[name] for name in hold}
         free_held_out = None if held_out is None else Held(held_out, held)
-        solution = minimize(Held(objective, held), first, validation=free_held_out, **options)
+        solution = fit(Held(objective, held), first, validation=free_held_out, **options)
         return solution.extended(lambda bases: held | bases, objective, held_out)
     if start is not None or tie or hold:
         raise ValueError("active_subspace starts from principal components: it goes with neither start, tie nor hold")
     subspace = ActiveSubspace(layer, objective.x, active_subspace)
     small, small_held_out = subspace.restrict(objective), None if held_out is None else subspace.restrict(held_out)
     components = {name: jnp.eye(d, dtype=dtype) for name, d in small.spaces.items()}
-    solution = minimize(small, components, validation=small_held_out, **options)
+    solution = fit(small, components, validation=small_held_out, **options)
     return solution.extended(subspace.lift, objective, held_out)
+
+
+def _anneal_and_refine(objective, start, *, validation, key, steps, **options) -> Solution:
+    """`minimize`, then `refine`: the whole default strategy."""
+    solution = minimize(objective, start, validation=validation, key=key, steps=steps, **options)
+    entries = math.prod(solution.bases[name].shape[0] for name in solution.bases)
+    if pairs.obstacle(objective) is not None or entries > LARGEST_SEARCH or solution.result is not Result.ALL_STEPS:
+        return solution
+    polish_key = jax.random.fold_in(key, 2)
+
+    def polish(bases):
+        return minimize(objective, bases, key=polish_key, solver=Annealing(angle=0.1), steps=-(-steps // 4)).bases
+
+    refined = refine(objective.thinned(SEARCH_EXAMPLES), solution.bases, polish)
+    return solution.improved(refined.bases, objective, validation, str(refined))
 
 
 def minimize(

@@ -58,6 +58,10 @@ class Objective(eqx.Module):
         """The same objective on a random minibatch of its examples (drawn with replacement, so both value and gradient
         are unbiased), or itself when it has no batch size."""
 
+    @abc.abstractmethod
+    def thinned(self, examples: int) -> "Objective":
+        """The same objective on at most so many of its examples, evenly spaced, normalised as on all of them."""
+
     @property
     @abc.abstractmethod
     def batch_share(self) -> float:
@@ -123,6 +127,9 @@ class JacobianSparsity(Objective):
 
     def sample(self, key):
         return _sampled(self, key)
+
+    def thinned(self, examples):
+        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
 
     @property
     def batch_share(self):
@@ -246,6 +253,9 @@ class ActivationSparsity(Objective):
     def sample(self, key):
         return _sampled(self, key)
 
+    def thinned(self, examples):
+        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
+
     @property
     def batch_share(self):
         return _batch_share(self)
@@ -307,6 +317,9 @@ class WeightedSum(Objective):
         keys = jax.random.split(key, len(self.terms))
         return _replace(self, terms=tuple(term.sample(k) for term, k in zip(self.terms, keys, strict=True)))
 
+    def thinned(self, examples):
+        return _replace(self, terms=tuple(term.thinned(examples) for term in self.terms))
+
     @property
     def batch_share(self):
         return sum(term.batch_share for term in self.terms) / len(self.terms)
@@ -339,6 +352,9 @@ class Held(Objective):
 
     def sample(self, key):
         return Held(self.objective.sample(key), self.held)
+
+    def thinned(self, examples):
+        return Held(self.objective.thinned(examples), self.held)
 
     @property
     def batch_share(self):

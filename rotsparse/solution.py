@@ -73,6 +73,7 @@ class Solution:
     candidates: tuple[Bases, ...]
     candidate_values: np.ndarray
     stats: dict[str, Any]
+    certificate: str = ""
 
     @property
     def rotations(self) -> Rotations:
@@ -91,6 +92,26 @@ class Solution:
             value=float(eqx.filter_jit(objective.value)(bases)),
             validation_value=None if validation is None else float(eqx.filter_jit(validation.value)(bases)),
             candidates=tuple(lift(candidate) for candidate in self.candidates),
+        )
+
+    def improved(
+        self, bases: Bases, objective: Objective, validation: Objective | None, certificate: str
+    ) -> "Solution":
+        """The solution with rotations that a later stage found, where they are better by what it was chosen on, and
+        with that stage's certificate."""
+        judged = float(eqx.filter_jit((validation or objective).value)(bases))
+        if not judged < self.candidate_values.min():
+            return dataclasses.replace(self, certificate=certificate)
+        best = int(np.argmin(self.candidate_values))
+        values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
+        return dataclasses.replace(
+            self,
+            bases=bases,
+            value=judged if validation is None else float(eqx.filter_jit(objective.value)(bases)),
+            validation_value=None if validation is None else judged,
+            candidates=tuple(bases if i == best else old for i, old in enumerate(self.candidates)),
+            candidate_values=values,
+            certificate=certificate,
         )
 
     def agreement(self) -> dict[str, np.ndarray]:
@@ -120,6 +141,7 @@ class Solution:
             "start_value": self.start_value,
             "validation_value": self.validation_value,
             "stats": self.stats,
+            "certificate": self.certificate,
         }
         arrays: dict[str, Any] = {f"bases/{name}": r for name, r in self.bases.items()}
         for i, candidate in enumerate(self.candidates):
@@ -156,7 +178,7 @@ class Solution:
             + ("" if self.validation_value is None else f", held-out {self.validation_value:.4f}"),
             ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.stats.items()),
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.certificate] if self.certificate else lines)
 
 
 def _short(value):

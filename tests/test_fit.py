@@ -18,7 +18,7 @@ from rotsparse.objectives import ActivationSparsity, JacobianSparsity, WeightedS
 from rotsparse.orthogonal import haar, retract_cayley, retract_expm, retract_qr
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Result, Solution
-from rotsparse.solvers import Riemannian
+from rotsparse.solvers import Annealing, Riemannian
 from rotsparse.solvers.riemannian import constant, geometric
 
 KEY = jax.random.key(0)
@@ -34,7 +34,7 @@ def planted(n=400, d=D, seed=0):
 
 
 def quick(layer, x, **options):
-    defaults = {"key": KEY, "steps": 100, "scale_inputs": False}
+    defaults = {"key": KEY, "steps": 100, "scale_inputs": False, "solver": Annealing()}
     return find_rotations(layer, x, **{**defaults, **options})
 
 
@@ -81,7 +81,7 @@ def test_no_learning_rate_breaks_orthogonality(optimizer, options):
     assert solution.value <= solution.start_value
 
 
-@pytest.mark.parametrize("solver", [Riemannian(eps=geometric(1.0, 0.1)), None], ids=["riemannian", "default"])
+@pytest.mark.parametrize("solver", [Riemannian(eps=geometric(1.0, 0.1)), Annealing()], ids=["riemannian", "annealing"])
 def test_float32_data_stay_float32_when_x64_is_on(x64, solver):
     layer, x, _ = planted(n=50)
     solution = quick(layer, x, steps=30, solver=solver)
@@ -226,6 +226,23 @@ def test_activations_and_sums_go_through_minimize(rng):
     assert mean_max_cosine(np.asarray(solution.bases["in"]), q) > 0.999
     both = WeightedSum([objective, ActivationSparsity(x[:100], measures.Log(1.0))], [1.0, 0.1])
     assert minimize(both, start, key=KEY, steps=50).value < both.value(start)
+
+
+def test_the_default_searches_pairs_and_leaves_a_certificate():
+    layer, x, _ = planted()
+    alone, complete = quick(layer, x, steps=60), quick(layer, x, steps=60, solver=None)
+    assert "no rotation of two rows improves" in complete.certificate
+    assert complete.certificate in complete.summary()
+    assert alone.certificate == ""
+    assert complete.value <= alone.value
+    assert complete.rotations.orthogonality_error() < 1e-5
+    judged = quick(layer, x, steps=60, solver=None, validation=x[:50], restarts=2)
+    np.testing.assert_allclose(judged.validation_value, judged.candidate_values.min())
+    held = quick(layer, x, steps=60, solver=None, hold=("out",))
+    np.testing.assert_array_equal(held.rotations.r_out, np.eye(D))
+    small = quick(layer, x, steps=60, solver=None, active_subspace=0.9)
+    assert small.rotations.orthogonality_error() < 1e-5
+    assert quick(layer, x, steps=60, solver=None, tie=True).certificate == ""  # no plain sum over rows
 
 
 def test_agreement_between_restarts():
