@@ -43,6 +43,10 @@ from rotsparse.norms import rms_norm as rms_norm
 from rotsparse.objectives import ActivationSparsity as ActivationSparsity
 from rotsparse.objectives import JacobianSparsity as JacobianSparsity
 from rotsparse.objectives import WeightedSum as WeightedSum
+from rotsparse.pairs import Certificate as Certificate
+from rotsparse.pairs import certify as certify
+from rotsparse.pairs import pair_search as pair_search
+from rotsparse.refine import refine as refine
 from rotsparse.rotations import Rotations as Rotations
 from rotsparse.solution import Result as Result
 from rotsparse.solution import Solution as Solution

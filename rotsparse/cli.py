@@ -66,19 +66,19 @@ class FitOptions:
     eps: float | None = None
     """The measure's scale, in units of the rms entry: what counts as zero."""
     solver: Literal["auto", "annealing", "adam"] = "auto"
-    """auto and annealing: many cheap steps of a prescribed angle that shrinks to zero. adam: Adam with a cosine
-    decay."""
+    """annealing: many cheap steps of a prescribed angle that shrinks to zero. auto: annealing, then searches over pairs
+    of directions where they pay. adam: Adam with a cosine decay."""
     steps: int | None = None
-    """Optimisation steps: 4000 for annealing (more find better optima), 400 for adam, unless given."""
+    """Optimisation steps: 4000 (more find better optima), for adam 400, unless given."""
     restarts: int = 2
     """Independent starts (the first from the neurons, the others random), fitted at once; how well they agree is
     reported."""
     batch_size: int | None = None
-    """Examples a step: 16 for annealing, all for adam, unless given."""
+    """Examples a step: 16, for adam all, unless given."""
     learning_rate: float = 0.2
     """Adam's rate at the start."""
     max_step: float = 0.4
-    """Largest angle that one step may turn, in radians."""
+    """For annealing and adam: the largest angle that one step may turn, in radians."""
     active_subspace: float | None = None
     """Rotate only the directions that hold this share of the variance, e.g. 0.999."""
     tie: bool = False

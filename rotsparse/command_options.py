@@ -18,17 +18,16 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
     largest = 1 if options.solver == "adam" else 0.5
     if options.max_step > largest:
         raise ValueError(f"--max-step is an angle in radians: expected at most {largest}, got {options.max_step}")
-    if options.solver == "adam":
-        solver = Riemannian(optax.adam(options.learning_rate), max_step=options.max_step)
-        steps = options.steps or 400
-    else:
-        solver = Annealing(angle=options.max_step)
-        steps = options.steps or STEPS
+    solvers = {
+        "auto": lambda: None,
+        "annealing": lambda: Annealing(angle=options.max_step),
+        "adam": lambda: Riemannian(optax.adam(options.learning_rate), max_step=options.max_step),
+    }
     return {
         "measure": measures.by_name(options.measure, options.eps),
         "scale_inputs": input_scale == "std",
-        "solver": solver,
-        "steps": steps,
+        "solver": solvers[options.solver](),
+        "steps": options.steps or (400 if options.solver == "adam" else STEPS),
         "restarts": options.restarts,
         "batch_size": options.batch_size,
         "active_subspace": options.active_subspace,

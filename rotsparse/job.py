@@ -79,6 +79,7 @@ def run(
             "orthogonality_error": solution.rotations.orthogonality_error(),
             "objective": {"start": solution.start_value, "train": solution.value, "floor": lowest},
             "result": solution.result.name,
+            "certificate": solution.certificate,
             "agreement": _agreement(solution),
             "fit": solution.stats,
             "seconds": time.perf_counter() - begun,

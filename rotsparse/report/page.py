@@ -137,6 +137,8 @@ def _metrics(comparison: Comparison) -> list[str]:
 def _fit_facts(solution: Solution, floor: float | None, function_error: float | None) -> Iterable[tuple[str, str]]:
     detail = f" ({solution.detail})" if solution.detail else ""
     yield "Result", f"{solution.result.name}: {solution.result.value}{detail}"
+    if solution.certificate:
+        yield "Certificate", solution.certificate
     held_out = "" if solution.validation_value is None else f"; on held-out examples {solution.validation_value:.4g}"
     yield "Objective", f"{solution.start_value:.4g} at the start, {solution.value:.4g} at the end{held_out}"
     if floor is not None:
