@@ -1,13 +1,14 @@
 """Sparse activations, fast: the strategy behind `fit_activations`.
 
 1. The fixed point (`fixed_point.py`) at ε = 1 on a random subsample, 25·d and then 100·d examples: from any start to
-   near a sparse basis in 10 to 40 steps.
-2. Quasi-Newton (`quasi_newton.py`) on 100·d examples while ε falls to its final value: one or two steps at each.
+   near a sparse basis in 10 to 40 steps. A quasi-Newton step or two (`quasi_newton.py`) where it is not quite there.
+2. Quasi-Newton on the 100·d examples while ε falls to its final value: one or two steps at each.
 3. A few quasi-Newton steps on all examples at the final ε.
 
-Where a stage settles, the exact curvature of every pair of directions is looked at once, and pairs on a saddle are
-turned by 45°. Without that about one fit in five keeps a mixed pair. With validation data stage 3 follows ε down a
-ladder, and the rung that does best on them is returned: a small ε fits noise.
+Where quasi-Newton settles on the subsample, the exact curvature of every pair of directions is looked at once, and
+pairs on a saddle are turned by 45°, or less if that does not help. Without that about one fit in five keeps a mixed
+pair. With validation data stage 3 follows ε down a ladder, and the rung that does best on them is returned: a small ε
+fits noise.
 
 All stages are calls of one compiled function, a while loop around one evaluation of the moments. The examples lie in
 equal blocks, and a stage says how many of them it looks at.
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rotsparse import checks
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import ActivationSparsity
+from rotsparse.orthogonal import matmul
 from rotsparse.solvers import quasi_newton
 from rotsparse.solvers.fixed_point import project, shifted
 from rotsparse.solvers.moments import block_sums
@@ -41,8 +43,8 @@ PATIENCE = 2  # rungs that do worse on held-out data than the best so far, and t
 
 
 class ActivationFit(NamedTuple):
-    """What a fit reached. `converged`: the last step was short, and at the last look no pair of directions lay on a
-    saddle. `improved` is False where the fit found nothing better than its start and returned that."""
+    """What a fit reached. `converged`: the last step was short (and on the subsample no pair of directions lay on a
+    saddle). `improved` is False where the fit found nothing better than its start and returned that."""
 
     value: float  # the objective on all examples, at `eps`
     eps: float
@@ -65,7 +67,6 @@ class _Run(NamedTuple):
     trial: Float[Array, "d d"]
     eps: Float[Array, ""]
     fresh: Array  # whether the objective is a new one since the last step
-    turning: Array  # whether the trial leaves a saddle
     steps: int | Int[Array, ""]
     done: Array
 
@@ -122,7 +123,7 @@ def fit_activations(
             values = [held_out(run) for run in runs]
         if start is not None:
             eps = float(measure.eps)
-            runs.append(_descend(blocks, len(blocks.x), start, measure, eps, eps, False, 0.0, 1))
+            runs.append(_descend(blocks, len(blocks.x), start, measure, eps, eps, False, 0.0, 1, look=False))
             values.append(float(runs[-1].search.value) if validation is None else held_out(runs[-1]))
     best = int(np.argmin(np.where(np.isfinite(values), values, np.inf)))
     search = runs[best].search
@@ -138,10 +139,10 @@ def fit_activations(
 
 
 def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
-    """Stage 1: the fixed point on growing subsamples."""
-    steps = 0
-    for used in _subsamples(blocks):
-        run = _descend(blocks, used, r, measure, START_EPS, START_EPS, True, 0.1, STEPS)
+    """Stage 1: the fixed point on growing subsamples, then off the saddles near which it dawdles."""
+    steps, sizes = 0, _subsamples(blocks)
+    for used, matching, tolerance in [*((size, True, 0.1) for size in sizes), (sizes[-1], False, 0.03)]:
+        run = _descend(blocks, used, r, measure, START_EPS, START_EPS, matching, tolerance, STEPS)
         r, steps = run.trial, steps + int(run.steps)
     return run._replace(steps=steps)
 
@@ -179,13 +180,15 @@ def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run],
 
 def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
     """Quasi-Newton steps on all examples until no direction moves by 0.3% of ε, nor by 0.003."""
-    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, 0.003 * min(1.0, 1.0 / eps), STEPS)
+    tolerance = 0.003 * min(1.0, 1.0 / eps)
+    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, tolerance, STEPS, look=False)
 
 
 @jax.jit
-def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, tolerance, max_steps) -> _Run:
+def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, tolerance, max_steps, look=True) -> _Run:
     """One stage on the first `used` blocks from `r`: fixed-point steps at ε if `matching`, else quasi-Newton steps
-    while ε falls to `final`; until a step is shorter than `tolerance` times ε (in matching: than `tolerance`)."""
+    while ε falls to `final`; until a step is shorter than `tolerance` times ε (in matching: than `tolerance`), and,
+    with `look`, no pair of directions lies on a saddle."""
     d = r.shape[0]
     eye, zero = jnp.eye(d, dtype=r.dtype), jnp.zeros((), jnp.int32)
     eps, final = jnp.asarray(eps, r.dtype), jnp.asarray(final, r.dtype)
@@ -201,22 +204,26 @@ def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, t
         # The longest way that any direction goes, in multiples of ε.
         moved = jnp.max(jnp.linalg.norm(trial - search.anchor, axis=1)) / jnp.where(matching, 1, run.eps)
         accepted = search.failures == 0
-        stuck = (search.failures > quasi_newton.MAX_FAILURES) | run.turning & ~accepted
+        stuck = search.failures > quasi_newton.MAX_FAILURES
         last = run.eps <= final
         fall = ~last & (stuck | accepted & (moved < SETTLED))
         done = last & (stuck | accepted & (moved < tolerance))
 
-        def look():
+        def exact():
             pairs = _over_blocks(blocks, used, lambda x, w: quasi_newton.pair_sums(x, w, search.anchor, scaled))
-            return quasi_newton.escape(search.anchor, m, pairs)
+            return quasi_newton.escape(m, pairs)
 
         # Only right after a step was accepted are these moments those of the anchor.
-        turned, saddle = jax.lax.cond(done & accepted, look, lambda: (r, jnp.array(False)))
-        trial = jnp.where(saddle, turned, trial)
+        away = jax.lax.cond(done & accepted & look & ~matching, exact, lambda: jnp.zeros_like(r))
+        saddle = jnp.any(away != 0)
+        search = search._replace(newton=jnp.where(saddle, away, search.newton))
+        # Disjoint pairs: the rows of (I + Ω) R are orthogonal, and only too long.
+        turned = search.anchor + matmul(away, search.anchor)
+        trial = jnp.where(saddle, turned / jnp.linalg.norm(turned, axis=1, keepdims=True), trial)
         eps = jnp.where(fall, jnp.maximum(run.eps * FALL, final), run.eps)
-        return _Run(search, trial, eps, fall, saddle, run.steps + 1, done & ~saddle)
+        return _Run(search, trial, eps, fall, run.steps + 1, done & ~saddle)
 
-    first = _Run(quasi_newton.start(r), r, eps, jnp.array(True), jnp.array(False), zero, jnp.array(False))
+    first = _Run(quasi_newton.start(r), r, eps, jnp.array(True), zero, jnp.array(False))
     return jax.lax.while_loop(lambda run: ~run.done & (run.steps < max_steps), body, first)
 
 

@@ -17,7 +17,6 @@ ever descend.
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -69,14 +68,12 @@ def pair_sums(x: Float[Array, "m d"], weights: Float[Array, "m"], r: Float[Array
     return jnp.where(weights > 0, measure.example_curvature(z.T).T, 0) @ jnp.square(z).T
 
 
-def escape(
-    r: Float[Array, "d d"], m: Moments, pairs: Float[Array, "d d"]
-) -> tuple[Float[Array, "d d"], Bool[Array, ""]]:
-    """R with disjoint pairs of directions of negative curvature turned by 45°, and whether there were any.
+def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """A step that turns disjoint pairs of directions of negative curvature by 45°; zero where there are none.
 
-    `m` are the moments at R, and `pairs` is `E[S''(z_i) z_j²]`, which makes h exact. Halfway between a basis and the
-    same basis with two directions exchanged the gradient vanishes on a saddle, and `pair_curvature` cannot tell: the
-    two activations are as *dependent* there as they can be, and it takes them for independent.
+    `pairs` is `E[S''(z_i) z_j²]`, which makes h exact. Halfway between a basis and the same basis with two directions
+    exchanged the gradient vanishes on a saddle, and `pair_curvature` cannot tell: the two activations are as
+    *dependent* there as they can be, and it takes them for independent.
     """
     along = jnp.diagonal(m.pull)
     h = pairs + pairs.T - along[:, None] - along
@@ -85,9 +82,7 @@ def escape(
     least = jnp.min(h, axis=1)
     mutual = (h < 0) & (h <= least[:, None]) & (h <= least)
     upper = jnp.triu(jnp.where(mutual, jnp.where(gradient(m) > 0, -1, 1), 0))
-    omega = (upper - upper.T).astype(r.dtype)
-    turned = (r + matmul(omega, r)) * jax.lax.rsqrt(1 + jnp.sum(jnp.square(omega), axis=1, keepdims=True))
-    return turned, jnp.any(omega != 0)
+    return (upper - upper.T).astype(m.pull.dtype)
 
 
 def advance(search: Search, trial: Float[Array, "d d"], m: Moments, fresh: Bool[Array, ""]) -> Search:
