@@ -28,10 +28,9 @@ def inspect(command: "cli.Inspect", console: Console) -> int:
     for name in ("architecture", "format", "parameters", "vocabulary", "positions", "head", "norm"):
         value = summary[name]
         console.print(f"{name:14}{value:,}" if isinstance(value, int) else f"{name:14}{value}", highlight=False)
-    table = Table("layer", "MLP", "inputs", "hidden", "outputs", "in rotated coordinates")
+    table = Table("layer", "MLP", "inputs", "hidden", "outputs")
     for layer in summary["layers"]:
-        sizes = (layer["d_in"], layer["d_hidden"], layer["d_out"])
-        table.add_row(str(layer["layer"]), layer["mlp"], *map(str, sizes), "yes" if layer["rotates_when_run"] else "no")
+        table.add_row(*(str(layer[column]) for column in ("layer", "mlp", "d_in", "d_hidden", "d_out")))
     console.print(table)
     said = {
         "each MLP": "its inputs and outputs can be rotated (fit-model, fold-model --rotations RUN); its hidden layer "
