@@ -26,17 +26,19 @@ from rotsparse.statistics import Rows, chunks, jacobians
 Score = Callable[[Float[Array, "n d_out"]], float]
 """What a stage's outputs are worth to the network, larger is better: see `accuracy` and `log_likelihood`."""
 
+Labels = Int[Array, "n"] | Int[np.ndarray, "n"]
+
 # Rows of one call of the layer: a few megabytes of hidden activations for a width of a thousand.
 _ROWS = 4096
 
 
-def accuracy(logits: Callable[[Array], Array], labels: Int[Array, "n"]) -> Score:
+def accuracy(logits: Callable[[Array], Array], labels: Labels) -> Score:
     """Share of examples whose largest logit is that of their label. `logits` maps a stage's outputs to the
     network's."""
     return _mean_score(logits, labels, lambda z, y: jnp.argmax(z, axis=-1) == y)
 
 
-def log_likelihood(logits: Callable[[Array], Array], labels: Int[Array, "n"]) -> Score:
+def log_likelihood(logits: Callable[[Array], Array], labels: Labels) -> Score:
     """Mean log-probability of the labels: minus the cross-entropy, in nats."""
 
     def log_probability(z, y):
@@ -52,8 +54,9 @@ class EdgeAblation:
     examples `x` (`[n, d_in]`), as are the means at which cut inputs are held. Give it training inputs, and evaluate on
     others.
 
-    `reader`: `[m, d_out]`, the (mean) Jacobian of what reads the layer's output. Row o of the importance is then
-    multiplied by `‖reader r_o‖²`, so that an edge into an output that nothing reads is the first to be cut.
+    `reader`: `[m, d_out]`, what the network reads of the layer's output: the Jacobian of all later layers, or any
+    matrix with `readerᵀ reader = E[J_laterᵀ J_later]`. Row o of the importance is then multiplied by `‖reader r_o‖²`,
+    so that an edge into an output that nothing reads is the first to be cut.
 
     `copies`: the layer's input is this many vectors side by side that share the rotation `r_in` (positions of a
     sequence); one edge then stands for that input in every copy. Their importances add up.

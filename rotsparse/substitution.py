@@ -25,6 +25,9 @@ Loss = Callable[[Float[Array, "n d"]], float]
 """The network's loss with these activations in place of its own."""
 
 
+Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
+
+
 class Keep(eqx.Module):
     """Which coordinates stay; the others become zero."""
 
@@ -57,7 +60,7 @@ class KeepAbove(Keep):
         return jnp.where(jnp.abs(z) > self.threshold, z, 0)
 
     @classmethod
-    def at_sparsity(cls, x: Rows, r: Float[Array, "d d"], sparsity: float) -> "KeepAbove":
+    def at_sparsity(cls, x: Rows, r: Matrix, sparsity: float) -> "KeepAbove":
         """The one threshold below which a share `sparsity` of all rotated coordinates of `x` lies. Choose it on
         calibration data; what it achieves on others is part of the `Substitution`."""
         if not 0 <= sparsity < 1:
@@ -80,13 +83,13 @@ class Substitution(NamedTuple):
     loss_change: float | None
 
 
-def substitute(x: Rows, r: Float[Array, "d d"], keep: Keep) -> Float[np.ndarray, "n d"]:
+def substitute(x: Rows, r: Matrix, keep: Keep) -> Float[np.ndarray, "n d"]:
     """`x̂ = Rᵀ k(R x)` of every example."""
     return _substitute(*_checked(x, r), keep)[0]
 
 
 def substitution(
-    x: Rows, r: Float[Array, "d d"], keep: Keep, *, layer: Layer | None = None, loss: Loss | None = None
+    x: Rows, r: Matrix, keep: Keep, *, layer: Layer | None = None, loss: Loss | None = None
 ) -> Substitution:
     """Substitute the activations `x` (`[n, d]`) in the basis `r` (rows are directions), and say what it costs.
 
