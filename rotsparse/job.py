@@ -12,6 +12,7 @@ from rich.console import Console
 from rotsparse import baselines, report, runs
 from rotsparse.checks import Data
 from rotsparse.compare import Comparison, compare
+from rotsparse.files import write_atomically
 from rotsparse.finding import finding, remarks, reproduced_directions
 from rotsparse.fit import find_rotations
 from rotsparse.floor import floor
@@ -38,8 +39,8 @@ def run(
     config: dict[str, Any],
     console: Console,
 ) -> Solution:
-    """Fit on `train`, report on `test`, write `config.json`, `rotations.safetensors`, `metrics.json`, `report.html` and
-    `figures/` into `folder`.
+    """Fit on `train`, report on `test`, write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
+    `report.html` and `figures/` into `folder`.
 
     `fit` holds the arguments of `find_rotations`, `config` what the user asked for. Raises `ValueError` where the
     inputs are unfit.
@@ -117,6 +118,7 @@ def write_comparison(
     options = {"scale_inputs": scale_inputs, "covariance": covariance(train)[1]}
     comparison = compare(layer, test, bases, key=jax.random.fold_in(key, 3), **options)
     console.print(comparison.table())
+    write_atomically(folder / "table.md", comparison.markdown().encode())
     said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
     report.write_report(
         folder,
