@@ -126,7 +126,8 @@ def fit_chain(
     - `joint`: boundaries have one rotation, shared by both layers. Otherwise every layer has its own pair.
     - `hold`: numbers of boundaries (0 is the chain's input) that stay in the neuron basis.
     - `restarts`: independent Haar-random starts; the best is chosen for each problem, on `x`.
-    - The rest as in `find_rotations`.
+    - `solver`: `Annealing()` unless given, without the pair searches that may follow it in `find_rotations`; the rest
+      as there.
 
     Separate layers are fitted one after the other, not vmapped: layers of one shape share a compilation either way, on
     a CPU one program for five gated blocks of width 64 took longer (25 s, 12 of them compiling, against 17 s), and
