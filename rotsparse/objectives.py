@@ -72,7 +72,31 @@ class Objective(eqx.Module):
         """The same objective with the measure's scale replaced."""
 
 
-class JacobianSparsity(Objective):
+class _OnExamples(Objective):
+    """What the objectives of one measure on one set of examples have in common."""
+
+    x: eqx.AbstractVar[Float[Array, "n d"]]
+    measure: eqx.AbstractVar[Measure]
+    batch_size: eqx.AbstractVar[int | None]
+
+    def sample(self, key):
+        if self.batch_size is None or self.batch_size >= len(self.x):
+            return self
+        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
+        return _replace(self, x=self.x[rows])
+
+    def thinned(self, examples):
+        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
+
+    @property
+    def batch_share(self):
+        return 1.0 if self.batch_size is None else min(1.0, self.batch_size / len(self.x))
+
+    def with_eps(self, eps):
+        return _replace(self, measure=with_eps(self.measure, eps, self.x.dtype))
+
+
+class JacobianSparsity(_OnExamples):
     """`E_x mean_{o,i} S(z_oi(x))`, `z = Z sd / rms(Z sd)`, `Z(x) = R_out J(x) R_inᵀ`.
 
     Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
@@ -124,19 +148,6 @@ class JacobianSparsity(Objective):
     @property
     def spaces(self):
         return {self.space_in: self.layer.d_in, self.space_out: self.layer.d_out}
-
-    def sample(self, key):
-        return _sampled(self, key)
-
-    def thinned(self, examples):
-        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
-
-    @property
-    def batch_share(self):
-        return _batch_share(self)
-
-    def with_eps(self, eps):
-        return _replace(self, measure=with_eps(self.measure, eps, self.x.dtype))
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective on some directions of the layer's inputs and outputs only."""
@@ -214,7 +225,7 @@ class JacobianSparsity(Objective):
         return jnp.sqrt(variance * entries / jnp.sum(variance * gain)), variance, gain, sigma, gram
 
 
-class ActivationSparsity(Objective):
+class ActivationSparsity(_OnExamples):
     """`E_x mean_i S(z_i)`, `z = R x / rms(x)`: a basis in which the activations themselves are sparse.
 
     `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. The rms is over all entries and does not depend on
@@ -249,19 +260,6 @@ class ActivationSparsity(Objective):
     @property
     def spaces(self):
         return {self.space: self.x.shape[1]}
-
-    def sample(self, key):
-        return _sampled(self, key)
-
-    def thinned(self, examples):
-        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
-
-    @property
-    def batch_share(self):
-        return _batch_share(self)
-
-    def with_eps(self, eps):
-        return _replace(self, measure=with_eps(self.measure, eps, self.x.dtype))
 
     def on(self, x: Float[Data, "n d"]) -> "ActivationSparsity":
         """The same objective on other examples."""
@@ -387,18 +385,6 @@ def chunked_sum(function, x: Float[Data, "n d"], chunk: int):
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, x[:chunk], x[:chunk, 0]))
     return jax.lax.scan(body, zeros, rows)[0]
-
-
-def _sampled(objective, key):
-    """The objective on `batch_size` of its examples, drawn with replacement."""
-    if _batch_share(objective) == 1:
-        return objective
-    rows = jax.random.randint(key, (objective.batch_size,), 0, len(objective.x))
-    return _replace(objective, x=objective.x[rows])
-
-
-def _batch_share(objective):
-    return 1.0 if objective.batch_size is None else min(1.0, objective.batch_size / len(objective.x))
 
 
 def _add(a: Bases, b: Bases) -> Bases:
