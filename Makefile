@@ -57,11 +57,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-benchmarks
-	@set -e; for script in benchmarks/[a-z]*.py; do \
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 experiments: $(VENV)/.installed-experiments
-	@set -e; for script in experiments/[a-z]*.py; do \
+	@set -e; for script in $$(grep -l __main__ experiments/*.py); do \
 	  echo "== $$script"; $(BIN)/python $$script --quick --out runs/experiments/$$(basename $$script .py) $(ARGS); done
 
 clean:
