@@ -1,0 +1,104 @@
+"""The experiments on language models: their parts on planted data, and whole runs at tiny size where their data are."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def experiments_importable(monkeypatch):
+    """Experiments are scripts: they import each other from their own folder."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+
+
+@pytest.fixture
+def sparse(rng):
+    """`x = Dᵀ s` with s half zeros: all energy lies in d/2 coordinates of the basis D."""
+    d = 12
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    kept = np.argsort(rng.random((3000, d)), axis=1) < d // 2
+    return (rng.standard_normal((3000, d)) * kept @ basis).astype(np.float32), basis
+
+
+def test_raising_the_largest_never_loses_energy_and_finishes_a_near_basis(sparse, rng):
+    import activation_bases
+
+    x, basis = sparse
+    start = np.linalg.qr(basis + 0.15 * rng.standard_normal(basis.shape))[0].astype(np.float32)
+    start *= np.sign(np.sum(start * basis, axis=1, keepdims=True))
+    raised = [activation_bases.raise_largest(x, start, 6, steps) for steps in (1, 3, 10, 60)]
+    lost = [activation_bases.energy_lost(x, r, 6) for r in raised]
+    assert lost[0] == pytest.approx(activation_bases.energy_lost(x, start, 6), abs=1e-6)  # one step evaluates the start
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(lost))
+    assert lost[-1] < 0.02 * lost[0]
+
+
+def test_ours_is_chosen_on_held_out_activations_and_finds_the_planted_basis(sparse):
+    import activation_bases
+
+    x, basis = sparse
+    train, held_out = x[:2000], x[2000:]
+    bases = {"pca": np.eye(12, dtype=np.float32), "log": np.eye(12, dtype=np.float32)}
+    effort = activation_bases.Effort(steps=500, polish=100, batch=128, eps=(0.6,))
+    r, chosen = activation_bases.sparsest(train, held_out, bases, effort, key=jax.random.key(0))
+    lost = chosen["energy_lost"]
+    assert activation_bases.energy_lost(held_out, r, 6) == pytest.approx(min(lost.values()), abs=1e-6)
+    assert min(lost.values()) < 0.05 * lost["pca"]
+    assert np.mean(np.max(np.abs(r @ basis.T), axis=1)) > 0.95
+
+
+def test_interval_resamples_whole_groups():
+    import activation_bases
+
+    groups = np.repeat(np.arange(50), 20)
+    values = np.random.default_rng(0).standard_normal(50)[groups]  # equal within a group: 50 observations, not 1000
+    interval = activation_bases.mean_interval(values, groups, key=jax.random.key(0))
+    assert interval.value == pytest.approx(values.mean())
+    expected = 2 * 1.96 * values.std() / np.sqrt(50)
+    assert interval.high - interval.low == pytest.approx(expected, rel=0.3)
+
+
+def test_missing_data_is_skipped_visibly(tmp_path, capsys):
+    import stories260k
+
+    with pytest.raises(SystemExit) as stopped:
+        stories260k.main(stories260k.Config(data=tmp_path, out=tmp_path / "out"))
+    assert stopped.value.code == 0
+    assert "SKIPPED" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "stories260k").exists(), reason=f"there is no {DATA}/stories260k")
+def test_stories260k_at_tiny_size(tmp_path, monkeypatch):
+    import stories260k
+
+    monkeypatch.setattr(stories260k, "SPARSITIES", (25, 50))
+    effort = dataclasses.replace(stories260k.quick(stories260k.Config()).effort, steps=300, polish=20)
+    config = stories260k.Config(
+        data=DATA,
+        out=tmp_path / "out",
+        samples=(24, 6, 6),
+        length=128,
+        effort=effort,
+        jacobian_examples=100,
+        jacobian_steps=40,
+        controls=1,
+    )
+    stories260k.main(config)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    half = {method: of["value"] for method, of in metrics["delta_ce"]["model_samples"]["50"].items()}
+    assert half["ours"] < half["pca"] < half["none"]
+    assert half["ours_threshold"] < half["none_threshold"]
+    assert metrics["cross_entropy"]["real_text"] == pytest.approx(1.266, abs=0.01)  # the trained model, read rightly
+    assert len(metrics["jacobians"]) == 5
+    assert {"delta_ce.png", "jacobians.png", "report.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
