@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 from threadpoolctl import threadpool_limits
 
 import rotsparse as rs
@@ -154,12 +154,20 @@ def kept(d: int, sparsity: float) -> int:
     return round(d * (1 - sparsity))
 
 
-def mean_interval(values: Float[Array, "n"] | np.ndarray, groups: np.ndarray, *, key: PRNGKeyArray) -> Interval:
-    """The mean of `values`, with an interval from resampling whole groups: neighbouring tokens are not independent."""
+def mean_interval(
+    values: Float[np.ndarray, "n"],
+    groups: np.ndarray,
+    relative_to: Float[np.ndarray, "n"] | None = None,
+    *,
+    key: PRNGKeyArray,
+) -> Interval:
+    """The mean of `values`, or its ratio to the mean of `relative_to`, with an interval from resampling whole groups:
+    neighbouring tokens are not independent."""
     _, number = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(number, weights=np.asarray(values, np.float64)), np.bincount(number)
-    counts = bootstrap_counts(len(sums), 500, key=key).astype(np.float64)
-    return bootstrap_interval(sums.sum() / sizes.sum(), (counts @ sums) / (counts @ sizes))
+    below = np.bincount(number, weights=relative_to)
+    above = np.bincount(number, weights=np.asarray(values, np.float64))
+    counts = bootstrap_counts(len(above), 500, key=key).astype(np.float64)
+    return bootstrap_interval(above.sum() / below.sum(), (counts @ above) / (counts @ below))
 
 
 def _kth_largest(square, count):

@@ -65,6 +65,8 @@ def test_interval_resamples_whole_groups():
     assert interval.value == pytest.approx(values.mean())
     expected = 2 * 1.96 * values.std() / np.sqrt(50)
     assert interval.high - interval.low == pytest.approx(expected, rel=0.3)
+    ratio = activation_bases.mean_interval(3 * values, groups, values, key=jax.random.key(0))
+    assert ratio == pytest.approx((3, 3, 3))
 
 
 def test_missing_data_is_skipped_visibly(tmp_path, capsys):
@@ -98,6 +100,9 @@ def test_stories260k_at_tiny_size(tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     half = {method: of["value"] for method, of in metrics["delta_ce"]["model_samples"]["50"].items()}
     assert half["ours"] < half["pca"] < half["none"]
+    assert metrics["ours_over_pca"]["model_samples"]["50"]["top_k"]["value"] == pytest.approx(
+        half["ours"] / half["pca"]
+    )
     assert half["ours_threshold"] < half["none_threshold"]
     assert metrics["cross_entropy"]["real_text"] == pytest.approx(1.266, abs=0.01)  # the trained model, read rightly
     assert len(metrics["jacobians"]) == 5
