@@ -27,6 +27,8 @@ from jaxtyping import Float
 
 import rotsparse as rs
 from rotsparse.ablation import EdgeAblation, accuracy
+from rotsparse.controls import random_weights
+from rotsparse.identifiability import identifiability
 from rotsparse.layers import Subspace
 from rotsparse.objectives import Held, JacobianSparsity, Objective
 from rotsparse.runs import new_run
@@ -220,6 +222,33 @@ def fourier(network: Network, space: str, directions: Float[np.ndarray, "k d"]) 
     return found
 
 
+def control(network: Network, config: Config) -> dict[str, Any]:
+    """The MLP stage against random weights on the same inputs: is its sparse basis learned, and is it one basis?"""
+    x = network.inputs["ln2"][network.train[: config.examples]]
+    layer = network.layers["ln2"]
+    null = random_weights(layer, key=jax.random.key(config.seed))
+    found, found_null = (
+        rs.find_rotations(
+            each,
+            x,
+            key=jax.random.key(config.seed),
+            measure=rs.Log(config.eps),
+            active_subspace=config.active_subspace,
+            restarts=config.restarts,
+            steps=config.steps,
+        )
+        for each in (layer, null)
+    )
+    report = identifiability(layer, x, found, [(null, x, found_null)])
+    return {
+        "verdict": report.verdict,
+        "gain": report.gain,
+        "null_gains": report.null_gains,
+        "partners": {name: float(np.median(side.partners[side.fitted])) for name, side in report.sides.items()},
+        "null_partners": {name: side.null_partners for name, side in report.sides.items()},
+    }
+
+
 def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, Any]:
     """All measurements of one network."""
     network = Network(path, config.seed)
@@ -238,6 +267,7 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
         "edges_needed": edges_needed(network, bases, config, weighted=False),
         "edges_needed_by_effect_on_logits": edges_needed(network, bases, config, weighted=True),
         "directions": directions,
+        "control_ln2": control(network, config),
     }
     for method, edges in published.items():
         for stage in STAGES:
@@ -284,6 +314,8 @@ def report(networks: dict[str, dict[str, Any]], means: dict[str, Any], config: C
     ]
     for name, network in networks.items():
         lines += [f"- {name}, {where}: {describe(network['directions'][where])}" for where in ("ln2.mid", "ln2.post")]
+    lines += ["", "ln2 against random weights on the same inputs:", ""]
+    lines += [f"- {name}: {network['control_ln2']['verdict']}" for name, network in networks.items()]
     return "\n".join(lines) + "\n"
 
 
