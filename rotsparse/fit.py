@@ -94,8 +94,9 @@ def find_rotations(
     solver = Annealing() if solver is None else solver
     if batch_size is None and isinstance(solver, Annealing):
         batch_size = BATCH_SIZE
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, got {batch_size}")
     space_out = "in" if tie else "out"
-    checks.activations("x", x, layer.d_in)
     objective = JacobianSparsity(
         layer, x, measure, scale_inputs=scale_inputs, space_out=space_out, batch_size=batch_size
     )
@@ -108,6 +109,8 @@ def find_rotations(
             f"start has widths {start.r_in.shape[0]} and {start.r_out.shape[0]}, the layer {layer.d_in} and "
             f"{layer.d_out}"
         )
+    if start is not None and tie and not np.array_equal(start.r_in, start.r_out):
+        raise ValueError("a tied fit has one rotation: its start needs r_in and r_out to be equal")
     dtype = objective.x.dtype
     first = {name: jnp.eye(d, dtype=dtype) for name, d in objective.spaces.items()}
     if start is not None:

@@ -303,6 +303,12 @@ def test_bad_arguments():
         quick(layer, x, active_subspace=0.9, tie=True)
     with pytest.raises(ValueError, match=r"validation should have shape \[examples, 8\]"):
         quick(layer, x, validation=x[:, :3])
+    with pytest.raises(ValueError, match="batch_size should be at least 1, got 0"):
+        quick(layer, x, batch_size=0)
+    with pytest.raises(ValueError, match="r_in and r_out to be equal"):
+        quick(layer, x, tie=True, start=Rotations.haar(KEY, D, D))
+    with pytest.raises(ValueError, match="patience would stop it early"):
+        quick(layer, x, patience=10)
     with pytest.raises(ValueError, match="max_step"):
         Riemannian(max_step=2.0)
 
