@@ -37,6 +37,9 @@ from rotsparse.statistics import jacobian_moments
 Spaces = dict[str, Any]
 """A rotation for every space, by name."""
 
+COARSE = ("haar", "neurons", "ica")
+"""Bases that need thousands of edges, each a slow measurement: counted on 1000 pairs."""
+
 SOURCE = (
     "They are the checkpoints of ApolloResearch/rib (MIT), rib_scripts/train_modular_arithmetic/sample_checkpoints, "
     "converted to safetensors with their names kept."
@@ -182,18 +185,21 @@ def svd_bases(network: Network, stage: str) -> dict[str, tuple[np.ndarray, np.nd
 
 def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config, weighted: bool):
     """`[stage][method]`; `weighted` ranks edges by their effect on the logits instead of on the stage's output."""
-    test = network.test[:1000] if config.quick else network.test
     found: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     for stage, (space_in, space_out) in STAGES.items():
-        x, score = network.inputs[stage][test], accuracy(network.logits(stage), network.labels[test])
+        reader = network.reader(stage) if weighted else None
         for method, by_stage in bases.items():
-            if weighted and method in ("haar", "neurons"):
-                continue  # thousands of edges either way, and the slowest to count
             rotations = rs.Rotations(by_stage[stage][space_in], by_stage[stage][space_out])
-            reader = network.reader(stage) if weighted else None
-            train = network.inputs[stage][network.train[:1000]]
-            ablation = EdgeAblation(network.layers[stage], train, rotations, copies=COPIES[stage], reader=reader)
-            found[stage][method] = ablation.fewest(x, score, config.tolerance)
+            test = network.test[:1000] if config.quick or method in COARSE else network.test
+            score = accuracy(network.logits(stage), network.labels[test])
+            ablation = EdgeAblation(
+                network.layers[stage],
+                network.inputs[stage][network.train[:1000]],
+                rotations,
+                copies=COPIES[stage],
+                reader=reader,
+            )
+            found[stage][method] = ablation.fewest(network.inputs[stage][test], score, config.tolerance)
     return found
 
 
