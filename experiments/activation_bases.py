@@ -76,7 +76,7 @@ def fit(
         "haar": rs.baselines.haar(inputs_only, x, key=keys[1]).r_in,
         "pca": rs.baselines.pca_uncentred(inputs_only, x).r_in,
         "l4": fit_activations(jnp.asarray(x), key=keys[2], measure=rs.L4())[0],
-        "ica": rs.baselines.ica(inputs_only, sample, seed=int(jax.random.bits(keys[3], (), "uint16"))).r_in,
+        "ica": _ica(inputs_only, sample, seed=int(jax.random.bits(keys[3], (), "uint16"))),
         "log": fit_activations(jnp.asarray(x), key=keys[4], measure=rs.Log(0.3))[0],
     }
     bases = {name: np.asarray(r) for name, r in found.items()}
@@ -168,6 +168,16 @@ def mean_interval(
     above = np.bincount(number, weights=np.asarray(values, np.float64))
     counts = bootstrap_counts(len(above), 500, key=key).astype(np.float64)
     return bootstrap_interval(above.sum() / below.sum(), (counts @ above) / (counts @ below))
+
+
+def _ica(layer: rs.FunctionLayer, x: Float[np.ndarray, "n d"], seed: int):
+    """ICA's basis; where FastICA diverges, as it may with few examples a dimension, the principal axes it starts from,
+    with a message."""
+    try:
+        return rs.baselines.ica(layer, x, seed=seed).r_in
+    except np.linalg.LinAlgError as error:
+        print(f"FastICA diverged ({error}): principal axes stand in for ICA")
+        return rs.baselines.pca(layer, x).r_in
 
 
 def _kth_largest(square, count):
