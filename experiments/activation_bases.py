@@ -139,14 +139,14 @@ def energy_lost(x: Float[np.ndarray, "n d"], r: Matrix, count: int) -> float:
     return 1 - float(kept.sum(dtype=np.float64) / square.sum(dtype=np.float64))
 
 
-def keeper(method: str, x: Float[np.ndarray, "n d"], bases: dict[str, Matrix], sparsity: float):
+def keeper(method: str, held_out: Float[np.ndarray, "n d"], bases: dict[str, Matrix], sparsity: float):
     """The basis of a method, and which of its coordinates stay: the largest of each example, or those above the one
-    threshold with that sparsity on the activations `x`."""
+    threshold with that sparsity on held-out activations (on those that a basis was fitted on it would be too low)."""
     r = bases[method.removesuffix("_threshold")]
     if method.endswith("_threshold"):
         # An array, so that no new threshold compiles anew.
-        return r, KeepAbove(jnp.asarray(KeepAbove.at_sparsity(x, r, sparsity).threshold))
-    return r, KeepLargest(kept(x.shape[1], sparsity))
+        return r, KeepAbove(jnp.asarray(KeepAbove.at_sparsity(held_out, r, sparsity).threshold))
+    return r, KeepLargest(kept(held_out.shape[1], sparsity))
 
 
 def kept(d: int, sparsity: float) -> int:

@@ -139,7 +139,7 @@ def measure(network: Network, config: Config) -> dict[str, Any]:
         print(f"layer {i}: {result['chosen'][str(i)]}")
         result["layers"][str(i)] = of = {}
         for method in METHODS:
-            r, keep = activation_bases.keeper(method, x, bases, SPARSITY)
+            r, keep = activation_bases.keeper(method, choose, bases, SPARSITY)
             cuts[method][i] = jnp.asarray(r), keep
             lost = substitution(x_test, r, keep, layer=models.mlp_layer(network.model, i))
             errors = np.square(np.asarray(keep(jnp.asarray(x_test @ r.T))) - x_test @ r.T).sum(axis=1)

@@ -166,7 +166,7 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
         result["delta_ce"][text] = {str(s): {} for s in SPARSITIES}
         result["ours_over_pca"][text] = {}
         for s in SPARSITIES:
-            changes = {m: network.cross_entropy(text, *_keepers(m, train, bases, s)) - plain for m in METHODS}
+            changes = {m: network.cross_entropy(text, *_keepers(m, held_out, bases, s)) - plain for m in METHODS}
             for method, change in changes.items():
                 result["delta_ce"][text][str(s)][method] = _interval(network, text, change, config)
             result["ours_over_pca"][text][str(s)] = {
@@ -176,14 +176,14 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
         # Is the loss explained by the size of the error alone?
         result["delta_ce_random_direction"][text] = {
             method: _interval(
-                network, text, network.cross_entropy(text, *_keepers(method, train, bases, 50), key) - plain, config
+                network, text, network.cross_entropy(text, *_keepers(method, held_out, bases, 50), key) - plain, config
             )
             for method in ("none", "pca", "ours")
         }
     result["layers"] = [
         {
             method: substitution(
-                test[i], *activation_bases.keeper(method, train[i], bases[i], 0.5), layer=layer
+                test[i], *activation_bases.keeper(method, held_out[i], bases[i], 0.5), layer=layer
             )._asdict()
             for method in METHODS
         }
@@ -192,8 +192,8 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
     return result
 
 
-def _keepers(method, train, bases, sparsity):
-    pairs = [activation_bases.keeper(method, x, b, sparsity / 100) for x, b in zip(train, bases, strict=True)]
+def _keepers(method, held_out, bases, sparsity):
+    pairs = [activation_bases.keeper(method, x, b, sparsity / 100) for x, b in zip(held_out, bases, strict=True)]
     return [jnp.asarray(r) for r, _ in pairs], [keep for _, keep in pairs]
 
 
