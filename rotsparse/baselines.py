@@ -230,7 +230,12 @@ def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random
     fast_ica = FastICA(whiten=False, w_init=start, max_iter=_ICA_ITERATIONS)  # pyright: ignore[reportArgumentType]
     with _few_threads(len(kept)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        components = fast_ica.fit(whitened).components_
+        try:
+            components = fast_ica.fit(whitened).components_
+        except np.linalg.LinAlgError:
+            # With few examples a dimension its iterates can overflow. The baseline is then what it started from.
+            _log.warning("FastICA of the %s diverged (few examples for %d directions); PCA stands in", side, len(kept))
+            return axes
     if any(issubclass(w.category, ConvergenceWarning) for w in caught):
         _log.info("FastICA of the %s has not converged after %d iterations; it is used as it is", side, _ICA_ITERATIONS)
     return np.concatenate([_polar(components) @ kept, axes[~varying]])
