@@ -30,7 +30,7 @@ class Config:
     quick: bool = False
     """Only the smallest shape, and fewer repeats."""
     examples: int = 64
-    """Examples for the closed form; autodiff gets as many as finish in reasonable time."""
+    """Examples for the closed form; autodiff gets 32 of them."""
     out: Path | None = None
     """A JSON file for the figures."""
 
@@ -93,7 +93,7 @@ def measure(shape: Shape, n: int, repeats: int) -> dict:
     bases = {"in": haar(jax.random.key(0), shape.d), "out": haar(jax.random.key(1), shape.d)}
 
     closed = jax.jit(lambda bases: objective.value_and_grad(bases))
-    few = jnp.asarray(x[:8])
+    few = jnp.asarray(x[:32])
     auto = jax.jit(lambda bases: autodiff(layer, few, objective, bases))
     better = jax.jit(lambda bases: factored(layer, few, objective, bases))
     d, h = shape.d, shape.hidden
