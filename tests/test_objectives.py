@@ -1,5 +1,7 @@
 """Objectives: values and relative gradients against autodiff in float64, whatever the chunks; minibatches unbiased."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,42 @@ def test_minibatches_are_unbiased(x64, rng):
             assert (jnp.abs(sampled_grads[name].mean(0) - g) <= 5 * error + 1e-12).all()
 
 
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_are_unbiased(x64, rng, scale, tied):
+    """Exactly: the mean over all choices of rows and columns is the whole."""
+    layer, x = make_layers(rng)["gated" if tied else "mlp"], draw(rng, N, D) * np.arange(1, D + 1)
+    space_out = "in" if tied else "out"
+    whole = JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale, space_out=space_out)
+    parts = JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale, space_out=space_out, part=(2, 3))
+    bases = bases_for(whole)
+    columns = jnp.asarray(list(itertools.combinations(range(D), 3)))
+    rows = jnp.asarray(list(itertools.combinations(range(layer.d_out), 2)))
+    sample = parts.sample(jax.random.key(0))
+
+    def on(drawn):
+        part = eqx.tree_at(lambda o: (o.drawn.rows, o.drawn.columns), sample, drawn)
+        return part.value(bases), part.value_and_grad(bases)
+
+    value, both = jax.vmap(lambda r: jax.vmap(lambda c: on((r, c)))(columns))(rows)
+    np.testing.assert_allclose(value.mean(), whole.value(bases), rtol=1e-12)
+    means = jax.tree.map(lambda a: a.mean(axis=(0, 1)), both)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), means, whole.value_and_grad(bases)
+    )
+    assert np.std(value) > 0
+
+
+def test_parts_are_drawn_uniformly(rng):
+    layer = make_layers(rng)["dense"]
+    objective = JacobianSparsity(layer, draw(rng, N, D).astype(np.float32), measures.Log(0.3), part=(2, 3))
+    draws = jax.vmap(lambda k: objective.sample(k).drawn)(jax.random.split(jax.random.key(0), 3000))
+    for drawn, d in ((draws.rows, 4), (draws.columns, D)):
+        assert (np.diff(np.sort(drawn, axis=1), axis=1) > 0).all()  # without replacement
+        share = np.bincount(np.ravel(drawn), minlength=d) / drawn.size
+        np.testing.assert_allclose(share, 1 / d, atol=0.03)
+
+
 def test_weighted_sum_shares_spaces(x64, rng):
     layer, x = make_layers(rng)["dense"], draw(rng, N, D)
     jacobian = JacobianSparsity(layer, x, measures.Log(0.3))
@@ -193,3 +231,8 @@ def test_bad_input(rng):
         ActivationSparsity(x.astype(np.int64), log)
     with pytest.raises(ValueError, match="tied fit needs d_in = d_out"):
         JacobianSparsity(layer, x, log, space_out="in")
+    for part in [(1, 3), (5, 3), (2, 6)]:
+        with pytest.raises(ValueError, match="4 rows and 5 columns"):
+            JacobianSparsity(layer, x, log, part=part)
+    with pytest.raises(ValueError, match="elementwise measure, and Hoyer is none"):
+        JacobianSparsity(layer, x, measures.Hoyer(), part=(2, 2))
