@@ -9,6 +9,7 @@ the identity; it may have fewer rows than columns, and then selects a subspace.
 """
 
 import abc
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -39,6 +40,14 @@ class Layer(eqx.Module):
         """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is how far rotated output o moves for a small change
         of rotated input i."""
 
+    def gathered(self, x: Float[Array, "n d_in"]) -> "Layer":
+        """The same layer with a faster `jacobian` for these examples, where most hidden neurons have a gate of exactly
+        zero on each of them (ReLU): only the active ones enter the matrix products. Itself where that does not pay.
+
+        For other examples, on which more neurons are active than on any of these, its Jacobian is NaN.
+        """
+        return self
+
     @abc.abstractmethod
     def rotate(self, r_in: Matrix | None, r_out: Matrix | None) -> "Layer":
         """The layer `z ↦ R_out f(R_inᵀ z)`, in the same arithmetic as its weights. `rotsparse.fold` does this in
@@ -63,6 +72,7 @@ class MLP(Layer):
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)
+    active: int | None = eqx.field(static=True)  # gathers so many neurons of each example
 
     def __init__(self, w_in, b_in=None, w_out=None, b_out=None, *, activation="relu", norm=None, skip=False):
         self.w_in = weight("w_in", w_in, (None, None))
@@ -74,6 +84,7 @@ class MLP(Layer):
         self.activation = as_activation(activation)
         self.norm = _check_norm(norm, d_in)
         self.skip = _skip_matrix(skip, d_out, d_in, self.w_in.dtype)
+        self.active = None
 
     @property
     def d_in(self) -> int:
@@ -89,8 +100,13 @@ class MLP(Layer):
         return _add(y, self.b_out, self.skip, x)
 
     def jacobian(self, x, r_in=None, r_out=None):
-        gate = derivative(self.activation, _affine(self.w_in, self.b_in, _normed(self.norm, x)))
-        return _jacobian(self.w_out, [gate], [self.w_in], self.norm, self.skip, x, r_in, r_out)
+        return _jacobian(self.w_out, self._gates(x), [self.w_in], self.norm, self.skip, x, r_in, r_out, self.active)
+
+    def gathered(self, x):
+        return self if self.w_out is None else _replace(self, active=_worth_gathering(self, x))
+
+    def _gates(self, x):
+        return [derivative(self.activation, _affine(self.w_in, self.b_in, _normed(self.norm, x)))]
 
     def rotate(self, r_in, r_out):
         w_out = np.eye(self.d_out, dtype=self.w_in.dtype) if self.w_out is None else self.w_out
@@ -131,6 +147,7 @@ class GatedMLP(Layer):
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)
+    active: int | None = eqx.field(static=True)  # gathers so many neurons of each example
 
     def __init__(
         self, w_gate, w_up, w_down, *, b_gate=None, b_up=None, b_down=None, activation="silu", norm=None, skip=False
@@ -145,6 +162,7 @@ class GatedMLP(Layer):
         self.activation = as_activation(activation)
         self.norm = _check_norm(norm, d_in)
         self.skip = _skip_matrix(skip, self.w_down.shape[0], d_in, self.w_gate.dtype)
+        self.active = None
 
     @property
     def d_in(self) -> int:
@@ -160,10 +178,16 @@ class GatedMLP(Layer):
         return _add(_affine(self.w_down, None, h), self.b_down, self.skip, x)
 
     def jacobian(self, x, r_in=None, r_out=None):
+        rights = [self.w_gate, self.w_up]
+        return _jacobian(self.w_down, self._gates(x), rights, self.norm, self.skip, x, r_in, r_out, self.active)
+
+    def gathered(self, x):
+        return _replace(self, active=_worth_gathering(self, x))
+
+    def _gates(self, x):
         u = _normed(self.norm, x)
         value, slope = value_and_derivative(self.activation, _affine(self.w_gate, self.b_gate, u))
-        gates = [slope * _affine(self.w_up, self.b_up, u), value]
-        return _jacobian(self.w_down, gates, [self.w_gate, self.w_up], self.norm, self.skip, x, r_in, r_out)
+        return [slope * _affine(self.w_up, self.b_up, u), value]
 
     def rotate(self, r_in, r_out):
         rotated = self
@@ -249,6 +273,9 @@ class Subspace(Layer):
         frame_out = self.frame_out if r_out is None else r_out @ self.frame_out
         return self.layer.jacobian(x, frame_in, frame_out)
 
+    def gathered(self, x):
+        return Subspace(self.layer.gathered(x), self.frame_in, self.frame_out)
+
     def rotate(self, r_in, r_out):
         frame_in = self.frame_in if r_in is None else r_in @ self.frame_in
         frame_out = self.frame_out if r_out is None else r_out @ self.frame_out
@@ -258,7 +285,7 @@ class Subspace(Layer):
 # --- shared by the closed forms ---------------------------------------------------------------------------------
 
 
-def _jacobian(left, gates, rights, norm, skip, x, r_in, r_out):
+def _jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     """`Z = A · Σ_k diag(g_k) B_k` with `A = R_out L`, `B_k = M_k D R_inᵀ`, plus the rank-one part of the norm's
     derivative and the rotated skip connection.
 
@@ -277,13 +304,54 @@ def _jacobian(left, gates, rights, norm, skip, x, r_in, r_out):
         correction = rank_one[:, :, None] * direction[:, None, :]
         rights = [_absorb(norm, m) for m in rights]
     b = rights if r_in is None else [m @ r_in.T for m in rights]
-    # [h, n, d_in] so that the product with A is one large matrix product over all examples of the chunk.
-    gated = sum(g.T[:, :, None] * m[:, None, :] for g, m in zip(gates, b, strict=True))
-    z = gated if a is None else jnp.einsum("oh,hni->oni", a, gated)
-    z = jnp.swapaxes(z, 0, 1)
+    if active is None:
+        # [h, n, d_in] so that the product with A is one large matrix product over all examples of the chunk.
+        gated = sum(g.T[:, :, None] * m[:, None, :] for g, m in zip(gates, b, strict=True))
+        z = gated if a is None else jnp.einsum("oh,hni->oni", a, gated)
+        z = jnp.swapaxes(z, 0, 1)
+    else:
+        assert a is not None
+        index, gates = _gather(gates, active)
+        gated = sum(g[:, :, None] * jnp.take(m, index, axis=0) for g, m in zip(gates, b, strict=True))
+        z = jnp.einsum("nho,nhi->noi", jnp.take(a.T, index, axis=0), gated)
     z = z if correction is None else z - correction
     skip = _rotated_skip(skip, r_in, r_out)
     return z if skip is None else z + skip
+
+
+# Measured on two CPU cores: with two fifths of the neurons active gathering them saves little, with a half nothing.
+GATHERED_SHARE = 0.4
+
+
+def _worth_gathering(layer, x) -> int | None:
+    """The most neurons that are active on any example, if they are few enough to be gathered."""
+    if derivative(layer.activation, jnp.asarray(-1.0, x.dtype)) != 0:
+        return None  # no ReLU of any kind: skip the count
+    rows = 4096  # bounds the memory for the gates
+    most = max(int(_most_active(layer, x[begin : begin + rows])) for begin in range(0, len(x), rows))
+    hidden = (layer.w_in if isinstance(layer, MLP) else layer.w_gate).shape[0]
+    return max(1, most) if most <= GATHERED_SHARE * hidden else None
+
+
+@eqx.filter_jit
+def _most_active(layer, x):
+    return jnp.max(jnp.sum(_active(layer._gates(x)), axis=1))
+
+
+def _active(gates):
+    """Which neurons have a gate that is not zero, `[n, hidden]`."""
+    return functools.reduce(jnp.logical_or, [g != 0 for g in gates])
+
+
+def _gather(gates, active: int):
+    """The indices of the active neurons of each example, `[n, active]`, and their gates; places left over have gates of
+    zero. An example with more of them than there are places gets NaN: it would lose some."""
+    used = _active(gates)
+    index = jax.vmap(lambda u: jnp.nonzero(u, size=active, fill_value=0)[0])(used)
+    count = jnp.sum(used, axis=1, keepdims=True)
+    place = jnp.where(jnp.arange(active) < count, 1.0, 0.0)
+    place = jnp.where(count <= active, place, jnp.nan)
+    return index, [jnp.take_along_axis(g, index, axis=1) * place.astype(g.dtype) for g in gates]
 
 
 def _affine(w, b, x):

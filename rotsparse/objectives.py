@@ -142,8 +142,8 @@ class JacobianSparsity(_OnExamples):
         part: tuple[int, int] | None = None,
         precision: str = "highest",
     ):
-        self.layer = layer
         self.x = checks.activations("x", x, layer.d_in)
+        self.layer = layer = layer.gathered(self.x)
         self.measure = with_eps(measure, measure.eps, self.x.dtype)
         self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
         self.covariance = jnp.asarray(covariance(self.x)[1], self.x.dtype) if scale_inputs else None
@@ -161,6 +161,7 @@ class JacobianSparsity(_OnExamples):
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective on some directions of the layer's inputs and outputs only."""
+        subspace = subspace.gathered(self.x)
         frame = subspace.frame_in
         part = None if self.part is None else (min(self.part[0], subspace.d_out), min(self.part[1], subspace.d_in))
         return _replace(

@@ -196,6 +196,45 @@ def test_a_rotated_dense_layer_still_has_its_own_gates(x64):
 # --- functions and subspaces ---------------------------------------------------------------------------------------
 
 
+GATHERABLE = {
+    "mlp": lambda draw, b: MLP(draw(40, D), b, draw(4, 40), activation="relu", norm=rms_norm(1 + 0.1 * draw(D))),
+    "gated": lambda draw, b: GatedMLP(draw(40, D), draw(40, D), draw(4, 40), b_gate=b, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("kind", GATHERABLE)
+def test_gathering_active_neurons_changes_nothing_but_the_work(kind, x64):
+    rng = np.random.default_rng(3)
+    layer, x = GATHERABLE[kind](lambda *shape: rng.standard_normal(shape), np.full(40, -2.0)), examples(30)
+    gathered = layer.gathered(x)
+    assert 0 < gathered.active <= 16
+    r_in, r_out = orthogonal(1, D, 3), orthogonal(2, 4)
+    np.testing.assert_allclose(gathered.jacobian(x, r_in, r_out), layer.jacobian(x, r_in, r_out), atol=1e-13)
+    np.testing.assert_allclose(gathered.jacobian(x), layer.jacobian(x), atol=1e-13)
+    # Examples that it was not made for are never silently wrong.
+    others = 5 * examples(200)[100:]
+    exact, got = layer.jacobian(others), gathered.jacobian(others)
+    wrong = np.isnan(got).all(axis=(1, 2))
+    assert wrong.any()
+    np.testing.assert_allclose(got[~wrong], exact[~wrong], atol=1e-12)
+    assert gathered.gathered(others[wrong]).active is None or gathered.gathered(others).active > gathered.active
+
+
+def test_only_layers_with_few_active_neurons_gather():
+    x = examples(30, dtype=np.float32)
+    assert make_layer("mlp", activation="gelu").gathered(x).active is None
+    assert make_layer("mlp", activation="relu").gathered(x).active is None  # half of them
+    assert make_layer("dense", activation="relu").gathered(x).active is None
+
+
+def test_gathering_saves_work():
+    rng = np.random.default_rng(0)
+    w_in, w_out = np.float32(rng.standard_normal((256, 64))), np.float32(rng.standard_normal((64, 256)))
+    layer, x = MLP(w_in, np.full(256, -10, np.float32), w_out), np.float32(rng.standard_normal((8, 64)))
+    flops = lambda one: jax.jit(lambda x: one.jacobian(x)).lower(x).compile().cost_analysis()["flops"]  # noqa: E731
+    assert flops(layer.gathered(x)) < 0.5 * flops(layer)
+
+
 @pytest.mark.parametrize(("kind", "d_out"), [("gated", 8), ("mlp", 3)])
 def test_function_layer_agrees_with_the_closed_form(kind, d_out, x64):
     """In forward mode, and with fewer outputs than inputs in reverse mode."""
