@@ -13,38 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from rotsparse.files import write_atomically
 from rotsparse.models.model import Model
+from rotsparse.sources import NpyFile, Shards, Source
 
 _MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
 _PROGRESS = ("rows", "shards", "complete")
 
 
-class ActivationStore:
-    """A finished store: `rows x width` numbers, of which only what is asked for is read."""
+class ActivationStore(Source):
+    """A finished store: `rows x width` numbers, of which only what is asked for is read (as float32).
+
+    Raises `ValueError` where a shard is missing or is not what the manifest says.
+    """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         self.folder, self.manifest = folder, manifest
         self.shape = (int(manifest["rows"]), int(manifest["width"]))
-        self._ends = np.cumsum([shard["rows"] for shard in manifest["shards"]])
+        self._shards = Shards([self._shard(**shard) for shard in manifest["shards"]])
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    def where(self, row):
+        return self._shards.where(row)
 
-    def read(self, rows: range) -> Float[np.ndarray, "n width"]:
-        """These rows, as float32. Raises `ValueError` where they are outside the store or a shard is damaged."""
-        if len(rows) and not (0 <= min(rows) and max(rows) < len(self)):
-            raise ValueError(f"rows {rows} are outside the store {self.folder}, which has {len(self)}")
-        indices = np.asarray(rows)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        out = np.empty((len(rows), self.shape[1]), np.float32)
-        for shard in np.unique(shards):
-            array = self._shard(int(shard))
-            here = shards == shard
-            out[here] = array[indices[here] - (self._ends[shard] - len(array))]
-        return out
+    def __repr__(self):
+        return f"the store {self.folder}"
+
+    def _rows(self, rows):
+        return self._shards._rows(rows)
 
     def verify(self) -> None:
         """Read everything once and compare it with the manifest's hashes. Raises `ValueError` that names the shard."""
@@ -53,16 +49,11 @@ class ActivationStore:
                 if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
                     raise ValueError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
 
-    def _shard(self, index: int) -> np.ndarray:
-        shard = self.manifest["shards"][index]
-        path = self.folder / shard["file"]
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"cannot read {path}: {error}. Remove the store and capture again") from None
-        if array.shape != (shard["rows"], self.shape[1]):
-            raise ValueError(f"{path} has shape {list(array.shape)}, expected {[shard['rows'], self.shape[1]]}")
-        return array
+    def _shard(self, file: str, rows: int, sha256: str) -> NpyFile:
+        shard = NpyFile(self.folder / file)
+        if shard.shape != (rows, self.shape[1]):
+            raise ValueError(f"{shard.path} has shape {list(shard.shape)}, expected {[rows, self.shape[1]]}")
+        return shard
 
 
 def open_store(folder: str | os.PathLike, model: Model | None = None) -> ActivationStore:

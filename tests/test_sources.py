@@ -1,0 +1,209 @@
+"""Sources: the rows of files, stores and datasets are those of the array, and what is wrong with them is said."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotsparse import sources
+from rotsparse.models.store import StoreWriter, open_store
+from rotsparse.sources import Dataset, NpyFile, Shards, as_source, open_source, read_ahead
+
+N, WIDTH = 40, 3
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((N, WIDTH)).astype(np.float32)
+
+
+def store(folder, x, shard=7):
+    """A store as `rotsparse capture` writes it."""
+    writer = StoreWriter(folder, {"model": "none", "width": x.shape[1]})
+    for i, begin in enumerate(range(0, len(x), shard)):
+        writer.write(i, x[begin : begin + shard])
+    return writer.finish()
+
+
+def every_kind(folder, x):
+    """The same rows as every kind of source."""
+    np.save(folder / "x.npy", x)
+    np.save(folder / "first.npy", x[:11])
+    np.save(folder / "last.npy", x[11:].astype(np.float64))
+    store(folder / "store", x)
+    return {
+        "npy": open_source(folder / "x.npy"),
+        "files": open_source([folder / "first.npy", folder / "last.npy"]),
+        "store": open_source(folder / "store"),
+        "map": as_source(np.load(folder / "x.npy", mmap_mode="r")),
+        "dataset": as_source(dict(enumerate(x))),
+        "array": sources.ArrayRows(x),
+    }
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    x = np.random.default_rng(0).standard_normal((N, WIDTH)).astype(np.float32)
+    return x, every_kind(tmp_path_factory.mktemp("kinds"), x)
+
+
+KINDS = ["npy", "files", "store", "map", "dataset", "array"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rows=st.lists(st.integers(0, N - 1), max_size=60))
+def test_rows_in_any_order_and_repeated(kinds, kind, rows):
+    x, source = kinds[0], kinds[1][kind]
+    assert source.shape == (N, WIDTH) and len(source) == N
+    read = source.read(np.array(rows, int))
+    assert read.shape == (len(rows), WIDTH) and read.dtype in (np.float32, np.float64)
+    np.testing.assert_array_equal(read, x[rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_outside_the_source(kinds, kind):
+    x, source = kinds[0], kinds[1][kind]
+    for rows in ([-1], [0, N], range(N - 1, N + 2)):
+        with pytest.raises(ValueError, match=f"are outside .*which has {N}"):
+            source.read(np.array(rows))
+    np.testing.assert_array_equal(source[-1], x[-1])
+    with pytest.raises(IndexError):
+        source[N]
+
+
+def test_types_and_byte_orders(x, tmp_path):
+    for dtype in ("<f2", ">f4", "<f8"):
+        np.save(tmp_path / "x.npy", x.astype(dtype))
+        read = open_source(tmp_path / "x.npy").read(np.array([5, 2, 2]))
+        assert read.dtype == (np.float64 if dtype == "<f8" else np.float32)
+        np.testing.assert_array_equal(read, x.astype(dtype)[[5, 2, 2]])
+
+
+def test_a_memory_map_may_be_a_range_of_rows(x, tmp_path):
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    np.testing.assert_array_equal(as_source(mapped[10:30][5:]).read(range(15)), x[15:30])
+    for bad in (mapped[:, :2], mapped[::2], mapped[0], np.load(tmp_path / "x.npy", mmap_mode="c")):
+        with pytest.raises(ValueError, match=r"a memory map should be .* load it with np\.array"):
+            as_source(bad)
+
+
+def test_arrays_stay_in_memory(x):
+    assert all(as_source(a) is None for a in (x, x.tolist(), tuple(x), None, 3.0))
+
+
+def test_the_part_that_is_kept_is_spread_over_the_source_and_always_the_same():
+    source = sources.ArrayRows(np.arange(1000.0)[:, None])
+    part = source.part(100)[:, 0]
+    np.testing.assert_array_equal(part // 10, np.arange(100))  # one of every ten
+    assert len(set(part % 10)) == 10  # at no fixed distance
+    np.testing.assert_array_equal(part, source.part(100)[:, 0])
+    np.testing.assert_array_equal(source.part(2000)[:, 0], np.arange(1000))
+
+
+def test_the_part_that_is_kept_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(sources, "RESIDENT_BYTES", 4 * 8 * 10)
+    assert sources.ArrayRows(np.zeros((50, 8))).resident().shape == (10, 8)
+    assert sources.ArrayRows(np.zeros((5, 8))).resident().shape == (5, 8)
+
+
+def test_reading_ahead_keeps_the_order_and_passes_errors_on():
+    assert list(read_ahead(lambda i=i: i for i in range(5))) == list(range(5))
+    assert list(read_ahead([])) == []
+
+    def fails():
+        raise ValueError("this one")
+
+    results = read_ahead([lambda: 1, fails, lambda: 3])
+    assert next(results) == 1
+    with pytest.raises(ValueError, match="this one"):
+        next(results)
+
+
+def test_a_grain_pipeline(x):
+    grain = pytest.importorskip("grain")
+    pipeline = grain.MapDataset.source(sources.ArrayRows(x)).seed(1).shuffle().map(lambda row: 2 * row)
+    source = as_source(pipeline[::2])
+    order = np.argsort(source.read(range(N // 2))[:, 0])
+    rows = np.stack([pipeline[2 * i] for i in range(N // 2)])
+    assert source.shape == (N // 2, WIDTH)
+    np.testing.assert_array_equal(source.read(order), rows[order])
+    with pytest.raises(ValueError, match="leave out `repeat`"):
+        as_source(pipeline.repeat())
+    with pytest.raises(ValueError, match=r"element \d+ of FilterMapDataset .* got nothing \(it was filtered out\)"):
+        as_source(pipeline.filter(lambda row: row[0] > 0)).read(range(N))
+
+
+# --- what can be wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_is_gone_has_shrunk_or_holds_nan(x, tmp_path):
+    source = store(tmp_path / "store", x)
+    shard = tmp_path / "store/00002.npy"  # rows 14 to 20
+    whole = shard.read_bytes()
+    with shard.open("r+b") as f:
+        f.seek(-WIDTH * 4 * 2, 2)  # the last but one of its rows
+        f.write(np.float32(np.nan).tobytes())
+    with pytest.raises(ValueError, match=r"1 of 40 rows .* NaN or infinity, the first is row 5 of .*00002\.npy"):
+        source.read(range(N))
+    shard.write_bytes(whole[: -WIDTH * 4 * 2])
+    with pytest.raises(ValueError, match=r"cannot read .*00002\.npy: it has become shorter .* before its row 5 of 7"):
+        source.read(range(N))
+    with pytest.raises(ValueError, match=r"cannot read .*00002\.npy: it ends before its row 5 of 7"):
+        open_store(tmp_path / "store")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*00002\.npy: .*No such file.* Put it back"):
+        source.read(range(N))
+    np.testing.assert_array_equal(source.read(range(14)), x[:14])  # what is not asked for is not missed
+    shard.write_bytes(whole)
+    np.testing.assert_array_equal(source.read(range(N)), x)
+
+
+def test_a_manifest_that_does_not_fit_its_shards(x, tmp_path):
+    store(tmp_path / "store", x)
+    path = tmp_path / "store/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1]["rows"] = 8
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"00001\.npy has shape \[7, 3\], expected \[8, 3\]"):
+        open_store(tmp_path / "store")
+
+
+def test_files_that_hold_something_else(x, tmp_path):
+    cases = {"integers": np.ones((3, 3), int), "vector": np.ones(3), "fortran": np.asfortranarray(x)}
+    for name, array in cases.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(ValueError, match=rf"{name}\.npy holds .*: expected floating-point numbers \[examples, wid"):
+            NpyFile(tmp_path / f"{name}.npy")
+    (tmp_path / "text.npy").write_text("no array")
+    for name in ("text", "absent"):
+        with pytest.raises(ValueError, match=rf"cannot read .*{name}\.npy"):
+            NpyFile(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "wide.npy", np.ones((2, WIDTH + 1)))
+    with pytest.raises(ValueError, match=r"wide\.npy \[2, 4\] is 4 wide and .* 3: expected one width"):
+        open_source([tmp_path / "x.npy", tmp_path / "wide.npy"])
+    with pytest.raises(ValueError, match="at least one"):
+        Shards([])
+
+
+def test_datasets_that_end_early_or_change_their_width(x):
+    class Shrinking(dict):
+        def __len__(self):
+            return N
+
+    with pytest.raises(ValueError, match=r"cannot read element 30 of Shrinking of 40: KeyError"):
+        Dataset(Shrinking(enumerate(x[:30]))).read(range(N))
+    with pytest.raises(ValueError, match=r"element 3 of dict has shape \[2\], expected \[3\]"):
+        Dataset(dict(enumerate(x[:3])) | {3: x[3, :2]}).read(range(4))
+    with pytest.raises(ValueError, match=r"element 0 of dict should be a vector .* got int64 \[2\]"):
+        Dataset({0: np.array([1, 2])})
+
+
+def test_more_rows_than_can_be_drawn(monkeypatch, x, tmp_path):
+    monkeypatch.setattr(sources, "MOST_ROWS", N - 1)
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="has 40 rows: at most 39"):
+        as_source(open_source(tmp_path / "x.npy"))
