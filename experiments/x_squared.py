@@ -1,4 +1,4 @@
-"""The smallest network worth a look: 1-32-32-1, ReLU, trained to compute x². What are the directions of its middle layer?
+"""The smallest network worth a look: 1-32-32-1, ReLU, trained to compute x². What directions has its middle layer?
 
 Its one input makes every direction of an activation space a function of x that can be drawn. Principal components of
 the first hidden layer are orthogonal to each other over the inputs, and that alone makes them wiggle: they look like
