@@ -16,10 +16,11 @@ from rotsparse.alignment import match as match
 from rotsparse.alignment import mean_max_cosine as mean_max_cosine
 from rotsparse.chain import ChainSolution as ChainSolution
 from rotsparse.chain import fit_chain as fit_chain
+from rotsparse.checkpoint import Checkpoints as Checkpoints
 from rotsparse.compare import Comparison as Comparison
 from rotsparse.compare import compare as compare
+from rotsparse.driver import minimize as minimize
 from rotsparse.fit import find_rotations as find_rotations
-from rotsparse.fit import minimize as minimize
 from rotsparse.floor import floor as floor
 from rotsparse.fold import Folded as Folded
 from rotsparse.fold import fold as fold
@@ -48,6 +49,7 @@ from rotsparse.pairs import certify as certify
 from rotsparse.pairs import pair_search as pair_search
 from rotsparse.refine import refine as refine
 from rotsparse.rotations import Rotations as Rotations
+from rotsparse.run_log import RunLog as RunLog
 from rotsparse.solution import Result as Result
 from rotsparse.solution import Solution as Solution
 from rotsparse.solvers import Annealing as Annealing

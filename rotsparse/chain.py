@@ -11,6 +11,7 @@ at a Haar-random rotation of its own, so that two sides that agree cannot have i
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +23,18 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse import checks
 from rotsparse.alignment import match
+from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
-from rotsparse.fit import BATCH_SIZE, STEPS, minimize
+from rotsparse.driver import STEPS, minimize
+from rotsparse.fit import BATCH_SIZE
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Layer
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import Bases, Held, JacobianSparsity, WeightedSum, chunked_sum
 from rotsparse.orthogonal import haar
 from rotsparse.rotations import Rotations
-from rotsparse.solution import Solution
+from rotsparse.run_log import RunLog
+from rotsparse.solution import Result, Solution
 from rotsparse.solvers import Annealing, Solver
 
 # A direction with a smaller share of the Jacobian than this, times the average one's, is not used by the layer: where
@@ -118,6 +122,8 @@ def fit_chain(
     steps: int = STEPS,
     batch_size: int | None = None,
     progress: bool = False,
+    checkpoint: Checkpoints | str | os.PathLike | None = None,
+    log: RunLog | str | os.PathLike | None = None,
 ) -> ChainSolution:
     """Rotations of every layer of the chain `x_{l+1} = f_l(x_l)` in which their per-example Jacobians are sparse.
 
@@ -127,7 +133,10 @@ def fit_chain(
     - `hold`: numbers of boundaries (0 is the chain's input) that stay in the neuron basis.
     - `restarts`: independent Haar-random starts; the best is chosen for each problem, on `x`.
     - `solver`: `Annealing()` unless given, without the pair searches that may follow it in `find_rotations`; the rest
-      as there.
+      as there. `checkpoint` and `log` get a folder for each problem: `0`, `1`, ...
+
+    After an interruption, problems that were not begun have no solution, and their rotations are random: the last
+    solution's result is `Result.INTERRUPTED`.
 
     Separate layers are fitted one after the other, not vmapped: layers of one shape share a compilation either way, on
     a CPU one program for five gated blocks of width 64 took longer (25 s, 12 of them compiling, against 17 s), and
@@ -168,9 +177,14 @@ def fit_chain(
             steps=steps,
             restarts=restarts,
             progress=progress,
+            checkpoint=None if checkpoint is None else Checkpoints.of(checkpoint).part(f"{i}"),
+            log=None if log is None else RunLog.of(log).part(f"{i}"),
         )
         solutions.append(solution)
         bases |= solution.bases
+        if solution.result is Result.INTERRUPTED:
+            bases = random | bases
+            break
 
     used = [_used(term, bases) for term in held_out]
     matches = tuple(

@@ -192,7 +192,7 @@ def test_interrupting_keeps_the_best(monkeypatch):
         if len(updates) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("rotsparse.fit.Progress.update", interrupt)
+    monkeypatch.setattr("rotsparse.driver.Progress.update", interrupt)
     solution = quick(layer, x, steps=1000)
     assert solution.result is Result.INTERRUPTED and not solution.result.ok
     assert 0 < solution.stats["steps"] < 1000
