@@ -14,11 +14,15 @@ backpropagation through `(R_out L) diag(g) (M R_inᵀ)` would.
 
 import abc
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse import checks
@@ -26,7 +30,9 @@ from rotsparse.checks import Data
 from rotsparse.layers import Layer, Subspace
 from rotsparse.measures import Measure, with_eps
 from rotsparse.orthogonal import matmul, skew
-from rotsparse.statistics import chunk_size, covariance, jacobian_gram
+from rotsparse.sharding import EXAMPLES, Devices
+from rotsparse.sources import ArrayRows, Source, in_memory
+from rotsparse.statistics import Moments, chunk_size, jacobian_gram, stream_moments
 
 Bases = dict[str, Float[Array, "d d"]]
 
@@ -55,9 +61,20 @@ class Objective(eqx.Module):
         """The objective."""
 
     @abc.abstractmethod
-    def sample(self, key: PRNGKeyArray) -> "Objective":
+    def sample(self, key: PRNGKeyArray, fetched: Any = None) -> "Objective":
         """The same objective on a random minibatch of its examples (drawn with replacement, so both value and gradient
-        are unbiased), or itself when it has no batch size."""
+        are unbiased), or itself when it has no batch size. `fetched` are the examples that belong to this key, where
+        `fetching` has read them."""
+
+    def fetching(self, keys: PRNGKeyArray, devices: Devices) -> Callable[[], Any] | None:
+        """A function that reads the examples that `sample` takes with each of these keys, `[restarts, steps]`; it may
+        run in any thread. `None` where they are in memory, as they are unless a subclass says otherwise."""
+        return None
+
+    def spread(self, devices: Devices) -> "Objective":
+        """The same objective with its examples spread over the devices of a mesh; to be used within `devices.map`.
+        Unless a subclass says otherwise, every device computes all of it."""
+        return self
 
     @abc.abstractmethod
     def thinned(self, examples: int) -> "Objective":
@@ -79,15 +96,45 @@ class _OnExamples(Objective):
     x: eqx.AbstractVar[Float[Array, "n d"]]
     measure: eqx.AbstractVar[Measure]
     batch_size: eqx.AbstractVar[int | None]
+    precision: eqx.AbstractVar[str]
+    chunk: eqx.AbstractVar[int]
+    # What minibatches are read from, where that is not x.
+    source: eqx.AbstractVar[Source | None]
+    # How many examples there are, where x is only this device's part of them.
+    total: eqx.AbstractVar[int | None]
 
-    def sample(self, key):
+    def sample(self, key, fetched=None):
+        if fetched is not None:
+            return _replace(self, x=fetched, total=None if self.total is None else self.batch_size)
+        assert self.source is None, "the examples of this key are to be fetched first"
         if self.batch_size is None or self.batch_size >= len(self.x):
             return self
-        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.x))
-        return _replace(self, x=self.x[rows])
+        return _replace(self, x=self.x[_draw(key, self.batch_size, len(self.x))])
+
+    def fetching(self, keys, devices):
+        if self.source is None:
+            return None
+        rows = np.asarray(_draws(keys, self.batch_size, len(self.source)))
+        return devices.reader(self.source, rows, self.x.dtype)
+
+    def spread(self, devices):
+        sampled = self.batch_size is not None and self.batch_size < len(self.x)
+        source = ArrayRows(self.x) if self.source is None and sampled else self.source
+        batch_size = None if source is None else self.batch_size
+        return _replace(self, x=devices.rows(self.x), total=len(self.x), source=source, batch_size=batch_size)
+
+    def sum(self, function):
+        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision."""
+        with jax.default_matmul_precision(self.precision):
+            return chunked_sum(function, self.x, self.chunk, self.total)
+
+    @property
+    def count(self) -> int:
+        """How many examples `sum` adds up."""
+        return len(self.x) if self.total is None else self.total
 
     def thinned(self, examples):
-        return _replace(self, x=self.x[:: -(-len(self.x) // examples)])
+        return _replace(self, x=self.x[:: -(-len(self.x) // examples)], source=None)
 
     @property
     def batch_share(self):
@@ -128,6 +175,8 @@ class JacobianSparsity(_OnExamples):
     drawn: "_Part | None"
     precision: str = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
+    source: Source | None = eqx.field(static=True)
+    total: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -141,12 +190,18 @@ class JacobianSparsity(_OnExamples):
         batch_size: int | None = None,
         part: tuple[int, int] | None = None,
         precision: str = "highest",
+        moments: Moments | None = None,
     ):
+        x, self.source, self.total = *_in_memory(x, batch_size), None
         self.x = checks.activations("x", x, layer.d_in)
-        self.layer = layer = layer.gathered(self.x)
+        # Of examples that are not in memory some may activate more neurons than any of these.
+        self.layer = layer = layer.gathered(self.x) if self.source is None else layer
         self.measure = with_eps(measure, measure.eps, self.x.dtype)
         self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
-        self.covariance = jnp.asarray(covariance(self.x)[1], self.x.dtype) if scale_inputs else None
+        self.covariance = None
+        if scale_inputs:
+            moments = _moments(self.x, self.source) if moments is None else moments
+            self.covariance = jnp.asarray(moments.covariance, self.x.dtype)
         self.space_in, self.space_out = space_in, space_out
         if space_in == space_out and layer.d_in != layer.d_out:
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
@@ -161,7 +216,7 @@ class JacobianSparsity(_OnExamples):
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective on some directions of the layer's inputs and outputs only."""
-        subspace = subspace.gathered(self.x)
+        subspace = subspace.gathered(self.x) if self.source is None else subspace
         frame = subspace.frame_in
         part = None if self.part is None else (min(self.part[0], subspace.d_out), min(self.part[1], subspace.d_in))
         return _replace(
@@ -174,11 +229,11 @@ class JacobianSparsity(_OnExamples):
         )
 
     def on(self, x: Float[Data, "n d_in"]) -> "JacobianSparsity":
-        """The same objective on other examples (held-out ones, say), with everything that normalises it computed anew
-        from them."""
+        """The same objective on other examples (held-out ones, say; of a source, the part that is kept in memory), with
+        everything that normalises it computed anew from them."""
         return JacobianSparsity(
             self.layer,
-            x,
+            in_memory(x)[0],
             self.measure,
             scale_inputs=self.covariance is not None,
             space_in=self.space_in,
@@ -186,8 +241,8 @@ class JacobianSparsity(_OnExamples):
             precision=self.precision,
         )
 
-    def sample(self, key):
-        sampled = super().sample(key)
+    def sample(self, key, fetched=None):
+        sampled = super().sample(key, fetched)
         if self.part is None:
             return sampled
         return _replace(sampled, drawn=_Part.draw(key, self.part, (self.layer.d_out, self.layer.d_in)))
@@ -207,8 +262,7 @@ class JacobianSparsity(_OnExamples):
             z = self.layer.jacobian(x, r_in, r_out) * column_scale
             return jnp.sum(weights * self.measure.example_value(z))
 
-        with jax.default_matmul_precision(self.precision):
-            return chunked_sum(chunk_sum, self.x, self.chunk) / len(self.x)
+        return self.sum(chunk_sum) / self.count
 
     def value_and_grad(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]
@@ -223,9 +277,8 @@ class JacobianSparsity(_OnExamples):
             value = jnp.sum(weights * self.measure.example_value(z))
             return value, jnp.einsum("noi,npi->op", g, z), jnp.einsum("noi,noj->ij", g, z)
 
-        with jax.default_matmul_precision(self.precision):
-            value, h_out, h_in = chunked_sum(chunk_sums, self.x, self.chunk)
-        value, h_out, h_in = value / len(self.x), h_out / (len(self.x) * entries), h_in / (len(self.x) * entries)
+        value, h_out, h_in = self.sum(chunk_sums)
+        value, h_out, h_in = value / self.count, h_out / (self.count * entries), h_in / (self.count * entries)
         if self.drawn is not None:
             h_out, h_in = self.drawn.spread(h_out, h_in, (self.layer.d_out, self.layer.d_in))
 
@@ -305,6 +358,8 @@ class ActivationSparsity(_OnExamples):
     batch_size: int | None = eqx.field(static=True)
     precision: str = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
+    source: Source | None = eqx.field(static=True)
+    total: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -314,9 +369,14 @@ class ActivationSparsity(_OnExamples):
         space: str = "in",
         batch_size: int | None = None,
         precision: str = "highest",
+        moments: Moments | None = None,
     ):
+        x, self.source, self.total = *_in_memory(x, batch_size), None
         self.x = checks.activations("x", x, jnp.shape(x)[-1] if jnp.ndim(x) else 0)
         self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
+        if self.source is not None:
+            moments = _moments(self.x, self.source) if moments is None else moments
+            self.rms = jnp.asarray(moments.rms, self.x.dtype)
         self.measure = with_eps(measure, measure.eps, self.x.dtype)
         self.space = space
         self.batch_size = batch_size
@@ -328,8 +388,8 @@ class ActivationSparsity(_OnExamples):
         return {self.space: self.x.shape[1]}
 
     def on(self, x: Float[Data, "n d"]) -> "ActivationSparsity":
-        """The same objective on other examples."""
-        return ActivationSparsity(x, self.measure, space=self.space, precision=self.precision)
+        """The same objective on other examples; of a source, on the part that is kept in memory."""
+        return ActivationSparsity(in_memory(x)[0], self.measure, space=self.space, precision=self.precision)
 
     def value(self, bases):
         r = bases[self.space] / self.rms
@@ -337,8 +397,7 @@ class ActivationSparsity(_OnExamples):
         def chunk_sum(x, weights):
             return jnp.sum(weights * self.measure.example_value(x @ r.T))
 
-        with jax.default_matmul_precision(self.precision):
-            return chunked_sum(chunk_sum, self.x, self.chunk) / len(self.x)
+        return self.sum(chunk_sum) / self.count
 
     def value_and_grad(self, bases):
         r = bases[self.space] / self.rms
@@ -348,9 +407,8 @@ class ActivationSparsity(_OnExamples):
             g = self.measure.example_slope(z) * weights[:, None]
             return jnp.sum(weights * self.measure.example_value(z)), g.T @ z
 
-        with jax.default_matmul_precision(self.precision):
-            value, h = chunked_sum(chunk_sums, self.x, self.chunk)
-        return value / len(self.x), {self.space: skew(h / self.x.size)}
+        value, h = self.sum(chunk_sums)
+        return value / self.count, {self.space: skew(h / (self.count * self.x.shape[1]))}
 
 
 class WeightedSum(Objective):
@@ -377,9 +435,23 @@ class WeightedSum(Objective):
                     raise ValueError(f"space {name!r} has dimension {spaces[name]} in one term and {d} in another")
         return spaces
 
-    def sample(self, key):
+    def sample(self, key, fetched=None):
         keys = jax.random.split(key, len(self.terms))
-        return _replace(self, terms=tuple(term.sample(k) for term, k in zip(self.terms, keys, strict=True)))
+        parts = (None,) * len(self.terms) if fetched is None else fetched
+        # Terms of other classes need not know of fetched examples.
+        given = [() if part is None else (part,) for part in parts]
+        terms = tuple(term.sample(k, *part) for term, k, part in zip(self.terms, keys, given, strict=True))
+        return _replace(self, terms=terms)
+
+    def fetching(self, keys, devices):
+        keys = jax.vmap(jax.vmap(lambda key: jax.random.split(key, len(self.terms))))(keys)
+        reads = [term.fetching(keys[..., i], devices) for i, term in enumerate(self.terms)]
+        if all(read is None for read in reads):
+            return None
+        return lambda: tuple(None if read is None else read() for read in reads)
+
+    def spread(self, devices):
+        return _replace(self, terms=tuple(term.spread(devices) for term in self.terms))
 
     def thinned(self, examples):
         return _replace(self, terms=tuple(term.thinned(examples) for term in self.terms))
@@ -414,8 +486,14 @@ class Held(Objective):
     def spaces(self):
         return {name: d for name, d in self.objective.spaces.items() if name not in self.held}
 
-    def sample(self, key):
-        return Held(self.objective.sample(key), self.held)
+    def sample(self, key, fetched=None):
+        return Held(self.objective.sample(key, *(() if fetched is None else (fetched,))), self.held)
+
+    def fetching(self, keys, devices):
+        return self.objective.fetching(keys, devices)
+
+    def spread(self, devices):
+        return Held(self.objective.spread(devices), self.held)
 
     def thinned(self, examples):
         return Held(self.objective.thinned(examples), self.held)
@@ -435,22 +513,58 @@ class Held(Objective):
         return value, {name: g for name, g in grads.items() if name not in self.held}
 
 
-def chunked_sum(function, x: Float[Data, "n d"], chunk: int):
+def chunked_sum(function, x: Float[Data, "n d"], chunk: int, total: int | None = None):
     """Sum of `function(x_chunk, weights)` over chunks of examples, one in memory at a time. The last chunk is filled up
-    with copies of weight zero."""
+    with copies of weight zero.
+
+    With `total`, x is this device's part of so many examples, the last part filled up, and the sum is over all devices.
+    """
+    if total is None:
+        return _chunked_sum(function, x, chunk, len(x))
+    count = total - jax.lax.axis_index(EXAMPLES) * len(x)
+    return jax.lax.psum(_chunked_sum(function, x, chunk, count), EXAMPLES)
+
+
+def _chunked_sum(function, x, chunk: int, count):
+    """... of which the first `count` are to be counted."""
     n = len(x)
     if n <= chunk:
-        return function(x, jnp.ones(n, x.dtype))
+        return function(x, (jnp.arange(n) < count).astype(x.dtype))
     chunks = -(-n // chunk)
     chunk = -(-n // chunks)  # as even as possible: fewer copies
     rows = jnp.arange(chunks * chunk).reshape(chunks, chunk)
 
     def body(total, row):
-        part = function(x[jnp.minimum(row, n - 1)], (row < n).astype(x.dtype))
+        part = function(x[jnp.minimum(row, n - 1)], (row < jnp.minimum(count, n)).astype(x.dtype))
         return jax.tree.map(jnp.add, total, part), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, x[:chunk], x[:chunk, 0]))
     return jax.lax.scan(body, zeros, rows)[0]
+
+
+def _in_memory(x, batch_size: int | None) -> tuple[Any, Source | None]:
+    """`in_memory`, with a check that a source's minibatches have a size."""
+    x, source = in_memory(x)
+    if source is not None and batch_size is None:
+        raise ValueError(
+            f"{source} is too large to be looked at as a whole in every step: give batch_size, the examples a step"
+        )
+    return x, source
+
+
+def _moments(x, source: Source | None) -> Moments:
+    """Of all examples, whether they are in memory or not."""
+    return Moments.of(x) if source is None else stream_moments(source)
+
+
+def _draw(key: PRNGKeyArray, count: int, examples: int) -> Int[Array, "count"]:
+    """The rows of a minibatch: the same ones wherever the examples are."""
+    return jax.random.randint(key, (count,), 0, examples)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draws(keys: PRNGKeyArray, count: int, examples: int) -> Int[Array, "restarts steps count"]:
+    return jax.vmap(jax.vmap(lambda key: _draw(key, count, examples)))(keys)
 
 
 def _add(a: Bases, b: Bases) -> Bases:

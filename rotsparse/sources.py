@@ -78,6 +78,11 @@ class Source(abc.ABC):
         """The part of the source that a fit keeps in memory."""
         return self.part(max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1]))))
 
+    def fingerprint(self) -> str:
+        """What a checkpoint keeps of it, beside a hash of the resident part: data that moved to another folder are the
+        same data."""
+        return f"a source of {self.shape[0]} x {self.shape[1]}"
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -275,10 +280,14 @@ def as_source(x: Any) -> Source | None:
     return x
 
 
-def resident(x: Any) -> Any:
-    """The part of a source that is kept in memory, and arrays as they are."""
+def in_memory(x: Any) -> tuple[Any, Source | None]:
+    """What of `x` is kept in memory (all of an array, the resident part of a source), and the source, if there is more
+    in it. Raises `ValueError` for a source that cannot be used."""
     source = as_source(x)
-    return x if source is None else source.resident()
+    if source is None:
+        return x, None
+    kept = source.resident()
+    return kept, None if len(kept) == len(source) else source
 
 
 def read_ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:

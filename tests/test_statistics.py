@@ -1,13 +1,27 @@
 """Streamed statistics against dense formulas in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rotsparse import statistics
 from rotsparse.layers import MLP, Dense, FunctionLayer
-from rotsparse.statistics import LayerStatistics, chunk_size, chunks, covariance, jacobian_gram, jacobian_moments
+from rotsparse.sources import ArrayRows
+from rotsparse.statistics import (
+    LayerStatistics,
+    Moments,
+    chunk_size,
+    chunks,
+    covariance,
+    jacobian_gram,
+    jacobian_moments,
+    stream_moments,
+)
 
 
 def mlp(rng, d_in=5, hidden=7, d_out=4):
@@ -30,6 +44,64 @@ def test_covariance_with_a_mean_far_larger_than_the_spread(rng, monkeypatch):
     mean, cov = covariance(x)
     np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(cov, np.cov(x.T, bias=True), rtol=1e-8, atol=1e-9)
+
+
+@given(cuts=st.lists(st.integers(0, 60), max_size=6), mean=st.sampled_from([0.0, 1e3, 1e8]))
+def test_moments_are_those_of_all_rows_however_they_are_cut_and_merged(cuts, mean):
+    x = np.random.default_rng(len(cuts)).standard_normal((60, 3)) + mean
+    parts = [part for part in np.split(x, sorted(cuts)) if len(part)]
+    moments = [Moments.none(3).with_block(part) for part in parts]
+    for order in (moments, moments[::-1]):
+        merged = functools.reduce(Moments.merged, [*order, Moments.none(3)])
+        # What float64 has left of a spread of one beside such a mean, and no less.
+        tolerance = 1e-13 + 4 * np.finfo(np.float64).eps * mean
+        np.testing.assert_allclose(merged.covariance, np.cov(x.T, bias=True), atol=tolerance)
+        np.testing.assert_allclose(merged.mean, x.mean(axis=0), rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(merged.rms, np.sqrt(np.mean(x**2)), rtol=1e-13)
+
+
+class Interrupted(ArrayRows):
+    """Rows of which the first few reads succeed."""
+
+    def __init__(self, x, reads):
+        ArrayRows.__init__(self, x)
+        self.reads = reads
+
+    def _rows(self, rows):
+        if len(rows) < 3:  # only a look at it
+            return ArrayRows._rows(self, rows)
+        if not self.reads:
+            raise ValueError("no more")
+        self.reads -= 1
+        return ArrayRows._rows(self, rows)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3, 5])
+def test_a_pass_that_was_interrupted_goes_on_with_the_same_bits(reads, rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK_BYTES", 8 * 4 * 30)  # 30 rows a block, seven blocks
+    x = rng.standard_normal((200, 4)).astype(np.float32) + 1000
+    whole = stream_moments(ArrayRows(x))
+    with pytest.raises(ValueError, match="no more"):
+        stream_moments(Interrupted(x, reads), tmp_path / "m", save_seconds=0)
+    for left in (7 - reads, 0):  # the rest, and then nothing
+        moments = stream_moments(Interrupted(x, left), tmp_path / "m")
+        assert moments.count == whole.count == 200
+        np.testing.assert_array_equal(moments.mean, whole.mean)
+        np.testing.assert_array_equal(moments.scatter, whole.scatter)
+    np.testing.assert_allclose(whole.covariance, np.cov(x.T.astype(np.float64), bias=True), rtol=1e-9, atol=1e-9)
+
+
+def test_saved_moments_of_other_data_are_refused_and_damaged_ones_computed_again(rng, tmp_path):
+    x = rng.standard_normal((50, 4))
+    first = stream_moments(ArrayRows(x), tmp_path / "m")
+    with pytest.raises(ValueError, match=r"m holds the moments of rows 0 to 50 .* not of rows 0 to 49 .*: remove it"):
+        stream_moments(ArrayRows(x[1:]), tmp_path / "m")
+    with pytest.raises(ValueError, match="remove it"):
+        stream_moments(ArrayRows(2 * x), tmp_path / "m")
+    payload = (tmp_path / "m").read_bytes()
+    for damaged in (payload[:-30], payload[:200] + bytes([payload[200] ^ 1]) + payload[201:], b""):
+        (tmp_path / "m").write_bytes(damaged)
+        np.testing.assert_array_equal(stream_moments(ArrayRows(x), tmp_path / "m").scatter, first.scatter)
 
 
 def test_covariance_of_outputs(rng):

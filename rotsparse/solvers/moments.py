@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rotsparse.measures import Measure
-from rotsparse.objectives import ActivationSparsity, Objective, chunked_sum
+from rotsparse.objectives import ActivationSparsity, Objective
 
 
 class Moments(NamedTuple):
@@ -45,9 +45,7 @@ def moments(objective: ActivationSparsity, r: Float[Array, "d d"], respond=None)
     def sums(x, weights):
         return block_sums(x, weights, r / objective.rms, objective.measure, respond)
 
-    with jax.default_matmul_precision(objective.precision):
-        totals = chunked_sum(sums, objective.x, objective.chunk)
-    return jax.tree.map(lambda total: total / len(objective.x), totals)
+    return jax.tree.map(lambda total: total / objective.count, objective.sum(sums))
 
 
 def check_objective(objective: Objective) -> ActivationSparsity:
