@@ -16,8 +16,9 @@ from rotsparse.layers import Layer
 from rotsparse.solution import Solution
 from rotsparse.statistics import Rows
 
-# A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1.
-MARGIN = 0.05
+# A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1:
+# that much less is left of the objective. Less than that is no structure worth the name, however sure.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
