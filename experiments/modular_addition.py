@@ -188,16 +188,24 @@ def svd_bases(network: Network, stage: str) -> dict[str, tuple[np.ndarray, np.nd
     return found
 
 
-def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config, weighted: bool):
-    """`[stage][method]`; `weighted` ranks edges by their effect on the logits instead of on the stage's output."""
+def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config):
+    """`[stage][method]`, and the same with edges ranked by their effect on the logits instead of on the stage's output
+    (without the bases that need thousands)."""
     found: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
+    by_effect: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     for stage, (space_in, space_out) in STAGES.items():
-        reader = network.reader(stage) if weighted else None
+        reader = network.reader(stage)
         for method, by_stage in bases.items():
             rotations = rs.Rotations(by_stage[stage][space_in], by_stage[stage][space_out])
-            pairs = 1000 if config.quick or method in COARSE else None
-            found[stage][method] = count_edges(network, stage, rotations, config, pairs=pairs, reader=reader)
-    return found
+            options = {"pairs": 1000 if config.quick or method in COARSE else None}
+            found[stage][method] = count = count_edges(network, stage, rotations, config, **options)
+            if method not in COARSE:
+                by_effect[stage][method] = (
+                    count
+                    if reader is None
+                    else count_edges(network, stage, rotations, config, reader=reader, **options)
+                )
+    return found, by_effect
 
 
 def count_edges(
@@ -212,10 +220,10 @@ def count_edges(
 
 
 def mlp_edges_by_key(network: Network, config: Config) -> list[int]:
-    """Edges that the MLP stage needs when the fit is repeated with other keys, the experiment's own first."""
+    """Edges that the MLP stage needs when the fit is repeated with other keys than the experiment's own."""
     frame, (space_in, space_out) = frames(network, config.active_subspace), STAGES["ln2"]
     found = []
-    for seed in range(config.seed, config.seed + config.keys):
+    for seed in range(config.seed + 1, config.seed + config.keys):
         bases = fit(network, ["ln2"], frame, config, seed=seed).bases
         rotations = rs.Rotations(frame[space_in].lift(bases[space_in]), frame[space_out].lift(bases[space_out]))
         found.append(count_edges(network, "ln2", rotations, config, pairs=1000 if config.quick else None))
@@ -286,12 +294,13 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
         for space in spaces
         if space != "logits"
     }
+    edges, by_effect = edges_needed(network, bases, config)
     result = {
         "accuracy": network.correct,
         **described,
-        "edges_needed": edges_needed(network, bases, config, weighted=False),
-        "edges_needed_by_effect_on_logits": edges_needed(network, bases, config, weighted=True),
-        "mlp_edges_by_key": mlp_edges_by_key(network, config),
+        "edges_needed": edges,
+        "edges_needed_by_effect_on_logits": by_effect,
+        "mlp_edges_by_key": [edges["ln2"]["learned"], *mlp_edges_by_key(network, config)],
         "directions": directions,
         "control_ln2": control(network, config),
     }
