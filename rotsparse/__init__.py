@@ -37,6 +37,7 @@ from rotsparse.measures import Measure as Measure
 from rotsparse.measures import SmoothedL1 as SmoothedL1
 from rotsparse.measures import SmoothedPower as SmoothedPower
 from rotsparse.measures import Tanh as Tanh
+from rotsparse.measures import TopK as TopK
 from rotsparse.measures import Welsch as Welsch
 from rotsparse.metrics import evaluate as evaluate
 from rotsparse.norms import layer_norm as layer_norm

@@ -11,7 +11,7 @@ import tyro
 # JAX and the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu", "squared_relu"]
-MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "l4", "hoyer"]
+MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "l4", "hoyer", "top-k"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,6 +223,55 @@ class Hoyer(Measure):
         return (self.curvature(unit) - jnp.where(rms > floor, along, 0)) / jnp.square(jnp.maximum(rms, floor))
 
 
+class TopK(Measure):
+    """The mean of the squared entries outside the largest `keep · N` of each example: for activations of unit rms, the
+    share of the energy that is lost when only the largest coordinates are kept. Not a general measure of sparsity but
+    what inference with sparse activations loses, so minimise it for that.
+
+    Concave in the squares, as a minimum of linear functions of them; it has no scale (`eps` is ignored). The threshold
+    is found by bisection, to `2⁻²⁰` of the example's largest square: entries that close to it count as outside.
+    Raises `ValueError` for a share that is not between 0 and 1.
+    """
+
+    eps: float | Array = 1.0
+    keep: float = eqx.field(static=True, default=0.5)
+
+    def __check_init__(self):
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep is a share of the entries: expected a number between 0 and 1, got {self.keep}")
+
+    def __call__(self, z):
+        return jnp.square(z)
+
+    def slope(self, z):
+        return 2 * z
+
+    def curvature(self, z):
+        return jnp.full_like(z, 2)
+
+    def _outside(self, z):
+        square = jnp.square(z).reshape(len(z), -1)
+        count = max(1, round(self.keep * square.shape[1]))
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            too_many = jnp.sum(square > middle, axis=1, keepdims=True) > count
+            return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
+
+        bounds = jnp.zeros((len(z), 1), z.dtype), jnp.max(square, axis=1, keepdims=True)
+        return (square <= jax.lax.fori_loop(0, 20, halve, bounds)[1]).reshape(z.shape)
+
+    def example_value(self, z):
+        return jnp.mean(jnp.where(self._outside(z), jnp.square(z), 0), axis=tuple(range(1, z.ndim)))
+
+    def example_slope(self, z):
+        return jnp.where(self._outside(z), 2 * z, 0)
+
+    def example_curvature(self, z):
+        return jnp.where(self._outside(z), jnp.asarray(2, z.dtype), 0)
+
+
 def by_name(name: str, eps: float | None = None) -> Measure:
     """The measure called `name` on the command line, with the scale `eps` where it is given.
 
@@ -242,6 +291,7 @@ MEASURES: dict[str, Callable[..., Measure]] = {
     "tanh": Tanh,
     "l4": L4,
     "hoyer": Hoyer,
+    "top-k": TopK,
 }
 
 

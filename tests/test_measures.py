@@ -21,6 +21,7 @@ from rotsparse.measures import (
     SmoothedL1,
     SmoothedPower,
     Tanh,
+    TopK,
     Welsch,
     by_name,
     with_eps,
@@ -37,7 +38,7 @@ POINTS = np.concatenate([-np.geomspace(6, 1e-3, 40), np.geomspace(1e-3, 6, 40)])
 
 
 def test_every_named_measure_is_tested_here():
-    assert set(KINDS) == set(MEASURES.values())
+    assert {*KINDS, TopK} == set(MEASURES.values())
 
 
 # --- the measures as functions ----------------------------------------------------------------------------------
@@ -150,6 +151,34 @@ def test_hoyer_is_the_ratio_of_norms(rng):
     one_hot = Hoyer(eps=1e-9).example_value(jnp.eye(30)[:1])
     np.testing.assert_allclose(one_hot, 1 / np.sqrt(30), rtol=1e-6)
     np.testing.assert_allclose(Hoyer(eps=1e-9).example_value(jnp.ones((1, 30))), 1, rtol=1e-6)
+
+
+# --- top-k, which looks at an example's entries together -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_top_k_is_the_energy_outside_the_largest_entries(rng, keep, dtype):
+    z = rng.standard_normal((6, 4, 10)).astype(dtype)
+    z[5] = 0
+    rest = np.sort(np.square(z).reshape(6, -1), axis=1)[:, : 40 - round(40 * keep)]
+    value = TopK(keep=keep).example_value(jnp.asarray(z))
+    assert value.dtype == dtype
+    np.testing.assert_allclose(value, rest.sum(axis=1) / 40, rtol=1e-5)
+    gradient = jax.grad(lambda z: z[0].size * TopK(keep=keep).example_value(z).sum())(jnp.asarray(z))
+    np.testing.assert_allclose(TopK(keep=keep).example_slope(jnp.asarray(z)), gradient)
+
+
+def test_top_k_is_concave_in_the_squares(rng):
+    a, b = np.square(rng.standard_normal((2, 50, 12)))
+    value = lambda square: np.asarray(TopK().example_value(jnp.sqrt(square)))  # noqa: E731
+    assert (value((a + b) / 2) >= (value(a) + value(b)) / 2 - 1e-12).all()
+
+
+@pytest.mark.parametrize("keep", [0, 1, -0.5, math.nan])
+def test_top_k_refuses_what_is_no_share(keep):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        TopK(keep=keep)
 
 
 # --- the criteria of Hurley and Rickard --------------------------------------------------------------------------
