@@ -106,7 +106,7 @@ def describe(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tup
     elif hasattr(value, "__wrapped__"):  # jitted functions and the like
         yield from inside({"": value.__wrapped__})
     elif dataclasses.is_dataclass(value):  # all Equinox modules are
-        yield path, _name(type(value))
+        yield path, f"{_name(type(value))} (code {digest(_class_code(type(value)))})"
         names = [field.name for field in dataclasses.fields(value)]
         yield from inside({f".{name}": getattr(value, name) for name in names if hasattr(value, name)})
     else:
@@ -142,6 +142,19 @@ def _empty(cell: types.CellType) -> bool:
 def _code(code: types.CodeType) -> bytes:
     """The instructions and constants of a function: what it does, without where it was written."""
     return b"\0".join([code.co_code, repr(code.co_names).encode(), *map(_constant, code.co_consts)])
+
+
+def _class_code(cls: type) -> bytes:
+    """The code of a class's methods and properties, inherited ones included but for those of Equinox and Python."""
+    methods = []
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("equinox", "builtins", "abc", "collections"):
+            continue
+        for name, member in sorted(vars(base).items()):
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if isinstance(function, types.FunctionType):
+                methods += [name.encode(), _code(function.__code__)]
+    return b"\0".join(methods)
 
 
 def _constant(constant: Any) -> bytes:

@@ -211,6 +211,9 @@ def test_a_second_session_is_refused(tmp_path):
         assert held(tmp_path)
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"), opened(tmp_path):
             pass
+        script = f"from rotsparse.lock import FolderLock; FolderLock({str(tmp_path)!r})"  # another process
+        refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert refused.returncode == 1 and f"in use by process {os.getpid()} on" in refused.stderr
         session.save(1, a_state(1), 0.0)
     assert not held(tmp_path)
     same(restore(tmp_path), a_state(1))
@@ -317,6 +320,8 @@ def test_fingerprints_see_what_closures_hold():
     assert of(optax.adam(optax.linear_schedule(1, 0, 9))) != of(optax.adam(optax.linear_schedule(1, 0, 8)))
     same_code, other_code = (lambda share: share * 2), (lambda share: share * 3)
     assert fingerprint(f=same_code) != fingerprint(f=other_code)
+    other_step = type("Annealing", (Annealing,), {"step": lambda self, *arguments: None, "__module__": "rotsparse"})
+    assert len(difference(fingerprint(solver=Annealing()), fingerprint(solver=other_step()))) == 1
     x = np.arange(12.0)
     assert difference(fingerprint(x=x), fingerprint(x=x + 1e-15 * (x == 3)))
     assert fingerprint(key=jax.random.key(1)) != fingerprint(key=jax.random.key(2))

@@ -144,7 +144,12 @@ def continued(fit, **more):
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("name", FITS)
+FAST = ("annealing, minibatches, restarts", "adam", "a solver of one's own", "one side held", "a sum of objectives")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FITS]
+)
 def test_stopped_and_continued_is_never_stopped(name, tmp_path, interrupt):
     whole = FITS[name]()
     interrupt(3)
@@ -156,7 +161,7 @@ def test_stopped_and_continued_is_never_stopped(name, tmp_path, interrupt):
     assert steps == sorted(set(steps)) and steps[-1] == whole.stats["steps"]
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize("joint", [pytest.param(False, marks=pytest.mark.slow), True], ids=["separate", "joint"])
 def test_chains(joint, tmp_path, interrupt):
     layers = [problem(seed=i)[0] for i in range(2)]
     x = problem()[1]
