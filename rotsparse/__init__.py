@@ -14,6 +14,7 @@ from rotsparse import baselines as baselines
 from rotsparse.alignment import amari_distance as amari_distance
 from rotsparse.alignment import match as match
 from rotsparse.alignment import mean_max_cosine as mean_max_cosine
+from rotsparse.basis import find_basis as find_basis
 from rotsparse.chain import ChainSolution as ChainSolution
 from rotsparse.chain import fit_chain as fit_chain
 from rotsparse.checkpoint import Checkpoints as Checkpoints

@@ -20,7 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Measure(eqx.Module):
@@ -229,7 +229,7 @@ class TopK(Measure):
     what inference with sparse activations loses, so minimise it for that.
 
     Concave in the squares, as a minimum of linear functions of them; it has no scale (`eps` is ignored). The threshold
-    is found by bisection, to `2⁻²⁰` of the example's largest square: entries that close to it count as outside.
+    is found by bisection, to `2⁻³⁰` of the example's largest square: entries that close to it count as outside.
     Raises `ValueError` for a share that is not between 0 and 1.
     """
 
@@ -249,18 +249,13 @@ class TopK(Measure):
     def curvature(self, z):
         return jnp.full_like(z, 2)
 
+    def count(self, entries: int) -> int:
+        """How many of so many entries are kept: at least one."""
+        return max(1, round(self.keep * entries))
+
     def _outside(self, z):
         square = jnp.square(z).reshape(len(z), -1)
-        count = max(1, round(self.keep * square.shape[1]))
-
-        def halve(_, bounds):
-            low, high = bounds
-            middle = 0.5 * (low + high)
-            too_many = jnp.sum(square > middle, axis=1, keepdims=True) > count
-            return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
-
-        bounds = jnp.zeros((len(z), 1), z.dtype), jnp.max(square, axis=1, keepdims=True)
-        return (square <= jax.lax.fori_loop(0, 20, halve, bounds)[1]).reshape(z.shape)
+        return outside_largest(square, self.count(square.shape[1])).reshape(z.shape)
 
     def example_value(self, z):
         return jnp.mean(jnp.where(self._outside(z), jnp.square(z), 0), axis=tuple(range(1, z.ndim)))
@@ -270,6 +265,20 @@ class TopK(Measure):
 
     def example_curvature(self, z):
         return jnp.where(self._outside(z), jnp.asarray(2, z.dtype), 0)
+
+
+def outside_largest(square: Float[Array, "n k"], count: int) -> Bool[Array, "n k"]:
+    """Which entries are not among the `count` largest of their row (of numbers that are not negative), by bisection: a
+    tenth of the time of sorting. Entries within `2⁻³⁰` of the row's maximum from the threshold count as outside."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        too_many = jnp.sum(square > middle, axis=1, keepdims=True) > count
+        return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
+
+    bounds = jnp.zeros((len(square), 1), square.dtype), jnp.max(square, axis=1, keepdims=True)
+    return square <= jax.lax.fori_loop(0, 30, halve, bounds)[1]
 
 
 def by_name(name: str, eps: float | None = None) -> Measure:

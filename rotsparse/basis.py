@@ -1,0 +1,119 @@
+"""`find_basis`: a rotation in which a space's activations are sparse.
+
+Activations that hide a sharp basis and those of trained networks are different problems, as with Jacobians. Where there
+is one sharp basis, the fixed point and quasi-Newton steps of `fit_activations` find it from anywhere in a fraction of
+the time. In trained networks good optima are many, and what escapes the poor ones is annealing. Nobody knows beforehand
+which case it is, so both run, and the lower objective wins.
+"""
+
+import dataclasses
+import os
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rotsparse import checks
+from rotsparse.checkpoint import Checkpoints
+from rotsparse.checks import Data
+from rotsparse.driver import STEPS, minimize
+from rotsparse.measures import Measure, TopK
+from rotsparse.objectives import ActivationSparsity
+from rotsparse.orthogonal import matmul
+from rotsparse.run_log import RunLog
+from rotsparse.solution import Result, Solution
+from rotsparse.solvers.activation import fit_activations
+from rotsparse.solvers.fixed_point import FixedPoint, top_k
+
+# Examples a step. An example is one row here, not a matrix: more are needed for a gradient of the same quality.
+BATCH_SIZE = 256
+
+# Steps of the power method after annealing.
+RAISES = 60
+
+SPACE = "in"
+
+
+def find_basis(
+    x: Float[Data, "n d"],
+    *,
+    key: PRNGKeyArray,
+    measure: Measure = TopK(0.5),  # noqa: B008 (immutable)
+    start: Float[Data, "d d"] | None = None,
+    restarts: int = 1,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    validation: Float[Data, "m d"] | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoints | str | os.PathLike | None = None,
+    log: RunLog | str | os.PathLike | None = None,
+) -> Solution:
+    """The rotation R, `solution.bases["in"]`, that makes activations sparse: minimises `E_x mean_i S(z_i)`,
+    `z = R x / rms(x)`.
+
+    - `x`: activations, `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. Not centred: to skip a coordinate is
+      to set it to zero.
+    - `measure`: the default is the share of the energy that is lost when each example keeps the larger half of its
+      coordinates, which is what a matrix product that skips the others loses; `TopK(0.3)` keeps 30%. To find out which
+      directions there *are*, take a sharp measure that is not told how many, such as `Log(0.1)`.
+    - `start`: where the first restart begins (default: the neurons), the others begin at Haar-random rotations.
+      `validation`: held-out activations; when given, the best step, restart and method are chosen on them.
+    - `steps` of annealing, with `batch_size` examples each. Then full-batch steps that only descend: for `TopK` the
+      power method, from where annealing ended and from the principal components; for other measures `fit_activations`,
+      from there and from a random start. What is lower stays.
+
+    Returns a `Solution`, never one that is worse, by what it is chosen on, than its start; its `certificate` says what
+    each part reached. Same key and inputs, same bits on the same machine. Raises `ValueError` for activations that are
+    not finite floats `[n, d]`, and a start or validation data that do not fit them.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, got {batch_size}")
+    objective = ActivationSparsity(x, measure, space=SPACE, batch_size=batch_size)
+    d, dtype = objective.x.shape[1], objective.x.dtype
+    first = jnp.eye(d, dtype=dtype) if start is None else jnp.asarray(checks.weight("start", start, (d, d)), dtype)
+    held_out = None if validation is None else objective.on(checks.activations("validation", validation, d))
+    solution = minimize(
+        objective,
+        {SPACE: first},
+        key=key,
+        steps=steps,
+        restarts=restarts,
+        validation=held_out,
+        progress=progress,
+        checkpoint=checkpoint,
+        log=log,
+    )
+    if solution.result in (Result.INTERRUPTED, Result.NON_FINITE):
+        return solution
+    finish = _raise_largest if isinstance(measure, TopK) else _fixed_point
+    annealed, said = float(np.min(solution.candidate_values)), []
+    for name, found in finish(objective, solution.bases[SPACE], held_out, jax.random.fold_in(key, 2)).items():
+        before = float(np.min(solution.candidate_values))
+        solution = solution.improved({SPACE: found}, objective, held_out, "")
+        reached = float(np.min(solution.candidate_values))
+        said += [f"{name} {reached:.6g}"] if reached < before else []
+    return dataclasses.replace(solution, certificate=", ".join([f"annealing reached {annealed:.6g}", *said]))
+
+
+def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> dict[str, Array]:
+    """Steps that can only raise the energy of the largest coordinates, from where annealing ended, whose minibatches
+    leave it a little above, and from the principal components, where few directions hold most of the energy."""
+    _, components = np.linalg.eigh(np.asarray(matmul(objective.x.T, objective.x), np.float64))
+    starts = {"": annealed, " from principal components": jnp.asarray(components.T[::-1], annealed.dtype)}
+    measure = cast(TopK, objective.measure)
+    solver = FixedPoint(top_k(measure.count(objective.x.shape[1])))
+    everything = objective.on(objective.x)  # without minibatches
+    options: dict[str, Any] = {"key": key, "solver": solver, "steps": RAISES, "validation": held_out}
+    return {
+        f"power steps{name}": minimize(everything, {SPACE: start}, **options).bases[SPACE]
+        for name, start in starts.items()
+    }
+
+
+def _fixed_point(objective: ActivationSparsity, annealed, held_out, key) -> dict[str, Array]:
+    """`fit_activations` from where annealing ended and from a random start."""
+    validation = None if held_out is None else held_out.x
+    options: dict[str, Any] = {"measure": objective.measure, "start": annealed, "validation": validation, "restarts": 2}
+    return {"fixed point and quasi-Newton steps": fit_activations(objective.x, key=key, **options)[0]}
