@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse import models
-from rotsparse.controls import random_perturbation, random_weights
+from rotsparse.controls import beyond_control, random_perturbation, random_weights
 from rotsparse.intervals import Interval
 from rotsparse.runs import new_run
 from rotsparse.substitution import substitution
@@ -38,8 +38,6 @@ RULES = {"top_k": "", "threshold": "_threshold"}
 """Which coordinates stay, and what the names of the methods with that rule end in."""
 BLOCK = 32
 """Tokens that are resampled together."""
-GAIN = 1.1
-"""A Jacobian that beats random weights by less than this factor is no structure worth the name, however sure."""
 SHARE = "fraction_below_0.1_rms"
 END = "<|endoftext|>"
 SOURCE = (
@@ -232,20 +230,13 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
     for draw in range(config.controls):
         null = random_weights(layer, key=jax.random.fold_in(key, 10 + draw))
         controls.append(share(null, learn(null, jax.random.fold_in(key, 20 + draw))))
-    low, high = min(c.low for c in controls), max(c.high for c in controls)
-    learned = found["learned"]
-    structure = learned.low > high and learned.value > GAIN * np.mean([c.value for c in controls])
-    compared = "above" if learned.low > high else "below" if learned.high < low else "within"
-    conclusion = (
-        f"layer {index}: {learned.value:.3f} of the entries are small, {np.mean([c.value for c in controls]):.3f} with "
-        f"random weights ({compared} their range): "
-        + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
-    )
+    structure, said = beyond_control(found["learned"], controls)
+    conclusion = f"layer {index}: {said}"
     print(conclusion)
     return {
         **{name: interval._asdict() for name, interval in found.items()},
         "random_weights": [c._asdict() for c in controls],
-        "structure": bool(structure),
+        "structure": structure,
         "conclusion": conclusion,
     }
 

@@ -8,6 +8,7 @@ the layer can be shared between calls: `pca(layer, x, statistics=LayerStatistics
 import logging
 import math
 import warnings
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -157,23 +158,29 @@ def all_baselines(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> dict[str, Rota
 
     `key` draws the Haar rotations and seeds ICA. Raises `ValueError` for unusable `x`.
     """
-    s = LayerStatistics(layer, x)
+    statistics = LayerStatistics(layer, x)
+    return {name: compute(statistics) for name, compute in methods(layer, key=key).items()}
+
+
+def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStatistics], Rotations]]:
+    """The baselines of `all_baselines`, not yet computed: functions of the layer's statistics."""
     key_haar, key_ica = jax.random.split(key)
-    bases = {
-        "neurons": neurons(layer, x),
-        "haar": haar(layer, x, key=key_haar),
-        "pca": pca(layer, x, statistics=s),
-        "pca_uncentred": pca_uncentred(layer, x, statistics=s),
+    seed = int(jax.random.bits(key_ica, (), "uint32"))
+    found: dict[str, Callable[[LayerStatistics], Rotations]] = {
+        "neurons": lambda s: neurons(layer, s.x),
+        "haar": lambda s: haar(layer, s.x, key=key_haar),
+        "pca": lambda s: pca(layer, s.x, statistics=s),
+        "pca_uncentred": lambda s: pca_uncentred(layer, s.x, statistics=s),
     }
     if isinstance(layer, MLP | GatedMLP):
-        bases["svd_weights"] = svd_weights(layer, x)
-    return bases | {
-        "svd_mean_jacobian": svd_mean_jacobian(layer, x, statistics=s),
-        "svd_mean_jacobian_weighted": svd_mean_jacobian_weighted(layer, x, statistics=s),
-        "jacobian_gram": jacobian_gram(layer, x, statistics=s),
-        "ica": ica(layer, x, seed=int(jax.random.bits(key_ica, (), "uint32")), statistics=s),
-        "varimax": varimax(layer, x, statistics=s),
-        "hadamard": hadamard(layer, x),
+        found["svd_weights"] = lambda s: svd_weights(layer, s.x)
+    return found | {
+        "svd_mean_jacobian": lambda s: svd_mean_jacobian(layer, s.x, statistics=s),
+        "svd_mean_jacobian_weighted": lambda s: svd_mean_jacobian_weighted(layer, s.x, statistics=s),
+        "jacobian_gram": lambda s: jacobian_gram(layer, s.x, statistics=s),
+        "ica": lambda s: ica(layer, s.x, seed=seed, statistics=s),
+        "varimax": lambda s: varimax(layer, s.x, statistics=s),
+        "hadamard": lambda s: hadamard(layer, s.x),
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,6 +91,23 @@ class FitOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run is written, and how it survives an interruption."""
+
+    out: Path
+    """The run folder to write. Until the run is complete, it works in a folder of that name with .unfinished behind
+    it."""
+    overwrite: bool = False
+    """Replace an earlier run."""
+    resume: bool = False
+    """Go on with an earlier run of the same command that was interrupted, if there is one."""
+    checkpoint_minutes: float = 5.0
+    """How often the state of the fit is saved, beside when it is interrupted (SIGINT or SIGTERM: exit code 75)."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard, too (needs the extra `tensorboard`)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """Find rotations of a layer's inputs and outputs in which its Jacobians are sparse; compare with every baseline.
 
@@ -98,10 +116,7 @@ class Fit:
 
     layer: tyro.conf.OmitArgPrefixes[LayerOptions]
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
-    out: Path
-    """The run folder to write."""
-    overwrite: bool = False
-    """Replace an earlier run."""
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
     start: Path | None = None
     """Rotations (a run's rotations.safetensors) to start from."""
 
@@ -118,6 +133,22 @@ class Compare:
     """Rotations files; each is named after its run folder."""
     out: Path | None = None
     """A JSON file to write the table to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Is the learned basis of a layer worth anything? Fit it, and compare with every baseline, with the same fit of
+    random weights, and with other restarts: one table with intervals and what each basis took to fit.
+
+    Example: rotsparse benchmark --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp-benchmark
+    """
+
+    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
+    fit: tyro.conf.OmitArgPrefixes[FitOptions]
+    out: Path | None = None
+    """The run folder to write (table.md, metrics.json, rotations.safetensors)."""
+    overwrite: bool = False
+    """Replace an earlier run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +177,17 @@ class Report:
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """List the runs in a folder: their state, how far they are, and the best value of the objective.
+
+    Example: rotsparse runs runs
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """The folder that holds them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,10 +258,7 @@ class FitModel:
     store: Path
     """A folder that `rotsparse capture` wrote from this model."""
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
-    out: Path
-    """The run folder to write."""
-    overwrite: bool = False
-    """Replace an earlier run."""
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
     layers: str = "all"
     """Numbers and ranges, such as 0-4 or 0,2,5."""
     site: Literal["input", "residual"] = "input"
@@ -256,13 +295,16 @@ class FoldModel:
 
 
 def main() -> None:
-    """Entry point: 0 success, 1 the fit went wrong, 2 bad input (with a message), 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 the fit went wrong, 2 bad input (with a message), 75 interrupted and can be
+    resumed (EX_TEMPFAIL: try again), 130 interrupted with nothing to go on with."""
     command = tyro.cli(
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Fit, tyro.conf.subcommand("fit")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
         | Annotated[Fold, tyro.conf.subcommand("fold")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Runs, tyro.conf.subcommand("runs")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Capture, tyro.conf.subcommand("capture")]
         | Annotated[FitModel, tyro.conf.subcommand("fit-model")]
@@ -272,12 +314,17 @@ def main() -> None:
     )
     _cache_compilations()
     from rotsparse import commands
+    from rotsparse.interrupt import Interrupted, handled, terminated
 
     try:
-        sys.exit(commands.run(command))
+        with handled(signal.SIGTERM, terminated):
+            sys.exit(commands.run(command))
     except ValueError as error:
         print(f"rotsparse: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        print(f"rotsparse: {interruption}", file=sys.stderr)
+        sys.exit(75)
     except KeyboardInterrupt:
         print("rotsparse: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,6 @@
 """What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rotsparse import baselines, cli, digits, job, measures, model_commands, runs
+from rotsparse import baselines, cli, digits, job, measures, model_commands, run_list, runs
 from rotsparse.activations import ACTIVATIONS
-from rotsparse.command_options import fit_arguments, plain
+from rotsparse.benchmark import benchmark
+from rotsparse.command_options import fit_arguments, plain, records
 from rotsparse.compare import compare
 from rotsparse.fold import fold as fold_layer
 from rotsparse.layer_files import load_activations, load_layer, save_layer
@@ -31,10 +33,15 @@ def run(command: Any) -> int:
             return fit(command)
         case cli.Compare():
             return comparison(command)
+        case cli.Benchmark():
+            return benchmarked(command)
         case cli.Fold():
             return fold(command)
         case cli.Report():
             return redraw(command)
+        case cli.Runs():
+            console.print(run_list.table(command.folder))
+            return 0
         case cli.Inspect():
             return model_commands.inspect(command, console)
         case cli.Capture():
@@ -85,12 +92,13 @@ def fit(command: "cli.Fit") -> int:
     layer, train, test = _inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
     options |= {"start": None if command.start is None else Rotations.load(command.start)[0]}
-    with runs.new_run(command.out, overwrite=command.overwrite) as folder:
-        config = {"command": "fit", **plain(command)}
+    config, run = {"command": "fit", **plain(command)}, command.run
+    with runs.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
+        options |= records(run, folder)
         solution = job.run(
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )
-    console.print(f"report: {command.out / 'report.html'}")
+    console.print(f"report: {run.out / 'report.html'}")
     return 0 if job.succeeded(solution) else 1
 
 
@@ -116,6 +124,23 @@ def comparison(command: "cli.Compare") -> int:
             command.out, {"config": plain(command), "versions": runs.versions(), "metrics": table.to_json()}
         )
     return 0
+
+
+def benchmarked(command: "cli.Benchmark") -> int:
+    """`rotsparse benchmark`."""
+    layer, train, test = _inputs(command.layer)
+    options = fit_arguments(command.fit, command.layer.input_scale)
+    with contextlib.ExitStack() as stack:
+        folder = command.out and stack.enter_context(runs.new_run(command.out, overwrite=command.overwrite))
+        found = benchmark(layer, train, test, key=jax.random.key(command.layer.seed), **options)
+        console.print(found.table())
+        console.print(found.conclusion, highlight=False)
+        if folder:
+            runs.write_json(folder / runs.CONFIG, {"command": "benchmark", **plain(command)})
+            runs.write_json(folder / job.METRICS, {"versions": runs.versions(), **found.to_json()})
+            (folder / "table.md").write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            found.solution.rotations.save(folder / "rotations.safetensors", {"seed": command.layer.seed})
+    return 0 if job.succeeded(found.solution) else 1
 
 
 def fold(command: "cli.Fold") -> int:

@@ -48,32 +48,34 @@ class Comparison:
         """`{basis: {metric: {"value", "low", "high"}}}`, ready for `json.dump`."""
         return {basis: {name: m._asdict() for name, m in of.items()} for basis, of in self.metrics.items()}
 
-    def table(self, title: str | None = None) -> Table:
+    def table(self, title: str | None = None, *, seconds: dict[str, float] | None = None) -> Table:
         """A rich table that fits 80 columns, a basis a row. Green is the best of each column (bold) and every other one
-        whose interval overlaps the best's."""
+        whose interval overlaps the best's. `seconds`: what each basis took to fit, for a last column."""
         table = Table(title=title, box=box.SIMPLE_HEAD, caption="↑ higher is sparser, ↓ lower is sparser", padding=0)
         table.add_column("basis")
         for name in self._names():
-            table.add_column(_heading(name).replace(" ", "\n", 1), justify="right", no_wrap=True)
+            table.add_column(heading(name).replace(" ", "\n", 1), justify="right", no_wrap=True)
+        if seconds is not None:
+            table.add_column("fit\ns", justify="right", no_wrap=True)
         for basis, of in self.metrics.items():
             cells = []
             for name, m in of.items():
                 best = self.best(name)
                 style = "bold green" if best == basis else "green" if m.overlaps(self.metrics[best][name]) else ""
-                cells.append(Text(_number(name, m.value), style))
+                cells.append(Text(number(name, m.value), style))
+            cells += [] if seconds is None else [Text(f"{seconds[basis]:.1f}")]
             table.add_row(basis.replace("_", " "), *cells)
         return table
 
-    def markdown(self) -> str:
+    def markdown(self, *, seconds: dict[str, float] | None = None) -> str:
         """The same table in Markdown with half the widths of the intervals, the best of every column in bold."""
         names = self._names()
         best = {name: self.best(name) for name in names}
-        lines = ["| basis | " + " | ".join(_heading(name) for name in names) + " |", "|---|" + "---:|" * len(names)]
+        headings = [heading(name) for name in names] + ([] if seconds is None else ["fit, s"])
+        lines = ["| basis | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
         for basis, of in self.metrics.items():
-            cells = []
-            for name, m in of.items():
-                bold = "**" if best[name] == basis else ""
-                cells.append(f"{bold}{_number(name, m.value)}{bold} ±{_number(name, (m.high - m.low) / 2)}")
+            cells = [shown(name, m, bold=best[name] == basis) for name, m in of.items()]
+            cells += [] if seconds is None else [f"{seconds[basis]:.1f}"]
             lines.append(f"| {basis} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -191,10 +193,17 @@ def _mean_measure(measure, z):
     return measure.example_value(z)
 
 
-def _heading(name: str) -> str:
+def heading(name: str) -> str:
+    """A metric's label, with an arrow to where sparser is."""
     return f"{LABELS[name]} {'↑' if HIGHER_IS_SPARSER[name] else '↓'}"
 
 
-def _number(name: str, value: float) -> str:
+def shown(name: str, m: Interval, *, bold: bool = False) -> str:
+    """A metric's value and half the width of its interval, in Markdown."""
+    value, half = number(name, m.value), number(name, (m.high - m.low) / 2)
+    return f"**{value}** ±{half}" if bold else f"{value} ±{half}"
+
+
+def number(name: str, value: float) -> str:
     """Whole entries for counts, three decimals for shares."""
     return f"{value:.{0 if name.startswith('edges') else 1 if name == 'participation_ratio' else 3}f}"

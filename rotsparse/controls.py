@@ -5,6 +5,8 @@ weights, `shuffled_inputs` keeps each coordinate's distribution and destroys the
 the size of a substitution's error and none of its direction. `finite_effects` asks for locality without derivatives.
 """
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rotsparse.checks import activations
+from rotsparse.intervals import Interval
 from rotsparse.layers import MLP, GatedMLP, Layer
 from rotsparse.rotations import Rotations
 from rotsparse.statistics import Rows, chunks
 
 _ROWS = 1024
+
+GAIN = 1.1
+"""A layer that beats its controls by less than this factor has no structure worth the name, however sure."""
 
 
 def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
@@ -40,6 +46,19 @@ def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
             redrawn = rms * np.asarray(jax.random.normal(k, w.shape), w.dtype)
             layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, redrawn.astype(w.dtype))
     return layer
+
+
+def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
+    """Whether a metric where higher is sparser says that there is learned structure, and the conclusion in words:
+    the learned basis of a layer against those of its null models (the same fit with random weights)."""
+    low, high = min(c.low for c in controls), max(c.high for c in controls)
+    mean = float(np.mean([c.value for c in controls]))
+    structure = learned.low > high and learned.value > GAIN * mean
+    compared = "above" if learned.low > high else "below" if learned.high < low else "within"
+    return structure, (
+        f"{learned.value:.3f} of the entries are small, {mean:.3f} with random weights ({compared} their range): "
+        + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
+    )
 
 
 def shuffled_inputs(x: Rows, *, key: PRNGKeyArray) -> Float[Array, "n d"]:

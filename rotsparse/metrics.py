@@ -1,8 +1,7 @@
 """Metrics: how sparse the rotated Jacobians of held-out examples are. Reported, never optimised.
 
 Each is a number a reader can understand without the objective, with a 95% bootstrap interval over examples. Examples
-stream through: memory is one chunk of Jacobians and, for the intervals of `edges_*`, `resamples` matrices of the
-Jacobian's size.
+stream through, twice: memory is one chunk of Jacobians and their sum, however many examples and resamples there are.
 """
 
 import math
@@ -76,24 +75,48 @@ def evaluate(
         raise ValueError("the layer's Jacobian is zero for every example: nothing moves, so nothing can be sparse")
 
     counts = bootstrap_counts(len(x), resamples, key=key)
+
+    def normalised():
+        for z in jacobians(layer, x, r_in, r_out):
+            yield np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
+
     per_example: list[dict[str, np.ndarray]] = []
-    square_sum, resampled_squares = np.zeros(entries), np.zeros((resamples, entries), np.float32)
-    done = 0
-    for z in jacobians(layer, x, r_in, r_out):
-        z = np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
+    mean_square = np.zeros(entries)
+    for z in normalised():
         square = np.square(z)
         per_example.append(_example_metrics(z, square))
-        square_sum += square.sum(axis=0, dtype=np.float64)
-        resampled_squares += counts[:, done : done + len(z)].astype(np.float32) @ square
-        done += len(z)
+        mean_square += square.sum(axis=0, dtype=np.float64) / len(x)
 
+    holding = {"edges_90": _Holding(mean_square, 0.9), "edges_99": _Holding(mean_square, 0.99)}
+    influences = [[h.influence(square) for h in holding.values()] for square in map(np.square, normalised())]
     results = {}
-    for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
-        resampled = np.array([_entries_that_hold(share, s) for s in resampled_squares if s.any()], float)
-        results[name] = bootstrap_interval(_entries_that_hold(share, square_sum), resampled)
+    for (name, h), influence in zip(holding.items(), map(np.concatenate, zip(*influences, strict=True)), strict=True):
+        results[name] = bootstrap_interval(h.count, h.count + counts @ influence / len(x))
     for name in per_example[0]:
         results[name] = _mean(np.concatenate([m[name] for m in per_example]), counts)
     return results
+
+
+class _Holding:
+    """The fewest entries that hold a share of the mean square, and how far each example moves their number.
+
+    Resampling would need a matrix of entries for every resample. To first order it needs one number an example: with
+    m the mean squares, M their sum and t the smallest that counts, a change δ of m leaves the counted ones
+    `share Σδ - Σ_counted δ` short of their share, and `1/t` times as many entries make up for it. (The influence
+    function of the count: Hampel, "The Influence Curve and its Role in Robust Estimation", 1974.)
+    """
+
+    def __init__(self, mean_square: Float[np.ndarray, "N"], share: float):
+        order = np.argsort(-mean_square, kind="stable")
+        cumulative = np.cumsum(mean_square[order])
+        self.count = int(np.searchsorted(cumulative, share * cumulative[-1])) + 1
+        self.smallest = mean_square[order[self.count - 1]]
+        self.weights = np.full(len(mean_square), share, np.float32)
+        self.weights[order[: self.count]] -= 1
+
+    def influence(self, square: Float[np.ndarray, "n N"]) -> Float[np.ndarray, "n"]:
+        """By how many entries the count would grow, times n, if each of these examples had twice its weight."""
+        return (square @ self.weights).astype(np.float64) / self.smallest
 
 
 def _example_metrics(z: Float[np.ndarray, "n N"], square: Float[np.ndarray, "n N"]) -> dict[str, np.ndarray]:
@@ -122,12 +145,6 @@ def _mean(values: Float[np.ndarray, "n"], counts) -> Interval:
     total = counts.sum(axis=1)
     resampled = (counts @ values[defined])[total > 0] / total[total > 0]
     return bootstrap_interval(values[defined].mean(), resampled)
-
-
-def _entries_that_hold(share: float, squares: Float[np.ndarray, "N"]) -> int:
-    """The smallest number of entries whose sum is at least `share` of the whole."""
-    cumulative = np.cumsum(np.sort(squares)[::-1], dtype=np.float64)
-    return int(np.searchsorted(cumulative, share * cumulative[-1])) + 1
 
 
 def _sized(name: str, value, d: int) -> Float[np.ndarray, "d d"]:

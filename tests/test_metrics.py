@@ -214,3 +214,22 @@ def test_known_values_of_a_trained_network():
         found = evaluate(layer, x, basis(layer, x), key=KEY, resamples=2)
         assert found["edges_99"].value == pytest.approx(edges, rel=0.01)
         assert found["fraction_below_0.1_rms"].value == pytest.approx(below, abs=0.01)
+
+
+@pytest.mark.parametrize("basis", [baselines.neurons, baselines.svd_mean_jacobian])
+def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
+    """What one number an example gives, against resampling the squares of all entries."""
+    w_in, w_out = rng.standard_normal((64, 24)), rng.standard_normal((24, 64))
+    x = (rng.standard_normal((40, 24)) * np.linspace(0, 3, 24)).astype(np.float32)
+    b_in = 2 * rng.standard_normal(64).astype(np.float32)
+    layer = MLP(w_in.astype(np.float32), b_in, w_out.astype(np.float32))
+    r = basis(layer, x)
+    found = evaluate(layer, x, r, key=KEY)
+    squares = np.concatenate(list(statistics.jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
+    for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
+        ordered = -np.sort(-(bootstrap_counts(40, 200, key=KEY).astype(float) @ squares), axis=1)
+        cumulative = np.cumsum(ordered, axis=1)
+        counts = np.count_nonzero(cumulative < share * cumulative[:, -1:], axis=1) + 1
+        expected = bootstrap_interval(found[name].value, counts)
+        width = expected.high - expected.low
+        assert width > 4 and np.allclose(found[name][1:], expected[1:], atol=1 + 0.1 * width)

@@ -1,0 +1,133 @@
+"""`benchmark`: is a layer's learned basis worth anything? One table that a sceptic would ask for.
+
+The learned basis beside every baseline on held-out examples, what each of them costs, the same fit on the same
+activations with the weights redrawn, and how many of its directions another start finds again.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Float, PRNGKeyArray
+from rich.table import Table
+
+from rotsparse import baselines
+from rotsparse.checks import Data
+from rotsparse.compare import Comparison, compare, number, shown
+from rotsparse.controls import beyond_control, random_weights
+from rotsparse.finding import reproduced_directions
+from rotsparse.fit import find_rotations
+from rotsparse.intervals import Interval
+from rotsparse.layers import MLP, GatedMLP, Layer
+from rotsparse.solution import Solution
+from rotsparse.statistics import LayerStatistics, covariance
+
+LEARNED = "learned"
+CONTROL = "learned, random weights"
+
+# What the control is judged by: it needs no ranking of entries and is no objective.
+SHARE = "fraction_below_0.1_rms"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`comparison`: every metric of the learned basis and of all baselines. `control`: those of the learned basis of
+    the null model, where there is one. `seconds`: what each basis took to fit by itself, compilation included.
+    `reproduced`: for each side the share of directions that every other restart found again, after more than one."""
+
+    comparison: Comparison
+    control: dict[str, Interval] | None
+    seconds: dict[str, float]
+    reproduced: dict[str, float] | None
+    solution: Solution
+
+    @property
+    def conclusion(self) -> str:
+        """Sparser than the baselines? Than random weights? The same directions again?"""
+        said = [self.comparison.verdict(LEARNED)]
+        if self.control is not None:
+            words = beyond_control(self.comparison.metrics[LEARNED][SHARE], [self.control[SHARE]])[1]
+            said.append(f"{words[0].upper()}{words[1:]}.")
+        if self.reproduced is not None:
+            shares = " and ".join(f"{share:.0%} of the '{side}' directions" for side, share in self.reproduced.items())
+            said.append(f"Other starts find {shares} again.")
+        return " ".join(said)
+
+    def table(self) -> Table:
+        """A rich table; the control in the last row."""
+        table = self.comparison.table(seconds=self.seconds)
+        if self.control is not None:
+            table.add_section()
+            cells = [number(name, m.value) for name, m in self.control.items()]
+            table.add_row(CONTROL, *cells, f"{self.seconds[CONTROL]:.1f}")
+        return table
+
+    def markdown(self) -> str:
+        """The same in Markdown, with half the widths of the intervals."""
+        text = self.comparison.markdown(seconds=self.seconds)
+        if self.control is not None:
+            cells = [shown(name, m) for name, m in self.control.items()]
+            text += f"| {CONTROL} | {' | '.join(cells)} | {self.seconds[CONTROL]:.1f} |\n"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rotations, ready for `json.dump`."""
+        return {
+            "metrics": self.comparison.to_json(),
+            "control": None if self.control is None else {k: m._asdict() for k, m in self.control.items()},
+            "seconds": self.seconds,
+            "reproduced": self.reproduced,
+            "conclusion": self.conclusion,
+        }
+
+
+def benchmark(
+    layer: Layer,
+    train: Float[Data, "n d_in"],
+    test: Float[Data, "m d_in"],
+    *,
+    key: PRNGKeyArray,
+    null: Layer | None = None,
+    scale_inputs: bool = True,
+    **fit: Any,
+) -> Benchmark:
+    """Fit a layer on `train` and compare with every baseline, fitted on the same, on the held-out `test`.
+
+    `fit` holds further arguments of `find_rotations`; `restarts=2` or more tell whether other starts find the same
+    directions. `null` is fitted the same way to the same activations: by default `controls.random_weights(layer)` (for
+    a layer without weights of its own, a `FunctionLayer` say, there is none unless given).
+
+    Raises `ValueError` where the inputs are unfit.
+    """
+    keys = jax.random.split(key, 4)
+    if null is None and isinstance(layer, MLP | GatedMLP):
+        null = random_weights(layer, key=keys[0])
+    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(train)[1], "key": keys[3]}
+    seconds = {}
+
+    def timed(name, compute):
+        begun = time.perf_counter()
+        result = compute()
+        seconds[name] = time.perf_counter() - begun
+        return result
+
+    def learn(layer):
+        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit)
+
+    solution = timed(LEARNED, lambda: learn(layer))
+    bases = {LEARNED: solution.rotations}
+    for name, compute in baselines.methods(layer, key=keys[2]).items():
+        bases[name] = timed(name, lambda compute=compute: compute(LayerStatistics(layer, train)))
+    control = None
+    if null is not None:
+        rotations = timed(CONTROL, lambda: learn(null)).rotations
+        control = compare(null, test, {CONTROL: rotations}, **judged).metrics[CONTROL]
+    again = reproduced_directions(solution)
+    return Benchmark(
+        comparison=compare(layer, test, bases, **judged),
+        control=control,
+        seconds=seconds,
+        reproduced=None if again is None else {side: float(found.mean()) for side, found in again.items()},
+        solution=solution,
+    )
