@@ -1,8 +1,7 @@
 """Bases for sparse activations, shared by the experiments on language models: every method that is compared, and ours.
 
-Ours minimises a smooth measure by annealing and then raises the energy of the largest coordinates itself. Everything
-is chosen on held-out activations of the kind it was fitted on, by the energy that top-k loses, never by the network's
-loss.
+Ours minimises the energy that is lost when each example keeps the larger half of its coordinates (`rs.find_basis`).
+Everything is chosen on held-out activations of the kind it was fitted on, by that energy, never by the network's loss.
 """
 
 import dataclasses
@@ -12,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
-from threadpoolctl import threadpool_limits
 
 import rotsparse as rs
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
-from rotsparse.objectives import ActivationSparsity
 from rotsparse.solvers.activation import fit_activations
 from rotsparse.substitution import KeepAbove, KeepLargest
 
@@ -54,10 +51,7 @@ class Effort:
     """How much is spent on our bases and on the methods that iterate."""
 
     steps: int
-    polish: int
     batch: int
-    eps: tuple[float, ...]
-    """Scales of the measure to choose from on held-out activations."""
     ica_examples: int = 10_000
     """What ICA is fitted on: its time grows with them."""
 
@@ -65,7 +59,7 @@ class Effort:
 def fit(
     x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], effort: Effort, *, key: PRNGKeyArray
 ) -> tuple[dict[str, Matrix], dict[str, Any]]:
-    """The basis of every method for the activations `x`, and what was chosen for ours."""
+    """The basis of every method for the activations `x`, and the energy that each loses on the held-out ones."""
     d = x.shape[1]
     keys = jax.random.split(key, 5)
     # The baselines rotate both sides of a layer; one output is none to speak of.
@@ -80,56 +74,10 @@ def fit(
         "log": fit_activations(jnp.asarray(x), key=keys[4], measure=rs.Log(0.3))[0],
     }
     bases = {name: np.asarray(r) for name, r in found.items()}
-    ours, chosen = sparsest(x, held_out, bases, effort, key=keys[0])
-    return bases | {"ours": ours}, chosen
-
-
-def sparsest(
-    x: Float[np.ndarray, "n d"],
-    held_out: Float[np.ndarray, "m d"],
-    bases: dict[str, Matrix],
-    effort: Effort,
-    *,
-    key: PRNGKeyArray,
-) -> tuple[Matrix, dict[str, Any]]:
-    """The basis whose d/2 largest coordinates hold most of the energy of the held-out activations: of one annealing for
-    every ε of the effort and the `bases` at hand the best, and what `raise_largest` makes of it."""
-    count = x.shape[1] // 2
-    starts = {name: bases[name] for name in ("pca", "log")}
-    for eps in effort.eps:
-        objective = ActivationSparsity(x, rs.GemanMcClure(eps), batch_size=effort.batch)
-        identity = {"in": jnp.eye(x.shape[1])}
-        annealed = rs.minimize(objective, identity, key=key, steps=effort.steps).bases["in"]
-        starts[f"annealed, ε = {eps}"] = np.asarray(annealed)
-    lost = {name: energy_lost(held_out, r, count) for name, r in starts.items()}
-    best = min(lost, key=lost.__getitem__)
-    polished = raise_largest(x, starts[best], count, effort.polish)
-    lost["polished"] = energy_lost(held_out, polished, count)
-    return polished if lost["polished"] < lost[best] else starts[best], {"start": best, "energy_lost": lost}
-
-
-def raise_largest(x: Float[np.ndarray, "n d"], r: Matrix, count: int, steps: int) -> Matrix:
-    """Raise `E ‖k(R x)‖²`, the energy of the `count` largest coordinates of each example, by `R ← polar(E[k(R x) xᵀ])`.
-
-    The energy is a maximum over choices of coordinates of convex functions of R, so it is convex itself, lies above its
-    linearisation, and every step goes up (the generalised power method: Journée et al. 2010). Steps are taken twice as
-    long; one that goes down is taken again at its own length.
-    """
-    x, r = np.asarray(x), np.asarray(r)
-    reached, long, plain, best = -np.inf, True, r, r
-    with threadpool_limits(1, user_api="blas"):
-        for _ in range(steps):
-            z = x @ r.T
-            square = np.square(z)
-            kept = np.where(square >= _kth_largest(square, count), z, 0)
-            energy = float(np.square(kept).sum(dtype=np.float64))
-            if energy < reached and long:
-                r, long = plain, False
-                continue
-            reached, long, best = energy, True, r
-            plain = _polar(kept.T @ x)
-            r = _polar(2 * plain - r)
-    return best.astype(np.float32)
+    solution = rs.find_basis(x, validation=held_out, key=keys[0], steps=effort.steps, batch_size=effort.batch)
+    bases["ours"] = np.asarray(solution.bases["in"])
+    lost = {name: energy_lost(held_out, r, d // 2) for name, r in bases.items()}
+    return bases, {"energy_lost": lost, "reached": solution.certificate}
 
 
 def energy_lost(x: Float[np.ndarray, "n d"], r: Matrix, count: int) -> float:
@@ -183,8 +131,3 @@ def _ica(layer: rs.FunctionLayer, x: Float[np.ndarray, "n d"], seed: int):
 def _kth_largest(square, count):
     d = square.shape[1]
     return np.partition(square, d - count, axis=1)[:, d - count, None]
-
-
-def _polar(a):
-    left, _, right = np.linalg.svd(a.astype(np.float64))
-    return (left @ right).astype(a.dtype)

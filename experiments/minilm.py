@@ -53,11 +53,11 @@ class Config:
     """Sequences to fit on, to choose on, and to test on."""
     length: int = 128
     """Tokens of each, [CLS] and [SEP] included."""
-    effort: Effort = Effort(steps=2000, polish=60, batch=256, eps=(0.6,))  # noqa: RUF009 (immutable)
+    effort: Effort = Effort(steps=2000, batch=256)  # noqa: RUF009 (immutable)
 
 
 def quick(config: Config) -> Config:
-    effort = Effort(steps=600, polish=25, batch=256, eps=(0.6,), ica_examples=3000)
+    effort = Effort(steps=600, batch=256, ica_examples=3000)
     return dataclasses.replace(config, layers=config.layers or (0, 5), sequences=(80, 16, 24), effort=effort)
 
 

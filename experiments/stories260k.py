@@ -62,7 +62,7 @@ class Config:
     """Texts that the model writes to fit on, to choose on, and to test on."""
     length: int = 256
     """Tokens of each."""
-    effort: Effort = Effort(steps=4000, polish=100, batch=256, eps=(0.6, 1.0))  # noqa: RUF009 (immutable)
+    effort: Effort = Effort(steps=8000, batch=256)  # noqa: RUF009 (immutable)
     jacobian_examples: int = 1000
     """Activations to fit Jacobians on, and half as many to test on."""
     jacobian_steps: int = 2500
@@ -71,7 +71,7 @@ class Config:
 
 
 def quick(config: Config) -> Config:
-    effort = Effort(steps=1500, polish=60, batch=128, eps=(0.6,))
+    effort = Effort(steps=2000, batch=128)
     return dataclasses.replace(
         config,
         samples=(96, 24, 32),

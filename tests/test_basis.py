@@ -7,6 +7,7 @@ import pytest
 
 import rotsparse as rs
 from rotsparse.digits import train
+from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 KEY = jax.random.key(0)
 
@@ -53,6 +54,35 @@ def test_it_loses_less_energy_than_principal_components(activations):
     assert ours < 1.05 * pca < 0.1 * none
     # The objective is that energy.
     assert energy_lost(train_x, solution.bases["in"], 0.5) == pytest.approx(solution.value, rel=1e-3)
+
+
+@pytest.fixture
+def half_zero(rng):
+    """`x = Dᵀ s` with s half zeros: all energy lies in d/2 coordinates of the basis D."""
+    d = 12
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    kept = np.argsort(rng.random((3000, d)), axis=1) < d // 2
+    return (rng.standard_normal((3000, d)) * kept @ basis).astype(np.float32), basis
+
+
+def test_top_k_finds_the_basis_in_which_half_is_zero(half_zero):
+    x, basis = half_zero
+    solution = rs.find_basis(x[:2000], key=KEY, validation=x[2000:], steps=1000)
+    assert energy_lost(x[2000:], solution.bases["in"], 0.5) < 1e-3
+    assert np.abs(np.asarray(solution.bases["in"]) @ basis.T).max(axis=1).min() > 0.999
+
+
+def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
+    x, basis = half_zero
+    near = np.linalg.qr(basis + 0.15 * rng.standard_normal(basis.shape))[0]
+    near *= np.sign(np.sum(near * basis, axis=1, keepdims=True))
+    objective = rs.ActivationSparsity(x, rs.TopK(0.5))
+    solution = rs.minimize(
+        objective, {"in": jnp.asarray(near, jnp.float32)}, key=KEY, solver=FixedPoint(top_k(6)), steps=100
+    )
+    values = solution.history.objective[0]
+    assert (np.diff(values) <= 1e-6).all()
+    assert values[-1] < 0.02 * values[0]
 
 
 def test_a_good_start_is_kept_where_nothing_better_is_found():

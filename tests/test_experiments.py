@@ -1,7 +1,6 @@
 """The experiments on language models: their parts on planted data, and whole runs at tiny size where their data are."""
 
 import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,42 +17,6 @@ DATA = ROOT.parent / "shared" / "data"
 def experiments_importable(monkeypatch):
     """Experiments are scripts: they import each other from their own folder."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
-
-
-@pytest.fixture
-def sparse(rng):
-    """`x = Dᵀ s` with s half zeros: all energy lies in d/2 coordinates of the basis D."""
-    d = 12
-    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    kept = np.argsort(rng.random((3000, d)), axis=1) < d // 2
-    return (rng.standard_normal((3000, d)) * kept @ basis).astype(np.float32), basis
-
-
-def test_raising_the_largest_never_loses_energy_and_finishes_a_near_basis(sparse, rng):
-    import activation_bases
-
-    x, basis = sparse
-    start = np.linalg.qr(basis + 0.15 * rng.standard_normal(basis.shape))[0].astype(np.float32)
-    start *= np.sign(np.sum(start * basis, axis=1, keepdims=True))
-    raised = [activation_bases.raise_largest(x, start, 6, steps) for steps in (1, 3, 10, 60)]
-    lost = [activation_bases.energy_lost(x, r, 6) for r in raised]
-    assert lost[0] == pytest.approx(activation_bases.energy_lost(x, start, 6), abs=1e-6)  # one step evaluates the start
-    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(lost))
-    assert lost[-1] < 0.02 * lost[0]
-
-
-def test_ours_is_chosen_on_held_out_activations_and_finds_the_planted_basis(sparse):
-    import activation_bases
-
-    x, basis = sparse
-    train, held_out = x[:2000], x[2000:]
-    bases = {"pca": np.eye(12, dtype=np.float32), "log": np.eye(12, dtype=np.float32)}
-    effort = activation_bases.Effort(steps=500, polish=100, batch=128, eps=(0.6,))
-    r, chosen = activation_bases.sparsest(train, held_out, bases, effort, key=jax.random.key(0))
-    lost = chosen["energy_lost"]
-    assert activation_bases.energy_lost(held_out, r, 6) == pytest.approx(min(lost.values()), abs=1e-6)
-    assert min(lost.values()) < 0.05 * lost["pca"]
-    assert np.mean(np.max(np.abs(r @ basis.T), axis=1)) > 0.95
 
 
 def test_interval_resamples_whole_groups():
@@ -85,7 +48,7 @@ def test_stories260k_at_tiny_size(tmp_path, monkeypatch):
     import stories260k
 
     monkeypatch.setattr(stories260k, "SPARSITIES", (25, 50))
-    effort = dataclasses.replace(stories260k.quick(stories260k.Config()).effort, steps=300, polish=20)
+    effort = dataclasses.replace(stories260k.quick(stories260k.Config()).effort, steps=300)
     config = stories260k.Config(
         data=DATA,
         out=tmp_path / "out",
