@@ -1,0 +1,144 @@
+"""Claim: on trained layers of real networks the learned basis leaves more of the held-out Jacobian's entries near zero
+than principal components, and than every other basis that ignores the objective.
+
+`rotsparse benchmark` for one layer after another: learned, eleven baselines, the same fit with the weights redrawn, and
+how many directions other restarts find again. Digits, x² and the planted network are trained or made here; the others
+need the experiments' data (`--data`) and, for MiniLM, its folder (`--minilm`), and are skipped, visibly, without them.
+
+Inputs are scaled by their standard deviations, except where a network's row says raw. `--publish` writes the tables
+into docs/results.md and README.md, between their markers.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from _networks import Case, Missing, cases
+from rich.console import Console
+
+from rotsparse.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
+from rotsparse.compare import LABELS, heading, shown
+from rotsparse.intervals import Interval
+from rotsparse.metrics import HIGHER_IS_SPARSER
+from rotsparse.runs import versions, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = (SHARE, "edges_99")
+"""What the published tables show; the JSON file has every metric."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The learned basis of every network at hand against PCA and every other baseline."""
+
+    quick: bool = False
+    """Fewer networks, examples and steps: three minutes."""
+    data: Path = ROOT.parent / "shared" / "data"
+    """The folder with mnist, mlp_mnist, modular_addition, stories260k and text."""
+    minilm: Path = ROOT.parent / "shared" / "data" / "minilm"
+    """A Hugging Face folder of all-MiniLM-L6-v2."""
+    only: tuple[str, ...] = ()
+    """Networks whose names begin like one of these."""
+    out: Path = Path("runs/benchmarks/pca")
+    """The folder for pca.json (where networks of earlier runs of the same form are kept) and pca.md."""
+    publish: bool = False
+    """Write the tables into docs/results.md and README.md."""
+    seed: int = 0
+
+
+def run(case: Case, config: Config) -> Benchmark:
+    """Benchmark one network on evenly many examples."""
+    rng = np.random.default_rng(config.seed)
+    fitted, tested = (1000, 200) if config.quick else (4000, 500)
+    train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
+    options: dict[str, Any] = {"steps": 1500 if config.quick else 8000, "restarts": 2, **case.options}
+    return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
+
+
+def tables(networks: dict[str, dict[str, Any]], metrics: tuple[str, ...]) -> str:
+    """A Markdown table for each metric: a network a row."""
+    parts = []
+    for metric in metrics:
+        columns = ["network", f"learned: {heading(metric)}", "PCA", "best baseline", "neurons", CONTROL]
+        lines = ["| " + " | ".join(columns) + " |", "|---|---:|---:|---|---:|---:|"]
+        for name, of in networks.items():
+            m = {basis: Interval(**values[metric]) for basis, values in of["metrics"].items()}
+            learned = m.pop(LEARNED)
+            sign = 1 if HIGHER_IS_SPARSER[metric] else -1
+            best = max(m, key=lambda basis: sign * m[basis].value)
+            ahead = not learned.overlaps(m[best]) and sign * (learned.value - m[best].value) > 0
+            row = [name, shown(metric, learned, bold=ahead), shown(metric, m["pca"])]
+            row += [f"{best.replace('_', ' ')} {shown(metric, m[best])}", shown(metric, m["neurons"])]
+            row += [shown(metric, Interval(**of["control"][metric])) if of["control"] else "–"]
+            lines.append("| " + " | ".join(row) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def evidence(networks: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of what does not fit into the others: restarts, seconds, and the metrics that are behind."""
+    lines = ["| network | inputs, outputs found again | fit, s: learned | PCA | slowest baseline | behind on |"]
+    lines += ["|---|---|---:|---:|---|---|"]
+    for name, of in networks.items():
+        seconds = {basis: s for basis, s in of["seconds"].items() if basis not in (LEARNED, CONTROL)}
+        slowest = max(seconds, key=seconds.__getitem__)
+        behind = []
+        for metric in of["metrics"][LEARNED]:
+            sign = 1 if HIGHER_IS_SPARSER[metric] else -1
+            best = max(of["metrics"], key=lambda basis: sign * of["metrics"][basis][metric]["value"])
+            if best != LEARNED:
+                behind.append(f"{LABELS[metric]} ({best.replace('_', ' ')})")
+        again = ", ".join(f"{share:.0%}" for share in of["reproduced"].values())
+        row = [name, again, f"{of['seconds'][LEARNED]:.1f}", f"{seconds['pca']:.1f}"]
+        row += [f"{slowest.replace('_', ' ')} {seconds[slowest]:.1f}", ", ".join(behind) or "nothing"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def replace_between(path: Path, text: str) -> None:
+    """Put `text` between the markers of a Markdown file."""
+    begin, end = "<!-- pca:begin -->", "<!-- pca:end -->"
+    old = path.read_text(encoding="utf-8")
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} has no markers {begin} and {end}")
+    before, after = old.split(begin)[0], old.split(end)[1]
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def main(config: Config) -> None:
+    console = Console()
+    file = config.out / "pca.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    found = earlier.get("networks", {}) if earlier.get("config", {}).get("quick") == config.quick else {}
+    everything = list(cases(config.data, config.minilm, seed=config.seed, quick=config.quick))
+    for name, load in everything:
+        if config.only and not name.startswith(config.only):
+            continue
+        try:
+            case = load()
+        except Missing as missing:
+            console.print(f"SKIPPED {name}: {missing}", highlight=False)
+            continue
+        result = run(case, config)
+        console.print(result.comparison.table(name, seconds=result.seconds))
+        console.print(f"{result.conclusion}\n", highlight=False)
+        found[name] = result.to_json()
+        config.out.mkdir(parents=True, exist_ok=True)
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+        content = {"config": plain, "versions": versions(), "networks": found}
+        write_json(file, content)
+    networks = {name: found[name] for name, _ in everything if name in found}
+    text = tables(networks, METRICS) + "\n" + evidence(networks)
+    conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
+    (config.out / "pca.md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
+    if config.publish:
+        replace_between(ROOT / "docs/results.md", text)
+        replace_between(ROOT / "README.md", tables(networks, METRICS[:1]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
