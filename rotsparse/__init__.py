@@ -52,9 +52,14 @@ from rotsparse.pairs import pair_search as pair_search
 from rotsparse.refine import refine as refine
 from rotsparse.rotations import Rotations as Rotations
 from rotsparse.run_log import RunLog as RunLog
+from rotsparse.sharding import device_mesh as device_mesh
 from rotsparse.solution import Result as Result
 from rotsparse.solution import Solution as Solution
 from rotsparse.solvers import Annealing as Annealing
 from rotsparse.solvers import Riemannian as Riemannian
 from rotsparse.solvers import Solver as Solver
 from rotsparse.solvers.activation import fit_activations as fit_activations
+from rotsparse.sources import Source as Source
+from rotsparse.sources import open_source as open_source
+from rotsparse.statistics import Moments as Moments
+from rotsparse.statistics import stream_moments as stream_moments

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.fingerprint import fingerprint
@@ -31,8 +32,10 @@ from rotsparse.objectives import Bases, Objective
 from rotsparse.orthogonal import haar, orthogonality_error
 from rotsparse.progress import Progress
 from rotsparse.run_log import LogWriter, RunLog
+from rotsparse.sharding import Devices, is_first_process
 from rotsparse.solution import History, Result, Solution
 from rotsparse.solvers import Annealing, Solver
+from rotsparse.sources import read_ahead
 
 # What a fit takes unless told otherwise.
 STEPS = 4000
@@ -43,6 +46,9 @@ MIN_CHUNK = 20
 
 # Judging on all examples may cost this share of what the steps cost.
 CHECKING = 0.25
+
+# Examples that are not in memory are fetched in blocks of at most so many bytes.
+FETCHED_BYTES = 128 * 2**20
 
 # How long a slice takes: how long a signal may have to wait.
 SLICE_SECONDS = 1.5
@@ -110,6 +116,7 @@ def minimize(
     progress: bool = False,
     checkpoint: Checkpoints | str | os.PathLike | None = None,
     log: RunLog | str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Solution:
     """Minimise any objective over the rotations of its spaces. See `find_rotations` for the arguments; `start` holds
     one orthogonal matrix for every space, and `validation` is the same objective on other examples."""
@@ -124,14 +131,19 @@ def minimize(
     spaces = objective.spaces
     if not spaces:
         raise ValueError("nothing to optimise: every space is held fixed")
+    devices = Devices(mesh)
+    devices.check(restarts)
     start = {name: start[name] for name in spaces}
     starts = _starts(start, restarts, jax.random.fold_in(key, 0))
     keys = jax.random.split(jax.random.fold_in(key, 1), restarts)
-    judge = objective if validation is None else validation
+    stepped = devices.spread(objective)
+    judge = stepped if validation is None else devices.spread(validation)
     chunk = min(steps, max(MIN_CHUNK, -(-steps // CHUNKS)))
+    if stepped.fetched_bytes:  # of which two chunks are in memory, and one on the devices
+        chunk = max(1, min(chunk, FETCHED_BYTES // (restarts * stepped.fetched_bytes)))
     # Steps from one check to the next. A value costs half of a value with its gradient.
     check_every = chunk * math.ceil(0.5 / (CHECKING * chunk * objective.batch_share))
-    state = _first_state(solver, starts, steps, check_every)
+    state = _first_state(solver, starts, steps, check_every, devices)
 
     with contextlib.ExitStack() as stack:
         session = None
@@ -145,12 +157,12 @@ def minimize(
         restored = None if session is None else session.restore()
         state = state if restored is None else restored
         begun = time.perf_counter()
-        fit = _Fit(solver, objective, judge, keys, state, chunk, steps)
+        fit = stack.enter_context(contextlib.closing(_Fit(solver, stepped, judge, keys, state, chunk, steps, devices)))
         compile_seconds = time.perf_counter() - begun
         writer = None
-        if log is not None:
+        if log is not None and is_first_process():
             writer = stack.enter_context(contextlib.closing(RunLog.of(log).open(int(state.step))))
-        bar = stack.enter_context(Progress(steps, enabled=progress))
+        bar = stack.enter_context(Progress(steps, enabled=progress and is_first_process()))
         stop = stack.enter_context(StopSignals())
         state, result, detail = _run(fit, state, check_every, patience, begun, session, writer, bar, stop)
     # The last look is not saved: a run that goes on has to be like one that never stopped.
@@ -161,38 +173,66 @@ def minimize(
         stats["resumed_at"] = int(restored.step)
     remarks = [detail] if detail else []
     remarks += [] if session is None else session.warnings
+    state = dataclasses.replace(state, best=devices.gather(state.best))
     return _solution(state, starts, objective, validation, result, "; ".join(remarks), stats)
 
 
 class _Fit:
-    """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples."""
+    """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples. Examples that
+    are not in memory are fetched a chunk at a time, those of the next chunk while the steps of this one are taken."""
 
-    def __init__(self, solver, objective, judge, keys, state: FitState, chunk: int, steps: int):
+    def __init__(self, solver, objective, judge, keys, state: FitState, chunk: int, steps: int, devices: Devices):
         self.chunk, self.steps = chunk, steps
-        self._fixed, self._keys, self._judged_on = (solver, objective), keys, judge
-        zero = jnp.asarray(0)
-        self._slice = _run_slice.lower(
-            *self._fixed, state.bases, state.solver, keys, zero, zero, chunk, steps
-        ).compile()
-        self._values = _values.lower(judge, state.bases).compile()
+        self._objective, self._keys, self._devices = objective, keys, devices
+        first = min(int(state.step), steps - 1) // chunk
+        self._ahead = read_ahead(map(self._reading, range(first, -(-steps // chunk))))
+        self._fetched_chunk, self._fetched = first, devices.batches(next(self._ahead))
+
+        shared, judged_on = devices.replicate((solver, objective)), devices.replicate(judge)
+        self._shared, self._layout = shared, devices.layout((*shared, *self._bounds(0, 0)))
+        self._placed_keys = devices.over_restarts(keys)
+        self._judged_on, self._judged_layout = judged_on, devices.layout(judged_on)
+        self._slice = _run_slice.lower(*self._slice_arguments(state, 0, 0)).compile()
+        self._values = _values.lower(devices, self._judged_layout, judged_on, state.bases).compile()
 
     def advance(self, state: FitState, count: int) -> tuple[FitState, Float[np.ndarray, "restarts count"]]:
         """The state `count` steps later, and the objective before each of these steps. At most up to the end of the
         chunk."""
         done, end = int(state.step), int(state.step) + count
         assert done // self.chunk == (end - 1) // self.chunk
-        bounds = jnp.asarray(done), jnp.asarray(end)  # arrays, so that they are traced
-        bases, solver_state, values = self._slice(
-            *self._fixed, state.bases, state.solver, self._keys, *bounds, self.chunk, self.steps
-        )
-        values = np.asarray(values)[:, :count]
+        if done // self.chunk != self._fetched_chunk:
+            self._fetched_chunk += 1
+            assert done // self.chunk == self._fetched_chunk
+            self._fetched = self._devices.batches(next(self._ahead))
+        bases, solver_state, values = self._slice(*self._slice_arguments(state, done, end))
+        values = np.asarray(self._devices.gather(values))[:, :count]
         # In place: what lies behind `step` is not part of the state yet.
         state.objective[:, done:end] = values
         return dataclasses.replace(state, bases=bases, solver=solver_state, step=np.asarray(end)), values
 
     def judge(self, state: FitState) -> FitState:
         """The state with the objective checked."""
-        return state.judged(np.asarray(self._values(self._judged_on, state.bases)))
+        values = self._values(self._devices, self._judged_layout, self._judged_on, state.bases)
+        return state.judged(np.asarray(self._devices.gather(values)))
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        self._ahead.close()
+
+    def _slice_arguments(self, state: FitState, begin: int, end: int) -> tuple:
+        restarts = state.bases, state.solver, self._placed_keys
+        shared = *self._shared, *self._bounds(begin, end)
+        return self._devices, self._layout, shared, restarts, self._fetched, self.chunk, self.steps
+
+    def _bounds(self, begin: int, end: int) -> tuple[Array, Array]:
+        return self._devices.replicate((jnp.asarray(begin), jnp.asarray(end)))  # arrays, so that they are traced
+
+    def _reading(self, index: int):
+        """The function that reads the examples of a chunk's steps."""
+        if not self._objective.fetched_bytes:
+            return lambda: None
+        steps = index * self.chunk + np.arange(self.chunk)
+        return self._objective.fetching(_step_keys(self._keys, steps), self._devices)
 
 
 def _run(
@@ -256,6 +296,10 @@ def _run(
             bar.update(done, objective=values.mean(axis=1).min(), error=error)
             if check and not np.isfinite(_last_check(state)).all():
                 return state, Result.NON_FINITE, f"the objective on all examples, after step {done}"
+    except ValueError:  # examples that cannot be read: what was done until then is kept
+        if session is not None and jax.process_count() == 1:
+            session.save(int(state.step), state, _lowest(state))
+        raise
     except KeyboardInterrupt:  # where `stop` could not catch it, or a second one
         if session is not None:
             session.save(int(state.step), state, _lowest(state))
@@ -280,7 +324,9 @@ def _solution(
     candidates = tuple(jax.tree.map(lambda r, i=i: r[i], state.best) for i in range(len(best_values)))
     bases = candidates[chosen]
     value, grads = _value_and_grad(objective, bases)
-    start_values = state.checked[:, 0] if validation is None else np.asarray(_values(objective, starts))
+    start_values = (
+        state.checked[:, 0] if validation is None else np.asarray(_values(Devices(None), None, objective, starts))
+    )
     return Solution(
         bases=bases,
         result=result,
@@ -303,14 +349,14 @@ def _solution(
     )
 
 
-def _first_state(solver: Solver, starts: Bases, steps: int, check_every: int) -> FitState:
+def _first_state(solver: Solver, starts: Bases, steps: int, check_every: int, devices: Devices) -> FitState:
     """The state before the first step, with room for the whole history."""
     leaf = next(iter(starts.values()))
     restarts, checks = len(leaf), 3 + steps // check_every
     return FitState(
-        bases=starts,
-        solver=jax.vmap(solver.init)(starts),
-        best=starts,
+        bases=devices.over_restarts(starts),
+        solver=devices.over_restarts(jax.vmap(solver.init)(starts)),
+        best=devices.over_restarts(starts),
         step=np.asarray(0),
         best_values=np.full(restarts, np.inf, leaf.dtype),
         best_step=np.zeros(restarts, int),
@@ -323,27 +369,47 @@ def _first_state(solver: Solver, starts: Bases, steps: int, check_every: int) ->
 
 
 @eqx.filter_jit
-def _run_slice(solver, objective, bases, state, keys, begin, end, chunk: int, steps: int):
-    """Steps `begin` to `end` of every restart, at most `chunk` of them. The bounds are traced, so one compilation
-    serves the whole run."""
+def _run_slice(devices: Devices, layout, shared, restarts, fetched, chunk: int, steps: int):
+    """Steps `begin` to `end` of every restart, all of them in one chunk. The bounds are traced, so one compilation
+    serves the whole run. `fetched` are the examples of the whole chunk, if they are not in memory."""
 
-    def run(bases, state, key):
-        def body(i, carry):
-            bases, state, history = carry
-            batch = objective.sample(jax.random.fold_in(key, i))
-            bases, state, value = solver.step(batch, bases, state, i, steps)
-            return bases, state, history.at[i - begin].set(value)
+    def run_all(shared, restarts, fetched):
+        solver, objective, begin, end = shared
 
-        history = jnp.zeros(chunk, jax.tree.leaves(bases)[0].dtype)
-        return jax.lax.fori_loop(begin, end, body, (bases, state, history))
+        def run(bases, state, key, fetched):
+            def body(i, carry):
+                bases, state, history = carry
+                key_i = jax.random.fold_in(key, i)
+                if fetched is None:
+                    batch = objective.sample(key_i)
+                else:
+                    batch = objective.sample(key_i, jax.tree.map(lambda x: x[i % chunk], fetched))
+                bases, state, value = solver.step(batch, bases, state, i, steps)
+                return bases, state, history.at[i - begin].set(value)
 
-    return jax.vmap(run)(bases, state, keys)
+            history = jnp.zeros(chunk, jax.tree.leaves(bases)[0].dtype)
+            return jax.lax.fori_loop(begin, end, body, (bases, state, history))
+
+        bases, state, keys = restarts
+        return jax.vmap(run)(bases, state, keys, fetched)
+
+    return devices.map(run_all, layout, shared, restarts, fetched)
+
+
+@jax.jit
+def _step_keys(keys: PRNGKeyArray, steps: Int[Array, "steps"]) -> PRNGKeyArray:
+    """The key of every step of every restart."""
+    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(steps))(keys)
 
 
 @eqx.filter_jit
-def _values(objective, bases):
+def _values(devices: Devices, layout, objective, bases):
     """The objective of every restart, one after the other."""
-    return jax.lax.map(objective.value, bases)
+
+    def values(objective, bases, _):
+        return jax.lax.map(objective.value, bases)
+
+    return devices.map(values, layout, objective, bases)
 
 
 @eqx.filter_jit

@@ -3,11 +3,13 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse import checks, pairs
@@ -22,11 +24,16 @@ from rotsparse.rotations import Rotations
 from rotsparse.run_log import RunLog
 from rotsparse.solution import Result, Solution
 from rotsparse.solvers import Annealing, Solver
+from rotsparse.sources import Source, as_source, in_memory
+from rotsparse.statistics import Moments, stream_moments
 from rotsparse.subspace import ActiveSubspace
 
 # Pair searches look at so many examples, and at spaces of so many entries of the Jacobian: minutes at most.
 SEARCH_EXAMPLES = 512
 LARGEST_SEARCH = 2**16
+
+# Of matrix products, by JAX's names: float32 in full, its 10-bit and its 7-bit mantissa on the units that have them.
+PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 
 # What annealing takes unless told otherwise: many cheap, noisy steps.
 BATCH_SIZE = 16
@@ -34,7 +41,7 @@ BATCH_SIZE = 16
 
 def find_rotations(
     layer: Layer,
-    x: Float[Data, "n d_in"],
+    x: Float[Data, "n d_in"] | Source,
     *,
     key: PRNGKeyArray,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
@@ -47,11 +54,13 @@ def find_rotations(
     solver: Solver | None = None,
     steps: int = STEPS,
     batch_size: int | None = None,
-    validation: Float[Data, "n d_in"] | None = None,
+    precision: str = "highest",
+    validation: Float[Data, "n d_in"] | Source | None = None,
     patience: int | None = None,
     progress: bool = False,
     checkpoint: Checkpoints | str | os.PathLike | None = None,
     log: RunLog | str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Solution:
     """Rotations of the layer's inputs and outputs in which its per-example Jacobians are sparse.
 
@@ -59,8 +68,10 @@ def find_rotations(
     column multiplied by the standard deviation of its rotated input (`scale_inputs`), divided by their root mean
     square.
 
-    - `x`: the layer's inputs, `[n, d_in]`. `validation`: held-out inputs; when given, the best step and the best
-      restart are chosen on them.
+    - `x`: the layer's inputs, `[n, d_in]`. Where they do not fit into memory: a source (`open_source(path)`, a NumPy
+      memory map, a `grain.MapDataset` of vectors), of which minibatches are read as they are needed; the covariance
+      comes from one pass over it, and rotations are judged on a part (see `sources.py`). `validation`: held-out inputs;
+      when given, the best step and the best restart are chosen on them (of a source, again on a part).
     - `measure`: the sparsity measure S. `tie`: one rotation for both sides (a residual stream). `hold`: sides ("in",
       "out") that stay as they start.
     - `start`: where the first restart begins (default: the neuron basis); the others begin at Haar-random rotations.
@@ -72,11 +83,15 @@ def find_rotations(
       leave (see `refine`; layers of more than 256×256 go without). `Riemannian(optax.adam(0.1))` takes any optax
       optimiser.
     - `batch_size`: examples a step. By default 16 for annealing, which wants that noise, and all for other solvers.
+    - `precision`: of the large matrix products: "highest" (float32), "tensorfloat32" or "bfloat16". Rotations are
+      orthogonalised in full precision whatever it is.
     - `patience`: stop after this many steps without improvement (default: never).
     - `key`: same key and inputs, same bits on the same machine.
     - `checkpoint`: a folder, or `Checkpoints(folder, every_minutes=...)`. The fit saves its state there, and one that
       was stopped, by whatever, goes on from there when it is called again: with the same bits as if it had never
       stopped. On SIGINT and SIGTERM it saves and returns `Result.INTERRUPTED`.
+    - `mesh`: `device_mesh()` spreads the examples over all devices of all hosts, `device_mesh(restarts=2)` the restarts
+      as well. The same examples are drawn as without.
     - `log`: a folder, or `RunLog(folder, tensorboard=True)`, for a log that is written as the fit runs.
 
     Returns a `Solution`; never one that is worse, by what it is chosen on, than its start. Raises `ValueError` for
@@ -89,10 +104,21 @@ def find_rotations(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
     space_out = "in" if tie else "out"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision should be one of {', '.join(PRECISIONS)}, got {precision!r}")
     objective = JacobianSparsity(
-        layer, x, measure, scale_inputs=scale_inputs, space_out=space_out, batch_size=batch_size
+        layer,
+        x,
+        measure,
+        scale_inputs=scale_inputs,
+        space_out=space_out,
+        batch_size=batch_size,
+        precision=precision,
+        moments=_kept_moments(x, checkpoint) if scale_inputs else None,
     )
-    held_out = None if validation is None else objective.on(checks.activations("validation", validation, layer.d_in))
+    held_out = None
+    if validation is not None:
+        held_out = objective.on(checks.activations("validation", in_memory(validation)[0], layer.d_in))
     unknown = set(hold) - set(objective.spaces)
     if unknown:
         raise ValueError(f"hold names {sorted(unknown)}: expected some of {sorted(objective.spaces)}")
@@ -109,7 +135,7 @@ def find_rotations(
         first |= {"in": jnp.asarray(start.r_in, dtype), space_out: jnp.asarray(start.r_out, dtype)}
 
     options: dict[str, Any] = {"key": key, "restarts": restarts, "solver": solver, "steps": steps}
-    options |= {"patience": patience, "progress": progress, "checkpoint": checkpoint, "log": log}
+    options |= {"patience": patience, "progress": progress, "checkpoint": checkpoint, "log": log, "mesh": mesh}
     fit = _anneal_and_refine if complete else minimize
     if active_subspace is None:
         if not hold:
@@ -125,6 +151,16 @@ def find_rotations(
     components = {name: jnp.eye(d, dtype=dtype) for name, d in small.spaces.items()}
     solution = fit(small, components, validation=small_held_out, **options)
     return solution.extended(subspace.lift, objective, held_out)
+
+
+def _kept_moments(x, checkpoint) -> Moments | None:
+    """The moments of a source, which are kept beside the checkpoints: the pass over it may take long, too."""
+    source = as_source(x)
+    if source is None or checkpoint is None:
+        return None
+    folder = Path(Checkpoints.of(checkpoint).folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return stream_moments(source, folder / "moments.npz")
 
 
 def _anneal_and_refine(objective, start, *, validation, key, steps, **options) -> Solution:

@@ -66,10 +66,15 @@ class Objective(eqx.Module):
         are unbiased), or itself when it has no batch size. `fetched` are the examples that belong to this key, where
         `fetching` has read them."""
 
-    def fetching(self, keys: PRNGKeyArray, devices: Devices) -> Callable[[], Any] | None:
-        """A function that reads the examples that `sample` takes with each of these keys, `[restarts, steps]`; it may
-        run in any thread. `None` where they are in memory, as they are unless a subclass says otherwise."""
-        return None
+    @property
+    def fetched_bytes(self) -> int:
+        """What `fetching` reads for one step of one restart: nothing unless a subclass says otherwise."""
+        return 0
+
+    def fetching(self, keys: PRNGKeyArray, devices: Devices) -> Callable[[], Any]:
+        """A function that reads the examples that `sample` takes with each of these keys, `[restarts, steps]`. It may
+        run in any thread."""
+        return lambda: None
 
     def spread(self, devices: Devices) -> "Objective":
         """The same objective with its examples spread over the devices of a mesh; to be used within `devices.map`.
@@ -111,9 +116,14 @@ class _OnExamples(Objective):
             return self
         return _replace(self, x=self.x[_draw(key, self.batch_size, len(self.x))])
 
+    @property
+    def fetched_bytes(self):
+        rows = 0 if self.source is None or self.batch_size is None else self.batch_size
+        return rows * self.x.shape[1] * self.x.dtype.itemsize
+
     def fetching(self, keys, devices):
         if self.source is None:
-            return None
+            return lambda: None
         rows = np.asarray(_draws(keys, self.batch_size, len(self.source)))
         return devices.reader(self.source, rows, self.x.dtype)
 
@@ -152,8 +162,10 @@ class JacobianSparsity(_OnExamples):
     square is that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`,
     also when the examples are sampled), so the objective does not reward making Z small.
 
-    `x` is `[n, d_in]`. `batch_size` examples are drawn for each step when it is given. `precision` is that of the large
-    matrix products: "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
+    `x` is `[n, d_in]`, or a source, of which a part is kept in `x`: on that the objective is valued and `E[JᵀJ]` is
+    taken, while Σ is that of the whole source (`moments`, if they are known). `batch_size` examples are drawn for each
+    step when it is given. `precision` is that of the large matrix products: "highest" is full float32; "tensorfloat32"
+    limits ε to about 1% of the rms, "bfloat16" to about 5%.
     With `part=(s, t)` a step sees s rows and t columns of Z only, drawn uniformly with the minibatch: value and
     gradient stay unbiased (see `_Part`), and s = d_out/2, t = d_in/2 take about a quarter of the time.
 
@@ -181,7 +193,7 @@ class JacobianSparsity(_OnExamples):
     def __init__(
         self,
         layer: Layer,
-        x: Float[Data, "n d_in"],
+        x: Float[Data, "n d_in"] | Source,
         measure: Measure,
         *,
         scale_inputs: bool = True,
@@ -192,8 +204,8 @@ class JacobianSparsity(_OnExamples):
         precision: str = "highest",
         moments: Moments | None = None,
     ):
-        x, self.source, self.total = *_in_memory(x, batch_size), None
-        self.x = checks.activations("x", x, layer.d_in)
+        kept, self.source = _in_memory(x, batch_size)
+        self.x, self.total = checks.activations("x", kept, layer.d_in), None
         # Of examples that are not in memory some may activate more neurons than any of these.
         self.layer = layer = layer.gathered(self.x) if self.source is None else layer
         self.measure = with_eps(measure, measure.eps, self.x.dtype)
@@ -228,7 +240,7 @@ class JacobianSparsity(_OnExamples):
             chunk=chunk_size(subspace, CHUNK_BYTES),
         )
 
-    def on(self, x: Float[Data, "n d_in"]) -> "JacobianSparsity":
+    def on(self, x: Float[Data, "n d_in"] | Source) -> "JacobianSparsity":
         """The same objective on other examples (held-out ones, say; of a source, the part that is kept in memory), with
         everything that normalises it computed anew from them."""
         return JacobianSparsity(
@@ -347,8 +359,8 @@ class _Part(eqx.Module):
 class ActivationSparsity(_OnExamples):
     """`E_x mean_i S(z_i)`, `z = R x / rms(x)`: a basis in which the activations themselves are sparse.
 
-    `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. The rms is over all entries and does not depend on
-    the rotation. One value and gradient cost `4·n·d²` flops.
+    `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs; or a source, as for `JacobianSparsity`. The rms is
+    over all entries and does not depend on the rotation. One value and gradient cost `4·n·d²` flops.
     """
 
     x: Float[Array, "n d"]
@@ -363,7 +375,7 @@ class ActivationSparsity(_OnExamples):
 
     def __init__(
         self,
-        x: Float[Data, "n d"],
+        x: Float[Data, "n d"] | Source,
         measure: Measure,
         *,
         space: str = "in",
@@ -371,8 +383,8 @@ class ActivationSparsity(_OnExamples):
         precision: str = "highest",
         moments: Moments | None = None,
     ):
-        x, self.source, self.total = *_in_memory(x, batch_size), None
-        self.x = checks.activations("x", x, jnp.shape(x)[-1] if jnp.ndim(x) else 0)
+        kept, self.source = _in_memory(x, batch_size)
+        self.x, self.total = checks.activations("x", kept, jnp.shape(kept)[-1] if jnp.ndim(kept) else 0), None
         self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
         if self.source is not None:
             moments = _moments(self.x, self.source) if moments is None else moments
@@ -387,7 +399,7 @@ class ActivationSparsity(_OnExamples):
     def spaces(self):
         return {self.space: self.x.shape[1]}
 
-    def on(self, x: Float[Data, "n d"]) -> "ActivationSparsity":
+    def on(self, x: Float[Data, "n d"] | Source) -> "ActivationSparsity":
         """The same objective on other examples; of a source, on the part that is kept in memory."""
         return ActivationSparsity(in_memory(x)[0], self.measure, space=self.space, precision=self.precision)
 
@@ -446,9 +458,11 @@ class WeightedSum(Objective):
     def fetching(self, keys, devices):
         keys = jax.vmap(jax.vmap(lambda key: jax.random.split(key, len(self.terms))))(keys)
         reads = [term.fetching(keys[..., i], devices) for i, term in enumerate(self.terms)]
-        if all(read is None for read in reads):
-            return None
-        return lambda: tuple(None if read is None else read() for read in reads)
+        return lambda: tuple(read() for read in reads)
+
+    @property
+    def fetched_bytes(self):
+        return sum(term.fetched_bytes for term in self.terms)
 
     def spread(self, devices):
         return _replace(self, terms=tuple(term.spread(devices) for term in self.terms))
@@ -488,6 +502,10 @@ class Held(Objective):
 
     def sample(self, key, fetched=None):
         return Held(self.objective.sample(key, *(() if fetched is None else (fetched,))), self.held)
+
+    @property
+    def fetched_bytes(self):
+        return self.objective.fetched_bytes
 
     def fetching(self, keys, devices):
         return self.objective.fetching(keys, devices)

@@ -83,6 +83,10 @@ class Devices:
 
     # --- onto the devices and back
 
+    def spread(self, objective: Any) -> Any:
+        """An objective with its examples spread over the devices."""
+        return objective if self.mesh is None else objective.spread(self)
+
     def replicate(self, tree: Any) -> Any:
         """All arrays of a tree on every device, but for those that `rows` has spread already."""
         return self._place(tree, _EVERYWHERE)

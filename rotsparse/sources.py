@@ -12,7 +12,7 @@ import abc
 import itertools
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -290,7 +290,7 @@ def in_memory(x: Any) -> tuple[Any, Source | None]:
     return kept, None if len(kept) == len(source) else source
 
 
-def read_ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
+def read_ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
     """What each function returns, the next one always running in a background thread. The functions themselves are
     taken from the iterator in the caller's thread, before the result that they follow is handed out."""
     with ThreadPoolExecutor(1) as pool:
