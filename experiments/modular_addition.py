@@ -38,7 +38,11 @@ Spaces = dict[str, Any]
 """A rotation for every space, by name."""
 
 COARSE = ("haar", "neurons", "ica")
-"""Bases that need thousands of edges, each a slow measurement: counted on 1000 pairs."""
+"""Bases that need thousands of edges, each a slow measurement: counted on few pairs."""
+FEW = 500
+
+BY_EFFECT = ("learned", "learned_joint", "pca")
+"""Bases whose edges are also ranked by their effect on the logits."""
 
 SOURCE = (
     "They are the checkpoints of ApolloResearch/rib (MIT), rib_scripts/train_modular_arithmetic/sample_checkpoints, "
@@ -189,17 +193,17 @@ def svd_bases(network: Network, stage: str) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config):
-    """`[stage][method]`, and the same with edges ranked by their effect on the logits instead of on the stage's output
-    (without the bases that need thousands)."""
+    """`[stage][method]`, and for ours and PCA the same with edges ranked by their effect on the logits instead of on the
+    stage's output."""
     found: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     by_effect: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     for stage, (space_in, space_out) in STAGES.items():
         reader = network.reader(stage)
         for method, by_stage in bases.items():
             rotations = rs.Rotations(by_stage[stage][space_in], by_stage[stage][space_out])
-            options = {"pairs": 1000 if config.quick or method in COARSE else None}
+            options = {"pairs": FEW if method in COARSE else 1000 if config.quick else None}
             found[stage][method] = count = count_edges(network, stage, rotations, config, **options)
-            if method not in COARSE:
+            if method in BY_EFFECT:
                 by_effect[stage][method] = (
                     count
                     if reader is None
@@ -216,7 +220,11 @@ def count_edges(
     score = accuracy(network.logits(stage), network.labels[test])
     x = network.inputs[stage][network.train[:1000]]
     ablation = EdgeAblation(network.layers[stage], x, rotations, copies=COPIES[stage], reader=reader)
-    return ablation.fewest(network.inputs[stage][test], score, config.tolerance)
+    inputs, near = network.inputs[stage][test], None
+    if len(test) > FEW:
+        few = accuracy(network.logits(stage), network.labels[test[:FEW]])
+        near = ablation.fewest(inputs[:FEW], few, config.tolerance)
+    return ablation.fewest(inputs, score, config.tolerance, near=near)
 
 
 def mlp_edges_by_key(network: Network, config: Config) -> list[int]:

@@ -124,24 +124,33 @@ class EdgeAblation:
         """The score with each number of `kept` edges."""
         return np.array([score(self.outputs(x, k)) for k in kept])
 
-    def fewest(self, x: Rows, score: Score, tolerance: float) -> int:
+    def fewest(self, x: Rows, score: Score, tolerance: float, *, near: int | None = None) -> int:
         """The fewest edges with which the score is at most `tolerance` below that of the whole layer, by bisection.
 
         It assumes, as bisection does, that more edges are no worse. Midpoints are geometric: small numbers of edges are
-        where the answer usually lies, and cheap.
+        where the answer usually lies, and cheap. `near`: a guess to look around first (the answer on fewer examples,
+        say), which saves the expensive evaluations of many edges.
         """
         if not tolerance >= 0:
             raise ValueError(f"tolerance is how far the score may fall: expected a number ≥ 0, got {tolerance}")
         enough = score(self.layer(jnp.asarray(x))) - tolerance
-        return fewest(lambda kept: score(self.outputs(x, kept)) >= enough, self.edges)
+        return fewest(lambda kept: score(self.outputs(x, kept)) >= enough, self.edges, near=near)
 
 
-def fewest(suffices: Callable[[int], bool], at_most: int) -> int:
+def fewest(suffices: Callable[[int], bool], at_most: int, *, near: int | None = None) -> int:
     """The smallest k in 0..at_most with `suffices(k)`, by bisection with geometric midpoints. `suffices` should be
-    monotone, and true at `at_most`."""
+    monotone, and true at `at_most`. From `near` the bracket doubles until it holds the answer."""
     if suffices(0):
         return 0
     too_few, enough = 0, at_most
+    if near is not None and 0 < near < at_most:
+        guess = near
+        while guess < at_most and not suffices(guess):
+            too_few, guess = guess, 2 * guess
+        enough = min(guess, at_most)
+        while too_few == 0 and enough > 1 and suffices(enough // 2):
+            enough //= 2
+        too_few = max(too_few, enough // 2)
     while enough - too_few > 1:
         middle = int(np.sqrt(max(too_few, 1) * enough))
         middle = min(max(middle, too_few + 1), enough - 1)

@@ -102,6 +102,12 @@ def test_bisection_equals_brute_force(threshold, most):
     assert len(set(calls)) == len(calls)
 
 
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(0, 400))
+def test_fewest_finds_the_same_from_any_guess(threshold, most, guess):
+    threshold = min(threshold, most)
+    assert fewest(lambda k: k >= threshold, most, near=guess) == threshold
+
+
 def test_fewest_equals_brute_force_on_a_small_layer(block):
     layer, x, rotations = block
     ablation = EdgeAblation(layer, x, rotations)
