@@ -6,8 +6,10 @@ from typing import Any
 
 import optax
 
-from rotsparse import cli, measures
-from rotsparse.fit import STEPS
+from rotsparse import cli, measures, runs
+from rotsparse.checkpoint import Checkpoints
+from rotsparse.driver import STEPS
+from rotsparse.run_log import RunLog
 from rotsparse.solvers import Annealing, Riemannian
 
 
@@ -35,6 +37,15 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
         "hold": options.hold,
         "patience": options.patience,
         "progress": True,
+    }
+
+
+def records(options: "cli.RunOptions", folder: Path) -> dict[str, Any]:
+    """The arguments of `find_rotations` with which a run can be resumed and followed. Raises `ValueError`."""
+    check_positive("checkpoint_minutes", options.checkpoint_minutes)
+    return {
+        "checkpoint": Checkpoints(folder / runs.CHECKPOINTS, every_minutes=options.checkpoint_minutes),
+        "log": RunLog(folder, tensorboard=options.tensorboard),
     }
 
 

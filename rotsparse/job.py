@@ -43,13 +43,15 @@ def run(
     `report.html` and `figures/` into `folder`.
 
     `fit` holds the arguments of `find_rotations`, `config` what the user asked for. Raises `ValueError` where the
-    inputs are unfit.
+    inputs are unfit, `KeyboardInterrupt` where the fit was interrupted.
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
     scale_inputs = fit.get("scale_inputs", True)
     solution = find_rotations(layer, train, key=key, **fit)
     console.print(solution.summary(), highlight=False)
+    if solution.result is Result.INTERRUPTED:
+        raise KeyboardInterrupt
     lowest = None if scale_inputs else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
     folded = fold(layer, solution.rotations, test)
 
@@ -147,5 +149,5 @@ def _agreement(solution: Solution) -> dict[str, Any] | None:
 
 
 def succeeded(solution: Solution) -> bool:
-    """Whether the command line should exit with success: a run that was cut short or went wrong should not."""
-    return solution.result not in (Result.NON_FINITE, Result.INTERRUPTED)
+    """Whether the command line should exit with success: a run that went wrong should not."""
+    return solution.result is not Result.NON_FINITE

@@ -18,21 +18,34 @@ class FolderLock:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        self._file = self._locked()
+        while not self._in_place():  # its holder moved the folder away between our opening the file and locking it
+            os.close(self._file)
+            self._file = self._locked()
+        os.truncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _locked(self) -> int:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
-            os.close(self._file)
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            os.close(file)
             raise ValueError(
                 f"{self.folder} is in use by {holder}: wait until it has finished, or choose another folder"
             ) from None
-        os.truncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return file
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.folder / LOCK))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Give the folder free. Does nothing the second time."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rotsparse import cli, job, models, runs
 from rotsparse.alignment import mean_max_cosine
-from rotsparse.command_options import check_positive, fit_arguments, plain
+from rotsparse.command_options import check_positive, fit_arguments, plain, records
 from rotsparse.layer_files import save_layer
 from rotsparse.models.files import new_folder
 from rotsparse.report.names import basis_name
@@ -90,28 +90,30 @@ def fit(command: "cli.FitModel", console: Console) -> int:
         "test_activations": "test_activations.npy",
     }
     results, table = {}, Table("layer", "entries with 99%", "neurons", "best baseline", "result")
-    with runs.new_run(command.out, overwrite=command.overwrite) as folder:
-        config = {"command": "fit-model", **plain(command)}
+    config, run = {"command": "fit-model", **plain(command)}, command.run
+    with runs.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
             part = folder / f"layer-{i}"
-            part.mkdir()
+            if (part / job.METRICS).exists():  # the last file of a layer: it was done before an interruption
+                results[i] = runs.read_json(part / job.METRICS)
+                table.add_row(str(i), *_sizes(results[i]["metrics"]), results[i]["result"])
+                continue
+            part.mkdir(exist_ok=True)
             # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
             save_layer(part / layer_config["layer"], layer)
             np.save(part / layer_config["activations"], train)
             np.save(part / layer_config["test_activations"], test)
             own = config | layer_config | {"layer_number": i}
-            solution = job.run(part, layer, train, test, fit=arguments, seed=command.seed, config=own, console=console)
+            fit = arguments | records(run, part)
+            solution = job.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = runs.read_json(part / job.METRICS)
             table.add_row(str(i), *_sizes(results[i]["metrics"]), solution.result.name)
-            if solution.result is Result.INTERRUPTED:
-                break
         runs.write_json(folder / runs.CONFIG, config | {"versions": runs.versions(), "model": str(command.model)})
         runs.write_json(folder / job.METRICS, {"layers": results})
     console.print(table)
-    console.print(f"a report for each layer: {command.out}/layer-*/report.html")
-    failed = {Result.NON_FINITE.name, Result.INTERRUPTED.name}
-    return 1 if failed & {metrics["result"] for metrics in results.values()} else 0
+    console.print(f"a report for each layer: {run.out}/layer-*/report.html")
+    return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
 
 
 def fold(command: "cli.FoldModel", console: Console) -> int:

@@ -81,9 +81,13 @@ def test_an_existing_run_is_kept_unless_told(files, capsys, monkeypatch):
     assert code == 2 and "run exists" in err and "--overwrite" in err
     # a run that fails while it is being overwritten leaves the earlier one as it was
     monkeypatch.setattr("rotsparse.report.write_report", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert rotsparse(capsys, monkeypatch, *FIT, "--overwrite")[0] == 130
+    assert rotsparse(capsys, monkeypatch, *FIT, "--overwrite")[0] == 75
     assert (files / "run" / "metrics.json").read_bytes() == before
-    assert not [p for p in files.iterdir() if p.name.startswith(".run")]
+    # interrupted before there was anything to keep
+    monkeypatch.setattr("rotsparse.job.find_rotations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert rotsparse(capsys, monkeypatch, *FIT[:-1], "another")[0] == 130
+    assert {p.name for p in files.iterdir()} >= {"run", "run.unfinished"}
+    assert not [p for p in files.iterdir() if p.name.startswith((".run", "another"))]
 
 
 def test_fold_and_compare_and_report(files, capsys, monkeypatch):

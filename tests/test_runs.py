@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from rotsparse import runs
+from rotsparse import run_list, runs
+from rotsparse.interrupt import Interrupted
 
 
 def content(folder):
@@ -23,7 +25,7 @@ def test_a_run_appears_when_it_is_complete(tmp_path):
         runs.write_json(folder / "config.json", {})
         assert not out.exists()
     assert [p.name for p in out.parent.iterdir()] == ["run"]
-    assert content(out).keys() == {"config.json"}
+    assert content(out).keys() == {"config.json", "status.json"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -61,6 +63,100 @@ def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
         write(tmp_path / "file" / "run")
+
+
+def begin(out, *, then, **options):
+    """A run that saves a checkpoint and then meets `then`."""
+    with runs.new_run(out, **options) as folder:
+        (folder / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        runs.write_json(folder / "config.json", {"text": "new"})
+        raise then
+
+
+def test_an_interrupted_run_can_be_resumed(tmp_path):
+    out, config = tmp_path / "run", {"command": "fit", "steps": 10, "layer": "a.npz"}
+    write(out, "old")
+    before = content(out)
+    with pytest.raises(Interrupted, match="give the same command with --resume"):
+        begin(out, then=KeyboardInterrupt(), config=config, overwrite=True)
+    assert content(out) == before
+    out.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="pass --resume to go on with it, or --overwrite to begin again"):
+        write(out, config=config)
+    (tmp_path / "elsewhere").rename(out)
+    # other options are refused with the difference, those that change nothing are not compared
+    with pytest.raises(ValueError, match=r"begun with other options:\n  steps: 10 then, 20 now\n"):
+        write(out, config=config | {"steps": 20}, overwrite=True, resume=True)
+    with runs.new_run(out, config=config | {"resume": True}, overwrite=True, resume=True) as folder:
+        assert (folder / "checkpoints" / "step-00000001").is_dir()
+        assert runs.read_json(folder / "config.json") == {"text": "new"}
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "status.json"]  # checkpoints are gone
+    assert json.loads(content(out)["config.json"]) == {"text": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_beginning_again_removes_what_was_there(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        begin(out, then=KeyboardInterrupt())
+    with runs.new_run(out, overwrite=True) as folder:
+        assert {p.name for p in folder.iterdir()} == {"lock", "status.json"}
+    # killed before there was a checkpoint: nothing to go on with, nothing to ask
+    unfinished = tmp_path / "other.unfinished"
+    unfinished.mkdir()
+    (unfinished / "layer.npz").write_text("")
+    write(tmp_path / "other")
+    assert not (tmp_path / "other" / "layer.npz").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    out = tmp_path / "run"
+    with runs.new_run(out) as folder:
+        with pytest.raises(ValueError, match=r"run.unfinished is in use by process \d+ on"):
+            write(out)
+        runs.write_json(folder / "config.json", {})
+    assert content(out)
+
+
+def test_the_list_of_runs(tmp_path):
+    def log(folder, *checked):
+        lines = [{"step": 10 * i, "objective": [1.0], "checked": c} for i, c in enumerate(checked, start=1)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    config = {"command": "fit", "steps": 50}
+    for name, result in {"good": "ALL_STEPS", "bad": "NON_FINITE"}.items():
+        with runs.new_run(tmp_path / name, config=config) as folder:
+            runs.write_json(folder / "config.json", config)
+            runs.write_json(folder / "metrics.json", {"result": result})
+            log(folder, [0.5, 0.4], [0.3, 0.45], None)
+    for name, error in {"stopped": KeyboardInterrupt(), "broken": OSError("disk on fire")}.items():
+        with pytest.raises(type(error)):
+            begin(tmp_path / name, then=error, config=config)
+    with runs.new_run(tmp_path / "now", config=config) as folder:
+        log(folder, [0.9], [None])
+        listed = {run.folder.name: run for run in run_list.runs_in(tmp_path)}
+    assert {name: run.state for name, run in listed.items()} == {
+        "good": "complete",
+        "bad": "failed",
+        "stopped.unfinished": "interrupted",
+        "broken.unfinished": "failed",
+        "now.unfinished": "running",
+    }
+    assert (listed["good"].step, listed["good"].steps, listed["good"].value) == (30, 50, 0.3)
+    assert listed["now.unfinished"].value == 0.9
+    assert listed["broken.unfinished"].note == "disk on fire"
+    assert "--resume" in listed["stopped.unfinished"].note
+    status = tmp_path / "stopped.unfinished" / "status.json"
+    status.write_text(status.read_text().replace("interrupted", "running"))  # as kill -9 leaves it
+    assert [(run.state, run.note) for run in run_list.runs_in(tmp_path / "stopped.unfinished")] == [
+        ("interrupted", "killed; --resume goes on")
+    ]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(run_list.table(tmp_path))
+    assert "30 of 50" in shown.get() and "disk on fire" in shown.get()
+    with pytest.raises(ValueError, match="not a folder"):
+        run_list.runs_in(tmp_path / "missing")
 
 
 def test_json(tmp_path):

@@ -1,0 +1,139 @@
+"""Runs of the command line that are stopped and resumed: exit codes, what lies where, and the same result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from rotsparse import cli, commands
+from rotsparse.driver import Progress
+from rotsparse.run_log import read_log
+from rotsparse.solution import Solution
+
+D = 5
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, rng):
+    """A folder with a layer and activations, which is also the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))  # leave the user's cache alone
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    np.savez("layer.npz", w_in=draw(7, D), b_in=draw(7), w_out=draw(4, 7))
+    np.save("x.npy", draw(60, D))
+    return tmp_path
+
+
+def fit(steps, *more):
+    command = ["fit", "--layer", "layer.npz", "--activations", "x.npy", "--solver", "annealing", "--out", "run"]
+    return [*command, "--steps", str(steps), *more]
+
+
+@pytest.fixture
+def rotsparse(capsys, monkeypatch):
+    """Runs a command in this process: its exit code, and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
+        monkeypatch.setattr(commands, "console", commands.Console(width=200))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit.value.code, printed.out + printed.err
+
+    return run
+
+
+def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
+    assert rotsparse(*fit(60))[0] == 0
+    (files / "run").rename(files / "whole")
+
+    def stop(self, done, **shown):
+        if done >= 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "update", stop)
+        code, said = rotsparse(*fit(60))
+    assert code == 75
+    assert "to go on, give the same command with --resume (run.unfinished)" in said
+    assert not (files / "run").exists()
+    assert json.loads((files / "run.unfinished" / "status.json").read_text())["state"] == "interrupted"
+    assert [line["step"] for line in read_log("run.unfinished")][-1] == 40
+    code, said = rotsparse("runs", ".")
+    assert code == 0 and "interrupted" in said and "40 of 60" in said
+
+    code, said = rotsparse(*fit(60))
+    assert code == 2 and "pass --resume to go on" in said
+    code, said = rotsparse(*fit(80, "--resume"))
+    assert code == 2 and "steps: 60 then, 80 now" in said
+    np.save("y.npy", np.load("x.npy"))
+    code, said = rotsparse(*fit(60, "--resume", "--activations", "y.npy"))
+    assert code == 2 and "activations: x.npy then, y.npy now" in said
+    intact = np.load("x.npy")
+    np.save("x.npy", intact + np.float32(1))
+    code, said = rotsparse(*fit(60, "--resume"))
+    assert code == 2 and "objective.x: float32[48, 5]" in said
+    np.save("x.npy", intact)
+
+    assert rotsparse(*fit(60, "--resume"))[0] == 0
+    assert not (files / "run.unfinished").exists() and not (files / "run" / "checkpoints").exists()
+    whole, resumed = (Solution.load(files / name / "solution.npz") for name in ("whole", "run"))
+    assert resumed.stats["resumed_at"] == 40 and "resumed_at" not in whole.stats
+    for space in whole.bases:
+        np.testing.assert_array_equal(whole.bases[space], resumed.bases[space])
+    np.testing.assert_array_equal(whole.history.objective, resumed.history.objective)
+    metrics = [json.loads((files / name / "metrics.json").read_text())["metrics"] for name in ("whole", "run")]
+    assert metrics[0] == metrics[1]
+    steps = [line["step"] for line in read_log("run")]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+def test_stopped_behind_the_fit(files, rotsparse, monkeypatch):
+    """While the report is drawn: the fit is kept, and an earlier run is not touched."""
+    assert rotsparse(*fit(20))[0] == 0
+    before = (files / "run" / "metrics.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("rotsparse.report.write_report", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+        assert rotsparse(*fit(20, "--overwrite"))[0] == 75
+    assert (files / "run" / "metrics.json").read_bytes() == before
+    assert rotsparse(*fit(20, "--overwrite", "--resume"))[0] == 0
+    assert Solution.load("run/solution.npz").stats["resumed_at"] == 20
+
+
+def test_a_failure_keeps_the_checkpoints(files, rotsparse, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("rotsparse.report.write_report", lambda *a, **k: (_ for _ in ()).throw(ValueError("no paper")))
+        code, said = rotsparse(*fit(20))
+        assert code == 2 and "no paper" in said
+    code, said = rotsparse("runs", ".")
+    assert "failed" in said and "no paper" in said
+    assert rotsparse(*fit(20, "--resume"))[0] == 0
+
+
+def test_sigterm_ends_a_process_with_its_own_exit_code(files):
+    """A real process: it saves within seconds of the signal, far from its end."""
+    command = [sys.executable, "-c", "from rotsparse.cli import main; main()", *fit(3_000_000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not read_log("run.unfinished") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, out + errors
+    assert "with --resume" in errors
+    (checkpoint,) = (files / "run.unfinished" / "checkpoints").glob("step-*")
+    assert 0 < int(checkpoint.name.removeprefix("step-")) < 3_000_000
+
+
+def test_a_log_for_tensorboard(files, rotsparse):
+    pytest.importorskip("tensorboardX", reason="needs the extra `tensorboard`")
+    assert rotsparse(*fit(30, "--tensorboard"))[0] == 0
+    (events,) = (files / "run" / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"objective/restart_0" in content and b"checked/restart_1" in content and b"orthogonality_error" in content
