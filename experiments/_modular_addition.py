@@ -1,5 +1,6 @@
 """The networks of the modular-addition experiment as layers: one-layer transformers that add modulo 113."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,3 +181,27 @@ class Network:
         later = self.layers["ln2"].rotate(None, unembed)
         values, axes = np.linalg.eigh(jacobian_gram(later, self.inputs["ln2"][self.train[:500]]))
         return (axes * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Principal axes of a space, of which the first `active` are rotated."""
+
+    axes: Float[np.ndarray, "d d"]
+    active: int
+
+    def lift(self, r) -> np.ndarray:
+        return np.concatenate([np.asarray(r) @ self.axes[: self.active], self.axes[self.active :]])
+
+
+def frames(network: Network, energy: float) -> dict[str, Frame]:
+    """The active subspace of every space; the logits keep their own axes."""
+    found = {
+        "logits": Frame(np.eye(network.layers["unembed"].d_out, dtype=np.float32), network.layers["unembed"].d_out)
+    }
+    for name in ("pre", "mid", "post"):
+        x = network.space(name).astype(np.float64)
+        variances, axes = np.linalg.eigh(x.T @ x)
+        share = np.cumsum(variances[::-1]) / variances.sum()
+        found[name] = Frame(axes.T[::-1].astype(np.float32), int(np.searchsorted(share, energy)) + 1)
+    return found

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from _modular_addition import COPIES, STAGES, Copies, Network, P
+from _modular_addition import COPIES, STAGES, Copies, Frame, Network, P, frames
 from jaxtyping import Float
 
 import rotsparse as rs
@@ -73,30 +73,6 @@ class Config:
     """Pairs to fit on, and as many to choose the restart on: together nearly all of the training fraction."""
     keys: int = 3
     """The MLP stage is fitted with so many keys: how far does the number of edges depend on chance?"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """Principal axes of a space, of which the first `active` are rotated."""
-
-    axes: Float[np.ndarray, "d d"]
-    active: int
-
-    def lift(self, r) -> np.ndarray:
-        return np.concatenate([np.asarray(r) @ self.axes[: self.active], self.axes[self.active :]])
-
-
-def frames(network: Network, energy: float) -> dict[str, Frame]:
-    """The active subspace of every space; the logits keep their own axes."""
-    found = {
-        "logits": Frame(np.eye(network.layers["unembed"].d_out, dtype=np.float32), network.layers["unembed"].d_out)
-    }
-    for name in ("pre", "mid", "post"):
-        x = network.space(name).astype(np.float64)
-        variances, axes = np.linalg.eigh(x.T @ x)
-        share = np.cumsum(variances[::-1]) / variances.sum()
-        found[name] = Frame(axes.T[::-1].astype(np.float32), int(np.searchsorted(share, energy)) + 1)
-    return found
 
 
 def fit(
@@ -193,8 +169,8 @@ def svd_bases(network: Network, stage: str) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config):
-    """`[stage][method]`, and for ours and PCA the same with edges ranked by their effect on the logits instead of on the
-    stage's output."""
+    """`[stage][method]`, and for ours and PCA the same with edges ranked by their effect on the logits instead of on
+    the stage's output."""
     found: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     by_effect: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     for stage, (space_in, space_out) in STAGES.items():
