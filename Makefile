@@ -27,7 +27,7 @@ $(BIN)/pip:
 
 # The extras that a target needs, and one stamp for each such set: remade when the requirements change.
 extras-core :=
-extras-tests := [tests,models]
+extras-tests := [tests,models,tensorboard]
 extras-dev := [dev]
 extras-benchmarks := [benchmarks]
 extras-experiments := [models]
