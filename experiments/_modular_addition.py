@@ -1,5 +1,6 @@
 """The networks of the modular-addition experiment as layers: one-layer transformers that add modulo 113."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load_file
 
 import rotsparse as rs
+from rotsparse.controls import random_weights
 from rotsparse.layers import Layer
 from rotsparse.objectives import Objective
 from rotsparse.statistics import jacobian_gram
@@ -84,6 +86,16 @@ class Attention(Layer):
     def rotate(self, r_in, r_out):
         raise NotImplementedError("this experiment folds nothing")
 
+    def redrawn(self, key) -> "Attention":
+        """Values and scores redrawn as `random_weights` does it."""
+
+        def normal(k, w):
+            return jnp.sqrt(jnp.mean(jnp.square(w))) * jax.random.normal(k, w.shape)
+
+        key_value, key_score = jax.random.split(key)
+        new = normal(key_value, self.value), normal(key_score, self.score)
+        return eqx.tree_at(lambda layer: (layer.value, layer.score), self, new)
+
 
 class Copies(Objective):
     """An objective whose space `space` consists of `copies` vectors side by side that share one rotation R: the inner
@@ -152,6 +164,17 @@ class Network:
         self.correct = float(np.mean(np.argmax(x, axis=1) == self.labels))
         order = np.random.default_rng(seed).permutation(P * P)
         self.train, self.test = np.split(order, [int(0.3 * P * P)])
+
+    def with_random_weights(self, stage: str, *, key) -> "Network":
+        """The same network with one stage's weights redrawn: what enters it is the same, what leaves it is not."""
+        new, layer = copy.copy(self), self.layers[stage]
+        null = layer.redrawn(key) if isinstance(layer, Attention) else random_weights(layer, key=key)
+        new.layers, new.inputs = {**self.layers, stage: null}, dict(self.inputs)
+        later = list(STAGES)[list(STAGES).index(stage) + 1 :]
+        x = new.inputs[stage]
+        for before, after in zip([stage, *later], later, strict=False):
+            new.inputs[after] = x = new.layers[before](x)
+        return new
 
     def logits(self, stage: str) -> Callable[[Array], Array]:
         """From a stage's output to the logits."""
