@@ -104,7 +104,7 @@ def _minilm(data: Path, folder: Path, i: int) -> Case:
     network = minilm.Network(minilm.Config(model=folder, data=data, sequences=(48, 1, 8)))
     train, _, test = (network.inputs(tokens, [i])[0] for tokens in network.tokens)
     # 384×384 entries through 1536 neurons: fewer directions and steps, and fewer examples to test on.
-    return Case(models.mlp_layer(network.model, i), train, test[:100], {"active_subspace": 0.9, "steps": 2000})
+    return Case(models.mlp_layer(network.model, i), train, test[:100], {"active_subspace": 0.9, "steps": 1000})
 
 
 class Missing(Exception):

@@ -53,9 +53,9 @@ class Config:
 def run(case: Case, config: Config) -> Benchmark:
     """Benchmark one network on evenly many examples."""
     rng = np.random.default_rng(config.seed)
-    fitted, tested = (1000, 200) if config.quick else (4000, 500)
+    fitted, tested = (1000, 200) if config.quick else (3000, 500)
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
-    options: dict[str, Any] = {"steps": 1500 if config.quick else 8000, "restarts": 2, **case.options}
+    options: dict[str, Any] = {"steps": 1500 if config.quick else 4000, "restarts": 2, **case.options}
     return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
 
 
