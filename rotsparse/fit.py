@@ -54,6 +54,7 @@ def find_rotations(
     solver: Solver | None = None,
     steps: int = STEPS,
     batch_size: int | None = None,
+    part: tuple[int, int] | None = None,
     precision: str = "highest",
     validation: Float[Data, "n d_in"] | Source | None = None,
     patience: int | None = None,
@@ -83,6 +84,8 @@ def find_rotations(
       leave (see `refine`; layers of more than 256×256 go without). `Riemannian(optax.adam(0.1))` takes any optax
       optimiser.
     - `batch_size`: examples a step. By default 16 for annealing, which wants that noise, and all for other solvers.
+      `part=(s, t)`: a step sees s rows and t columns of each Jacobian, drawn anew each time; for layers so wide that a
+      step on one example is too long (before that, take fewer examples: docs/scaling.md).
     - `precision`: of the large matrix products: "highest" (float32), "tensorfloat32" or "bfloat16". Rotations are
       orthogonalised in full precision whatever it is.
     - `patience`: stop after this many steps without improvement (default: never).
@@ -113,6 +116,7 @@ def find_rotations(
         scale_inputs=scale_inputs,
         space_out=space_out,
         batch_size=batch_size,
+        part=part,
         precision=precision,
         moments=_kept_moments(x, checkpoint) if scale_inputs else None,
     )
