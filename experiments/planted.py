@@ -3,8 +3,8 @@
 Planted networks are sparse in hidden coordinates: `R_out f(R_inᵀ z)` is an MLP block of `3 n` neurons that each read
 two inputs and write to two outputs (normal weights), and R_in, R_out are Haar-random. Four sweeps:
 
-- exact: no noise, two activations, several seeds. A fit at ε = 0.1, then short ones with smaller ε, because a finite ε
-  prices entries that are not quite zero too low;
+- exact: no noise, two activations, several seeds. A fit at ε = 0.1, then short ones with smaller ε, each with pair
+  searches: a finite ε prices entries that are not quite zero too low, and may prefer a mixture of two directions;
 - noise: normal weights are added to every entry of the sparse ones;
 - sample size: from 2 to 512 examples;
 - one side: a single layer `relu(W x)`, W sparse (two weights a neuron) and its inputs hidden by R_in. Its Jacobian
@@ -120,18 +120,7 @@ def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
     key = jax.random.key(config.seed + seed)
     options = {"scale_inputs": False, "steps": config.steps, "restarts": config.restarts}
     solution = rs.find_rotations(planted.layer, planted.x, key=key, **options)
-    rotations = solution.rotations
-    for eps in SHARPER:
-        rotations = rs.find_rotations(
-            planted.layer,
-            planted.x,
-            key=key,
-            measure=rs.Log(eps),
-            scale_inputs=False,
-            start=rotations,
-            steps=config.steps // 4,
-            solver=rs.Annealing(angle=0.02),
-        ).rotations
+    rotations = sharpened(planted, solution, config, key=key)
     null = random_weights(planted.layer, key=jax.random.fold_in(key, 1))
     found_null = rs.find_rotations(null, planted.x, key=key, **options)
     report = identifiability(planted.layer, planted.x, solution, [(null, planted.x, found_null)], cosine=0.99)
@@ -155,6 +144,20 @@ def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
             "reproduced": agreement.identified(report.cosine) / len(agreement.agreement),
         }
     return result
+
+
+def sharpened(planted: Planted, solution: rs.Solution, config: Config, *, key) -> rs.Rotations:
+    """The rotations of a fit, followed as ε falls."""
+    bases = solution.bases
+    for eps in SHARPER:
+        objective = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(eps), scale_inputs=False, batch_size=16)
+
+        def polish(bases, objective=objective):
+            small = rs.Annealing(angle=0.02)
+            return rs.minimize(objective, bases, key=key, solver=small, steps=config.steps // 4).bases
+
+        bases = rs.refine(objective.thinned(128), polish(bases), polish).bases
+    return rs.Rotations(bases["in"], bases["out"])
 
 
 def study(config: Config) -> dict[str, dict[str, Any]]:
