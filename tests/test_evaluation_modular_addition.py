@@ -62,3 +62,14 @@ def test_copies_share_one_rotation(attention, rng):
     moved = lambda t: objective.value({"in": jax.scipy.linalg.expm(t * omega) @ r, "out": r_out})  # noqa: E731
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
     assert float(jnp.sum(grads["in"] * omega)) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_redrawn_attention_keeps_the_scale_and_nothing_else(attention):
+    _, layer = attention
+    null = layer.redrawn(jax.random.key(0))
+    for name in ("value", "score"):
+        old, new = getattr(layer, name), getattr(null, name)
+        assert new.shape == old.shape and not jnp.any(new == old)
+        assert 0.5 < float(jnp.mean(jnp.square(new)) / jnp.mean(jnp.square(old))) < 2
+    for name in ("value_bias", "score_bias", "last", "bias"):
+        np.testing.assert_array_equal(getattr(null, name), getattr(layer, name))

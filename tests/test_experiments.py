@@ -1,4 +1,4 @@
-"""The experiments on language models: their parts on planted data, and whole runs at tiny size where their data are."""
+"""The experiments: their parts on planted data, and whole runs at tiny size where their data are."""
 
 import dataclasses
 import json
@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import rotsparse as rs
+from rotsparse.intervals import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -16,7 +20,7 @@ DATA = ROOT.parent / "shared" / "data"
 @pytest.fixture(autouse=True)
 def experiments_importable(monkeypatch):
     """Experiments are scripts: they import each other from their own folder."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), str(ROOT / "benchmarks"), *sys.path])
 
 
 def test_interval_resamples_whole_groups():
@@ -40,6 +44,73 @@ def test_missing_data_is_skipped_visibly(tmp_path, capsys):
     assert stopped.value.code == 0
     assert "SKIPPED" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_of_layers_are_their_composition(x64, rng):
+    import mnist
+
+    widths = (7, 6, 5, 3)
+    kinds = ("relu", "gelu", "identity")
+    block = mnist.Block(
+        rs.Dense(rng.standard_normal((o, i)), rng.standard_normal(o), activation=kind)
+        for i, o, kind in zip(widths[:-1], widths[1:], kinds, strict=True)
+    )
+    x = jnp.asarray(rng.standard_normal((4, 7)))
+    r = rs.Rotations.haar(jax.random.key(0), 7, 3)
+    r_in, r_out = (jnp.asarray(np.linalg.qr(np.asarray(side, np.float64))[0]) for side in (r.r_in, r.r_out))
+    expected = jnp.einsum("po,noi,qi->npq", r_out, jax.vmap(jax.jacfwd(block))(x), r_in)
+    np.testing.assert_allclose(block.jacobian(x, r_in, r_out), expected, atol=1e-12)
+    np.testing.assert_allclose(block.jacobian(x), jax.vmap(jax.jacfwd(block))(x), atol=1e-12)
+    np.testing.assert_allclose(block.rotate(r_in, r_out)(x @ r_in.T), block(x) @ r_out.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["block", "single layer"])
+def test_planted_jacobians_are_sparse_in_the_planted_basis_only(name):
+    import planted
+
+    config = planted.Config(n=16, examples=20)
+    of = planted.block(config, seed=1) if name == "block" else planted.single_layer(config, 16, seed=1)
+    z = of.layer.jacobian(jnp.asarray(of.x), jnp.asarray(of.truth.r_in), jnp.asarray(of.truth.r_out))
+    zeros = np.mean(np.abs(z) < 1e-5)
+    hidden = np.mean(np.abs(of.layer.jacobian(jnp.asarray(of.x), None, jnp.asarray(of.truth.r_out))) < 1e-5)
+    assert zeros > 0.5
+    assert hidden < zeros - 0.2
+
+
+def test_the_table_of_the_benchmark_says_who_is_ahead():
+    import pca
+
+    def network(learned, rival):
+        metrics = {"learned": learned, "pca": (0.1, 0.1, 0.2), "neurons": (0.2, 0.2, 0.2), "ica": rival}
+        share = {name: {pca.SHARE: Interval(*m)._asdict()} for name, m in metrics.items()}
+        return {"metrics": share, "control": None}
+
+    networks = {"a": network((0.5, 0.4, 0.6), (0.3, 0.2, 0.39)), "b": network((0.5, 0.4, 0.6), (0.45, 0.4, 0.5))}
+    ahead, within = pca.tables(networks, (pca.SHARE,)).splitlines()[2:]
+    assert ahead.startswith("| a | **0.500** ±0.100 | 0.100 ±0.050 | ica 0.300")
+    assert within.startswith("| b | 0.500 ±0.100 |")  # not bold: the intervals overlap
+
+
+def test_generated_tables_replace_what_is_between_the_markers_and_nothing_else(tmp_path):
+    import pca
+
+    file = tmp_path / "results.md"
+    file.write_text("before\n<!-- pca:begin -->\nold\n<!-- pca:end -->\nafter\n")
+    for text in ("one\n", "two\n"):
+        pca.replace_between(file, text)
+    assert file.read_text() == "before\n<!-- pca:begin -->\n\ntwo\n\n<!-- pca:end -->\nafter\n"
+    file.write_text("nothing here")
+    with pytest.raises(ValueError, match="no markers"):
+        pca.replace_between(file, "three")
+
+
+def test_networks_whose_files_are_missing_say_where_to_get_them(tmp_path):
+    from _networks import Missing, cases
+
+    found = dict(cases(tmp_path, tmp_path / "minilm"))
+    for name in ("MNIST, hidden 1 → logits (raw)", "modular addition 0, MLP and skip", "stories260K, MLP 0"):
+        with pytest.raises(Missing, match=r"not found\. The"):
+            found[name]()
 
 
 @pytest.mark.slow
