@@ -1,13 +1,15 @@
 """The subcommands for whole models, as a user meets them."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rotsparse import cli, commands
+from rotsparse import cli, commands, job
 from rotsparse.layer_files import load_layer
 from rotsparse.models import generate, load_model, load_tokenizer, mlp_layer, open_store, run, save_model
 from rotsparse.rotations import Rotations
@@ -145,6 +147,29 @@ def test_a_store_of_another_model_is_refused(rotsparse, model):
     save_model(tiny_llama2c(1), "other.bin")
     code, said = rotsparse("fit-model", "--model", "other.bin", "--store", "store", "--out", "run")
     assert code == 2 and "come from another model" in said
+
+
+def test_fit_model_goes_on_with_the_layer_it_was_stopped_in(rotsparse, model, tmp_path, monkeypatch):
+    assert rotsparse(*CAPTURE)[0] == 0
+    fitted, run = [], job.run
+
+    def spy(folder, *arguments, **options):
+        fitted.append(folder.name)
+        if len(fitted) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(folder, *arguments, **options)
+
+    monkeypatch.setattr(job, "run", spy)
+    code, said = rotsparse(*FIT, "--layers", "0-1")
+    assert code == 75 and "--resume" in said and not (tmp_path / "run").exists()
+    first = (tmp_path / "run.unfinished" / "layer-0" / "metrics.json").read_bytes()
+    code, said = rotsparse(*FIT, "--layers", "0-1", "--resume")
+    assert code == 0 and fitted == ["layer-0", "layer-1", "layer-1"]
+    assert (tmp_path / "run" / "layer-0" / "metrics.json").read_bytes() == first
+    assert (tmp_path / "run" / "layer-1" / "report.html").exists()
+    assert not list((tmp_path / "run").rglob("checkpoints"))
+    code, said = rotsparse("runs", ".")
+    assert code == 0 and "fit-model" in said and "complete" in said and "2 fits" in said
 
 
 @pytest.mark.slow
