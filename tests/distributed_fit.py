@@ -8,7 +8,7 @@ import os
 import sys
 
 OPTIONS = {"devices": 1, "x64": True, "processes": 1, "process": 0, "port": 0, "heartbeat": 10, "data": ""}
-OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "checkpoint": None, "steps": 30}
+OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "checkpoint": None, "every_steps": 10, "steps": 30}
 OPTIONS |= json.loads(sys.argv[1])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OPTIONS['devices']}"
 
@@ -46,7 +46,7 @@ def fit(case, mesh):
     """The solution of one of the problems, two restarts each."""
     options = {"key": jax.random.key(1), "steps": OPTIONS["steps"], "restarts": 2, "mesh": mesh}
     if OPTIONS["checkpoint"]:
-        options["checkpoint"] = rs.Checkpoints(OPTIONS["checkpoint"], every_steps=10)
+        options["checkpoint"] = rs.Checkpoints(OPTIONS["checkpoint"], every_steps=OPTIONS["every_steps"])
     if case == "full":
         return rs.find_rotations(LAYER, X, solver=ADAM, **options)
     if case == "minibatch":

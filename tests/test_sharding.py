@@ -85,7 +85,7 @@ def test_four_processes(mesh, x64, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other_devices(victim, tmp_path):
-    steps, folder = 20_000, tmp_path / "checkpoints"
+    steps, folder = 1000, tmp_path / "checkpoints"
     options = {"cases": ["minibatch"], "checkpoint": str(folder)}
     port = free_port()
     processes = [start(processes=2, process=i, port=port, meshes=[[2, 1]], steps=steps, **options) for i in range(2)]
@@ -99,7 +99,7 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
     assert time.monotonic() - killed < 60 and processes[1 - victim].returncode != 0 and message
     assert list(folder.glob("step-*"))
 
-    resumed = start(steps=steps, meshes=[[1, 1]], **options)
+    resumed = start(steps=steps, every_steps=steps, **options)
     while not (line := resumed.stderr.readline()).startswith('{"resumed_at"'):
         assert line or resumed.poll() is None
     assert json.loads(line)["resumed_at"] >= 10

@@ -2,13 +2,23 @@
 
 import json
 
+import equinox as eqx
+import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rotsparse import sources
+from rotsparse.checkpoint import Checkpoints
+from rotsparse.driver import minimize
+from rotsparse.fit import find_rotations
+from rotsparse.layers import MLP
+from rotsparse.measures import Log
 from rotsparse.models.store import StoreWriter, open_store
+from rotsparse.objectives import ActivationSparsity, JacobianSparsity
+from rotsparse.solvers import Riemannian
 from rotsparse.sources import Dataset, NpyFile, Shards, as_source, open_source, read_ahead
 
 N, WIDTH = 40, 3
@@ -134,6 +144,99 @@ def test_a_grain_pipeline(x):
         as_source(pipeline.repeat())
     with pytest.raises(ValueError, match=r"element \d+ of FilterMapDataset .* got nothing \(it was filtered out\)"):
         as_source(pipeline.filter(lambda row: row[0] > 0)).read(range(N))
+
+
+# --- fits from sources --------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+ADAM = Riemannian(optax.adam(0.05))
+OPTIONS = {"key": KEY, "solver": ADAM, "steps": 60, "batch_size": 8, "restarts": 2}
+
+
+@pytest.fixture
+def problem(rng, tmp_path, monkeypatch):
+    """A layer, its inputs, and a store of them of which a fifth is kept in memory."""
+    layer = MLP(
+        rng.standard_normal((8, WIDTH)).astype(np.float32),
+        rng.standard_normal(8).astype(np.float32),
+        rng.standard_normal((4, 8)).astype(np.float32),
+        activation="gelu",
+    )
+    x = rng.standard_normal((300, WIDTH)).astype(np.float32)
+    monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 60)
+    return layer, x, store(tmp_path / "store", x, shard=50)
+
+
+def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(problem):
+    layer, x, source = problem
+    start = {"in": np.eye(WIDTH, dtype=np.float32), "out": np.eye(4, dtype=np.float32)}
+    from_source = JacobianSparsity(layer, source, Log(0.1), batch_size=8)
+    assert len(from_source.x) == 60
+    from_array = JacobianSparsity(layer, x, Log(0.1), batch_size=8)
+    np.testing.assert_array_equal(from_source.covariance, from_array.covariance)  # of all rows, either way
+    # The mean Jacobian Gram matrix is that of the part in memory: take it from there.
+    from_array = eqx.tree_at(lambda o: o.gram, from_array, from_source.gram)
+    options = {"key": KEY, "solver": ADAM, "steps": 60, "restarts": 2, "validation": from_array.on(x[:100])}
+    one, other = (minimize(objective, start, **options) for objective in (from_source, from_array))
+    np.testing.assert_array_equal(one.history.objective, other.history.objective)
+    np.testing.assert_array_equal(one.bases["in"], other.bases["in"])
+
+
+def test_sources_that_fit_into_memory_are_arrays(problem, monkeypatch):
+    layer, x, source = problem
+    monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 300)
+    one, other = (find_rotations(layer, data, **OPTIONS | {"batch_size": None}) for data in (source, x))
+    assert one.value == other.value
+
+
+def test_activations_from_a_source(problem):
+    _, x, source = problem
+    one, other = (ActivationSparsity(data, Log(0.1), batch_size=8) for data in (source, x))
+    np.testing.assert_allclose(one.rms, other.rms, rtol=1e-6)
+    solution = minimize(one, {"in": np.eye(WIDTH, dtype=np.float32)}, key=KEY, solver=ADAM, steps=40)
+    assert solution.value < solution.start_value
+
+
+def test_an_interrupted_fit_from_a_source_goes_on_with_the_same_bits(problem, tmp_path):
+    layer, _, source = problem
+    whole = find_rotations(layer, source, **OPTIONS)
+    shard = tmp_path / "store/00003.npy"
+    payload = shard.read_bytes()
+    calls = []
+
+    class Vanishing(sources.Source):
+        """A shard of the store goes missing while the fit runs, after a few blocks of minibatches."""
+
+        shape = source.shape
+
+        def where(self, row):
+            return source.where(row)
+
+        def _rows(self, rows):
+            calls.append(len(rows))
+            if calls.count(8 * 2 * 20) == 2:  # the second chunk of 20 steps of two restarts
+                shard.unlink(missing_ok=True)
+            return source._rows(rows)
+
+    checkpoint = Checkpoints(tmp_path / "checkpoints", every_steps=20)
+    with pytest.raises(ValueError, match=r"cannot read .*00003\.npy: .*Put it back"):
+        find_rotations(layer, Vanishing(), checkpoint=checkpoint, **OPTIONS)
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+    shard.write_bytes(payload)
+    resumed = find_rotations(layer, source, checkpoint=checkpoint, **OPTIONS)
+    assert resumed.stats["resumed_at"] == 20
+    np.testing.assert_array_equal(resumed.history.objective, whole.history.objective)
+    np.testing.assert_array_equal(resumed.bases["out"], whole.bases["out"])
+
+
+def test_fits_that_a_source_cannot_serve(problem):
+    layer, x, source = problem
+    with pytest.raises(ValueError, match=r"the store .*store is too large .*: give batch_size"):
+        find_rotations(layer, source, key=KEY, solver=ADAM)
+    with pytest.raises(ValueError, match=r"x should have shape \[examples, 3\]"):
+        find_rotations(layer, sources.ArrayRows(x[:, :2]), key=KEY)
+    with pytest.raises(ValueError, match="validation: all 60 examples are equal"):
+        find_rotations(layer, source, **OPTIONS | {"validation": sources.ArrayRows(np.ones_like(x))})
 
 
 # --- what can be wrong --------------------------------------------------------------------------------------------
