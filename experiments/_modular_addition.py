@@ -16,7 +16,6 @@ import rotsparse as rs
 from rotsparse.controls import random_weights
 from rotsparse.layers import Layer
 from rotsparse.objectives import Objective
-from rotsparse.statistics import jacobian_gram
 
 P = 113
 STAGES = {"ln1": ("pre", "mid"), "ln2": ("mid", "post"), "unembed": ("post", "logits")}
@@ -192,18 +191,6 @@ class Network:
         stage = next(stage for stage, (space, _) in STAGES.items() if space == name)
         x = np.asarray(self.inputs[stage])[self.train]
         return np.concatenate(np.split(x - x.mean(axis=0), COPIES[stage], axis=1))
-
-    def reader(self, stage: str) -> Float[np.ndarray, "d d"] | None:
-        """The root of `E[JᵀJ]` of all later stages: how far the logits (up to a shift of all) move for its outputs."""
-        if stage == "unembed":
-            return None
-        unembed = np.asarray(self.layers["unembed"].w_in)  # pyright: ignore[reportAttributeAccessIssue]
-        unembed = unembed - unembed.mean(axis=0)
-        if stage == "ln2":
-            return unembed
-        later = self.layers["ln2"].rotate(None, unembed)
-        values, axes = np.linalg.eigh(jacobian_gram(later, self.inputs["ln2"][self.train[:500]]))
-        return (axes * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,12 +37,10 @@ from rotsparse.statistics import jacobian_moments
 Spaces = dict[str, Any]
 """A rotation for every space, by name."""
 
-COARSE = ("haar", "neurons", "ica")
-"""Bases that need thousands of edges, each a slow measurement: counted on few pairs."""
-FEW = 500
-
-BY_EFFECT = ("learned", "learned_joint", "pca")
-"""Bases whose edges are also ranked by their effect on the logits."""
+EXACT = ("learned", "learned_joint", "pca")
+"""Whose edges are counted on all held-out pairs, in the MLP stage. The rest is counted on fewer: each look at a basis
+that needs many edges calls a stage once for every set of inputs that an output keeps."""
+FEWER, FEW = 1000, 500
 
 SOURCE = (
     "They are the checkpoints of ApolloResearch/rib (MIT), rib_scripts/train_modular_arithmetic/sample_checkpoints, "
@@ -169,34 +167,25 @@ def svd_bases(network: Network, stage: str) -> dict[str, tuple[np.ndarray, np.nd
     return found
 
 
-def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config):
-    """`[stage][method]`, and for ours and PCA the same with edges ranked by their effect on the logits instead of on
-    the stage's output."""
+def edges_needed(network: Network, bases: dict[str, dict[str, Spaces]], config: Config) -> dict[str, dict[str, int]]:
+    """`[stage][method]`."""
     found: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
-    by_effect: dict[str, dict[str, int]] = {stage: {} for stage in STAGES}
     for stage, (space_in, space_out) in STAGES.items():
-        reader = network.reader(stage)
         for method, by_stage in bases.items():
             rotations = rs.Rotations(by_stage[stage][space_in], by_stage[stage][space_out])
-            options = {"pairs": FEW if method in COARSE else 1000 if config.quick else None}
-            found[stage][method] = count = count_edges(network, stage, rotations, config, **options)
-            if method in BY_EFFECT:
-                by_effect[stage][method] = (
-                    count
-                    if reader is None
-                    else count_edges(network, stage, rotations, config, reader=reader, **options)
-                )
-    return found, by_effect
+            pairs = FEW if method not in EXACT else FEWER if config.quick or stage != "ln2" else None
+            found[stage][method] = count_edges(network, stage, rotations, config, pairs=pairs)
+    return found
 
 
 def count_edges(
-    network: Network, stage: str, rotations: rs.Rotations, config: Config, *, pairs: int | None = None, reader=None
+    network: Network, stage: str, rotations: rs.Rotations, config: Config, *, pairs: int | None = None
 ) -> int:
     """The fewest edges of one stage, on so many of the held-out pairs (default: all)."""
     test = network.test[:pairs]
     score = accuracy(network.logits(stage), network.labels[test])
     x = network.inputs[stage][network.train[:1000]]
-    ablation = EdgeAblation(network.layers[stage], x, rotations, copies=COPIES[stage], reader=reader)
+    ablation = EdgeAblation(network.layers[stage], x, rotations, copies=COPIES[stage])
     inputs, near = network.inputs[stage][test], None
     if len(test) > FEW:
         few = accuracy(network.logits(stage), network.labels[test[:FEW]])
@@ -211,7 +200,7 @@ def mlp_edges_by_key(network: Network, config: Config) -> list[int]:
     for seed in range(config.seed + 1, config.seed + config.keys):
         bases = fit(network, ["ln2"], frame, config, seed=seed).bases
         rotations = rs.Rotations(frame[space_in].lift(bases[space_in]), frame[space_out].lift(bases[space_out]))
-        found.append(count_edges(network, "ln2", rotations, config, pairs=1000 if config.quick else None))
+        found.append(count_edges(network, "ln2", rotations, config, pairs=FEWER if config.quick else None))
     return found
 
 
@@ -285,12 +274,11 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
         for space in spaces
         if space != "logits"
     }
-    edges, by_effect = edges_needed(network, bases, config)
+    edges = edges_needed(network, bases, config)
     result = {
         "accuracy": network.correct,
         **described,
         "edges_needed": edges,
-        "edges_needed_by_effect_on_logits": by_effect,
         "mlp_edges_by_key": [edges["ln2"]["learned"], *mlp_edges_by_key(network, config)],
         "directions": directions,
     }
@@ -300,10 +288,10 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
     return result
 
 
-def mean_edges(networks: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+def mean_edges(networks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Edges needed, averaged over the networks, and the sum over the stages."""
-    first = next(iter(networks.values()))[name]
-    mean = {s: {m: float(np.mean([n[name][s][m] for n in networks.values()])) for m in first[s]} for s in STAGES}
+    edges = [network["edges_needed"] for network in networks.values()]
+    mean = {s: {m: float(np.mean([of[s][m] for of in edges])) for m in edges[0][s]} for s in STAGES}
     return mean | {"sum": {m: sum(mean[s][m] for s in STAGES) for m in mean["ln2"]}}
 
 
@@ -320,22 +308,18 @@ def describe(directions: list[dict[str, Any]]) -> str:
     return ", ".join(f"{d['mode']} k={d['frequency']} ({d['share']:.0%})" for d in ordered)
 
 
-def report(networks: dict[str, dict[str, Any]], means: dict[str, Any], config: Config) -> str:
+def report(networks: dict[str, dict[str, Any]], means: dict[str, dict[str, float]], config: Config) -> str:
     pure = [d["share"] > 0.9 for n in networks.values() for d in n["directions"]["ln2.mid"]]
     lines = [
         "# Modular addition: edges that each stage needs",
         "",
         f"Networks: {', '.join(networks)}; accuracy may fall by {config.tolerance}; mean over networks.",
         "",
-        table(means["edges_needed"]),
+        table(means),
         "",
         "The MLP stage (ln2), fitted with other keys: "
         + "; ".join(f"{name} {', '.join(map(str, n['mlp_edges_by_key']))}" for name, n in networks.items())
         + f". Mean {np.mean([n['mlp_edges_by_key'] for n in networks.values()]):.1f} (wanted: at most 30; LIB 76).",
-        "",
-        "The table with edges ranked by their effect on the logits:",
-        "",
-        table(means["edges_needed_by_effect_on_logits"]),
         "",
         f"Of the directions that the fit of ln2 finds in its input, {np.mean(pure):.0%} hold more than 90% of their "
         "variance in one Fourier mode. Modes, strongest direction first:",
@@ -377,15 +361,14 @@ def main(config: Config) -> None:
     for path in paths:
         networks[path.stem] = study(path, config, published.get(path.stem.removeprefix("seed"), {}))
         print(f"{path.stem}: {json.dumps(networks[path.stem]['edges_needed'])}", flush=True)
-    names = ("edges_needed", "edges_needed_by_effect_on_logits")
-    means = {name: mean_edges(networks, name) for name in names}
+    means = mean_edges(networks)
     text = report(networks, means, config)
     print(text)
     with new_run(config.out, overwrite=config.overwrite) as folder:
         (folder / "figures").mkdir()
-        figure(means["edges_needed"], folder / "figures" / "edges_needed.png")
+        figure(means, folder / "figures" / "edges_needed.png")
         (folder / "report.md").write_text(text)
-        common.write_metrics(folder, config, {**means, "networks": networks})
+        common.write_metrics(folder, config, {"edges_needed": means, "networks": networks})
 
 
 if __name__ == "__main__":
