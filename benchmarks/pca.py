@@ -48,14 +48,17 @@ class Config:
     publish: bool = False
     """Write the tables into docs/results.md and README.md."""
     seed: int = 0
+    examples: tuple[int, int] = (3000, 500)
+    """To fit on, and to test on, at most."""
+    steps: int = 4000
 
 
 def run(case: Case, config: Config) -> Benchmark:
-    """Benchmark one network on evenly many examples."""
+    """Benchmark one network."""
     rng = np.random.default_rng(config.seed)
-    fitted, tested = (1000, 200) if config.quick else (3000, 500)
+    fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
-    options: dict[str, Any] = {"steps": 1500 if config.quick else 4000, "restarts": 2, **case.options}
+    options: dict[str, Any] = {"steps": config.steps, "restarts": 2, **case.options}
     return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
 
 
@@ -111,6 +114,7 @@ def replace_between(path: Path, text: str) -> None:
 
 def main(config: Config) -> None:
     console = Console()
+    config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
     file = config.out / "pca.json"
     earlier = json.loads(file.read_text()) if file.exists() else {}
     found = earlier.get("networks", {}) if earlier.get("config", {}).get("quick") == config.quick else {}
