@@ -116,8 +116,11 @@ def main(config: Config) -> None:
     console = Console()
     config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
     file = config.out / "pca.json"
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    found = earlier.get("networks", {}) if earlier.get("config", {}).get("quick") == config.quick else {}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    plain = json.loads(json.dumps(plain))
+    earlier = json.loads(file.read_text()) if file.exists() else {"config": {}}
+    same = all(earlier["config"].get(k) == plain[k] for k in ("quick", "seed", "examples", "steps"))
+    found = earlier["networks"] if same else {}
     everything = list(cases(config.data, config.minilm, seed=config.seed, quick=config.quick))
     for name, load in everything:
         if config.only and not name.startswith(config.only):
@@ -132,7 +135,6 @@ def main(config: Config) -> None:
         console.print(f"{result.conclusion}\n", highlight=False)
         found[name] = result.to_json()
         config.out.mkdir(parents=True, exist_ok=True)
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
         content = {"config": plain, "versions": versions(), "networks": found}
         write_json(file, content)
     networks = {name: found[name] for name, _ in everything if name in found}
