@@ -88,6 +88,8 @@ class FitOptions:
     """Sides that stay in the neuron basis."""
     patience: int | None = None
     """With adam: stop after this many steps without improvement."""
+    precision: Literal["highest", "tensorfloat32", "bfloat16"] = "highest"
+    """Of the large matrix products, where the device has units for it. Rotations are always orthogonalised in full."""
 
 
 @dataclasses.dataclass(frozen=True)

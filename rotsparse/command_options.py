@@ -36,6 +36,7 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
         "tie": options.tie,
         "hold": options.hold,
         "patience": options.patience,
+        "precision": options.precision,
         "progress": True,
     }
 

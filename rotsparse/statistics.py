@@ -81,9 +81,9 @@ class Moments:
 
     def with_block(self, block: Float[np.ndarray, "n d"]) -> "Moments":
         """With more vectors."""
-        block = np.asarray(block, np.float64)
-        mean = block.mean(axis=0)
-        centred = block - mean
+        centred = np.array(block, np.float64)
+        mean = centred.mean(axis=0)
+        centred -= mean
         return self.merged(Moments(len(block), mean, centred.T @ centred))
 
     def merged(self, other: "Moments") -> "Moments":
