@@ -52,8 +52,10 @@ SOURCE = (
 class Config:
     """Edges that each stage of a modular-addition transformer needs, in every basis."""
 
-    data: Path = common.DATA / "modular_addition"
-    """A folder of `seed*.safetensors` (and `published.json`), or one such file."""
+    data: Path = common.DATA
+    """The folder with modular_addition/seed*.safetensors (and published.json)."""
+    checkpoint: Path | None = None
+    """One such file instead; published.json is looked for beside it."""
     out: Path = Path("runs/experiments/modular_addition")
     quick: bool = False
     """The first network only, fewer restarts, steps and pairs: a few minutes."""
@@ -349,9 +351,9 @@ def figure(edges: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    common.require([config.data], SOURCE)
-    paths = sorted(config.data.glob("seed*.safetensors")) if config.data.is_dir() else [config.data]
-    common.require(paths or [config.data / "seed0.safetensors"], SOURCE)
+    folder = config.data / "modular_addition"
+    paths = [config.checkpoint] if config.checkpoint else sorted(folder.glob("seed*.safetensors"))
+    common.require(paths or [folder / "seed0.safetensors"], SOURCE)
     if config.quick:
         config = dataclasses.replace(config, restarts=3, steps=1500, keys=1)
         paths = paths[:1]

@@ -46,6 +46,8 @@ SHARPER = (0.03, 0.01, 0.003)
 class Config:
     """Recovery of planted rotations under noise, with few examples, and where they are not identifiable."""
 
+    data: Path = common.DATA
+    """Not needed: accepted because all experiments take it."""
     out: Path = Path("runs/experiments/planted")
     quick: bool = False
     """Fewer cells and steps: two minutes."""

@@ -37,6 +37,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")
 class Config:
     """Principal components against learned directions of a network that computes x²."""
 
+    data: Path = common.DATA
+    """Not needed: accepted because all experiments take it."""
     out: Path = Path("runs/experiments/x_squared")
     quick: bool = False
     """One network: half a minute."""
