@@ -107,7 +107,7 @@ class Comparison:
         parts[0] += f" ({', '.join(clear)})" if clear else ""
         parts += [f"ahead of {rival} within the 95% intervals on {', '.join(names)}" for rival, names in close.items()]
         parts += [f"not ahead of {rival} on {', '.join(names)}" for rival, names in behind.items()]
-        return f"On held-out examples {learned} is {'; '.join(parts)}."
+        return f"On held-out examples {learned} is {'; '.join(parts)}".rstrip(".") + "."
 
     def _names(self) -> list[str]:
         return list(next(iter(self.metrics.values())))
