@@ -1,19 +1,11 @@
 """Checkpoints of a fit: a folder in which a run that was stopped anywhere finds everything to go on.
 
-A checkpoint is a folder `step-00000400` with the arrays (`state/`, written by Orbax) and `manifest.json`: the step, the
-configuration of the run, a hash of every array as it was in memory, a hash of every file, and a hash of itself. It is
-written under another name, flushed to the disk and then renamed: what is called `step-...` was once whole. On loading,
-the files are compared with their hashes before anything reads them (Orbax alone returns arrays with a flipped bit
-without a word), the arrays with theirs afterwards, and the fit has a look at the values (rotations are orthogonal).
-What fails is passed over for the checkpoint before, and the user is told.
-
 Saving happens in a thread: copying the arrays to the host is all that the fit waits for. The thread is not Orbax's own
-because hashes, the rename and the removal of older checkpoints have to follow in order. The only file of the library
-that imports Orbax.
+because hashes, the rename and the removal of older checkpoints have to follow in order. A checkpoint that is damaged is
+passed over for the one before, and the user is told.
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -27,19 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotsparse.fingerprint import array_digest, devices, difference, digest
+from rotsparse.checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
+from rotsparse.fingerprint import devices, difference
 from rotsparse.lock import FolderLock
-
-MANIFEST = "manifest.json"
-STATE = "state"
-FORMAT = 1
 
 # The latest so many are kept, and beside them the one with the best value.
 KEEP = 2
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +87,11 @@ class Session:
 
         Raises `ValueError` where the checkpoints belong to another run, or all of them are damaged.
         """
-        folders = sorted(self._folder.glob("step-*"), reverse=True)
         damaged = []
-        for folder in folders:
+        for folder in reversed(saved(self._folder)):
             try:
-                manifest = _read_manifest(folder)
-                self._check_config(folder, manifest)
+                manifest = read_manifest(folder)
+                self._check_config(manifest)
                 state = self._load(folder, manifest)
             except Damaged as damage:
                 damaged.append(folder)
@@ -164,7 +148,7 @@ class Session:
         error = pending.exception()
         if error is not None:
             self._warn(
-                f"a checkpoint could not be written to {self._folder}: {_first_line(error)}. The fit goes on; earlier "
+                f"a checkpoint could not be written to {self._folder}: {first_line(error)}. The fit goes on; earlier "
                 "checkpoints are intact"
             )
 
@@ -181,7 +165,7 @@ class Session:
         self.warnings.append(message)
         warnings.warn(message, stacklevel=4)
 
-    def _check_config(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def _check_config(self, manifest: dict[str, Any]) -> None:
         lines = difference(manifest["config"], self._config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines[:20]) + ("\n  ..." if len(lines) > 20 else "")
@@ -191,70 +175,27 @@ class Session:
             )
 
     def _load(self, folder: Path, manifest: dict[str, Any]) -> Any:
-        _check_files(folder, manifest)
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _to_host(self._template).items()}
-        stored = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"].items()}
-        if expected != stored:
+        if expected != {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"].items()}:
             raise ValueError(
                 f"{folder} holds a state of another form than this version of the library and of the solver has: "
                 "choose another folder"
             )
-        abstract = {name: np.empty(leaf["shape"], _dtype(leaf["dtype"])) for name, leaf in manifest["leaves"].items()}
-        try:
-            leaves = _orbax_restore(folder / STATE, {name: a for name, a in abstract.items() if a.size})
-        except Exception as error:  # whatever a reader may raise over files that are not what they should be
-            raise Damaged(_first_line(error)) from error
-        leaves = {name: leaves.get(name, abstract[name]) for name in abstract}
-        for name, leaf in leaves.items():
-            if array_digest(leaf) != manifest["leaves"][name]["hash"]:
-                raise Damaged(f"array {manifest['leaves'][name]['path']} is not the one that was saved")
-        state = _from_host(leaves, self._template)
+        state = _from_host(read_arrays(folder, manifest), self._template)
         wrong = self._sound(state)
         if wrong:
             raise Damaged(wrong)
         return state
 
     def _write(self, step: int, leaves: dict[str, np.ndarray], value: float) -> None:
-        """Write a checkpoint, commit it, and remove those that are not kept any more. Runs in the thread."""
-        work = self._folder / f"saving-{step:08d}"
-        final = self._folder / f"step-{step:08d}"
-        try:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            _orbax_save(work / STATE, {name: leaf for name, leaf in leaves.items() if leaf.size})
-            paths = _leaf_paths(self._template)
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "value": value if math.isfinite(value) else None,
-                "devices": devices(),
-                "config": self._config,
-                "leaves": {
-                    name: {
-                        "path": paths[name],
-                        "dtype": leaf.dtype.name,
-                        "shape": list(leaf.shape),
-                        "hash": array_digest(leaf),
-                    }
-                    for name, leaf in leaves.items()
-                },
-                "files": _flushed_files(work),
-            }
-            payload = json.dumps(manifest | {"hash": digest(_canonical(manifest))}, indent=1).encode()
-            _write_flushed(work / MANIFEST, payload)
-            _flush_folder(work)
-            if final.exists():  # only one that was passed over as damaged
-                shutil.rmtree(final)
-            work.rename(final)
-            _flush_folder(self._folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        self._values[final.name] = value
+        """Write a checkpoint, and remove those that are not kept any more. Runs in the thread."""
+        about = {"value": value if math.isfinite(value) else None, "devices": devices(), "config": self._config}
+        folder = write_checkpoint(self._folder, step, leaves, _leaf_paths(self._template), about)
+        self._values[folder.name] = value
         self._prune()
 
     def _prune(self) -> None:
-        folders = sorted(self._folder.glob("step-*"))
+        folders = saved(self._folder)
         values = {folder: self._value(folder) for folder in folders}
         keep = {*folders[-KEEP:], min(folders, key=values.__getitem__)}
         for folder in set(folders) - keep:
@@ -263,7 +204,7 @@ class Session:
     def _value(self, folder: Path) -> float:
         if folder.name not in self._values:
             try:
-                value = _read_manifest(folder)["value"]
+                value = read_manifest(folder)["value"]
             except Damaged:
                 value = None
             self._values[folder.name] = math.inf if value is None else value
@@ -280,82 +221,6 @@ class Session:
             folder.rename(aside)
         for folder in self._folder.glob("saving-*"):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _orbax_save(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, leaves)
-
-
-def _orbax_restore(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    with _checkpointer() as checkpointer:
-        return checkpointer.restore(path, abstract)
-
-
-def _checkpointer():
-    import orbax.checkpoint as ocp  # a third of a second, which only a fit with checkpoints has to spend
-
-    # Each process reads and writes on its own: nothing waits for the others.
-    own = jax.process_index()
-    multiprocessing = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=multiprocessing)
-    return ocp.Checkpointer(handler, multiprocessing_options=multiprocessing)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, compared with its own hash. Raises `Damaged`."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        stored = manifest.pop("hash")
-        intact = stored == digest(_canonical(manifest)) and manifest["format"] == FORMAT
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Damaged(f"{MANIFEST}: {_first_line(error)}") from None
-    if not intact:
-        raise Damaged(f"{MANIFEST} is not the one that was written")
-    return manifest
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with its hash. Raises `Damaged`."""
-    for name, stored in manifest["files"].items():
-        try:
-            payload = (folder / name).read_bytes()
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from None
-        if digest(payload) != stored:
-            raise Damaged(f"{name} is not what was written")
-
-
-def _canonical(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _flushed_files(folder: Path) -> dict[str, str]:
-    """The hash of every file under `folder`; all of them, and their folders, are on the disk afterwards."""
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _flush_folder(path)
-            continue
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(folder))] = digest(file.read())
-            os.fsync(file.fileno())
-    return hashes
-
-
-def _write_flushed(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _leaf_paths(state: Any) -> dict[str, str]:
@@ -396,11 +261,3 @@ def _leaf_like(host: np.ndarray, leaf: Any) -> Any:
             jax.random.wrap_key_data(jax.numpy.asarray(host), impl=jax.random.key_impl(leaf)), leaf.sharding
         )
     return jax.make_array_from_callback(host.shape, leaf.sharding, lambda index: host[index])
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(name)  # bfloat16 and the like are known to NumPy once JAX is imported
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -27,13 +27,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.fingerprint import fingerprint
+from rotsparse.fit_state import FitState, worst_error
 from rotsparse.interrupt import StopSignals
 from rotsparse.objectives import Bases, Objective
-from rotsparse.orthogonal import haar, orthogonality_error
+from rotsparse.orthogonal import haar
 from rotsparse.progress import Progress
 from rotsparse.run_log import LogWriter, RunLog
 from rotsparse.sharding import Devices, is_first_process
-from rotsparse.solution import History, Result, Solution
+from rotsparse.solution import Result, Solution
 from rotsparse.solvers import Annealing, Solver
 from rotsparse.sources import read_ahead
 
@@ -52,55 +53,6 @@ FETCHED_BYTES = 128 * 2**20
 
 # How long a slice takes: how long a signal may have to wait.
 SLICE_SECONDS = 1.5
-
-# Rotations that are further from orthogonal than this are neither saved nor loaded: something is wrong with them.
-NOT_ORTHOGONAL = 1e-3
-
-
-class FitState(eqx.Module):
-    """Where a fit is: with its settings and data, all that determines how it goes on. Arrays with a first axis
-    `restarts`, on the device what the steps change, on the host (NumPy) the record.
-
-    `objective[:, :step]` and `checked[:, :checks]` are the history so far (see `History`); `best` holds the rotations
-    with the lowest checked value of every restart. `seconds` is how long the fit has been running, earlier sessions
-    included.
-    """
-
-    bases: Bases
-    solver: Any
-    best: Bases
-    step: Int[np.ndarray, ""]
-    best_values: Float[np.ndarray, "restarts"]
-    best_step: Int[np.ndarray, "restarts"]
-    objective: Float[np.ndarray, "restarts steps"]
-    checks: Int[np.ndarray, ""]
-    checked_at: Int[np.ndarray, "checks"]
-    checked: Float[np.ndarray, "restarts checks"]
-    seconds: Float[np.ndarray, ""]
-
-    @property
-    def history(self) -> History:
-        step, checks = int(self.step), int(self.checks)
-        return History(
-            self.objective[:, :step].copy(), self.checked_at[:checks].copy(), self.checked[:, :checks].copy()
-        )
-
-    def judged(self, values: Float[np.ndarray, "restarts"]) -> "FitState":
-        """With the objective at the current rotations, which are kept where they are the best of their restart."""
-        step, checks = int(self.step), int(self.checks)
-        checked_at, checked = self.checked_at.copy(), self.checked.copy()
-        checked_at[checks], checked[:, checks] = step, values
-        better = values < self.best_values  # False for NaN
-        choose = lambda new, old: jnp.where(better[:, None, None], new, old)  # noqa: E731
-        return dataclasses.replace(
-            self,
-            best=jax.tree.map(choose, self.bases, self.best),
-            best_values=np.where(better, values, self.best_values),
-            best_step=np.where(better, step, self.best_step),
-            checks=np.asarray(checks + 1),
-            checked_at=checked_at,
-            checked=checked,
-        )
 
 
 def minimize(
@@ -143,7 +95,7 @@ def minimize(
         chunk = max(1, min(chunk, FETCHED_BYTES // (restarts * stepped.fetched_bytes)))
     # Steps from one check to the next. A value costs half of a value with its gradient.
     check_every = chunk * math.ceil(0.5 / (CHECKING * chunk * objective.batch_share))
-    state = _first_state(solver, starts, steps, check_every, devices)
+    state = FitState.first(solver, starts, steps, 3 + steps // check_every, devices)
 
     with contextlib.ExitStack() as stack:
         session = None
@@ -152,7 +104,7 @@ def minimize(
                 objective=objective, validation=validation, solver=solver, steps=steps, restarts=restarts,
                 patience=patience, key=key, start=start,
             )  # fmt: skip
-            session = Session(Checkpoints.of(checkpoint), config, state, _unsound)
+            session = Session(Checkpoints.of(checkpoint), config, state, FitState.unsound)
             stack.enter_context(contextlib.closing(session))
         restored = None if session is None else session.restore()
         state = state if restored is None else restored
@@ -263,7 +215,7 @@ def _run(
             count, due, stopped = _agreed(count, due, stop.requested)
             converged = patience is not None and done % fit.chunk == 0 and done - state.best_step.max() >= patience
             if session is not None and (due or stopped or finished or converged):
-                session.save(done, state, _lowest(state))
+                session.save(done, state, state.lowest)
             if stopped:
                 return state, Result.INTERRUPTED, ""
             if finished or converged:
@@ -283,9 +235,9 @@ def _run(
             check = done % check_every == 0 or done == fit.steps
             if check:
                 state = fit.judge(state)
-            error = _worst_error(state.bases)
+            error = state.orthogonality_error
             if writer is not None:
-                last = _last_check(state) if check else None
+                last = state.last_check if check else None
                 writer.write(
                     done,
                     objective=values.mean(axis=1),
@@ -294,15 +246,15 @@ def _run(
                     seconds=float(state.seconds),
                 )
             bar.update(done, objective=values.mean(axis=1).min(), error=error)
-            if check and not np.isfinite(_last_check(state)).all():
+            if check and not np.isfinite(state.last_check).all():
                 return state, Result.NON_FINITE, f"the objective on all examples, after step {done}"
     except ValueError:  # examples that cannot be read: what was done until then is kept
         if session is not None and jax.process_count() == 1:
-            session.save(int(state.step), state, _lowest(state))
+            session.save(int(state.step), state, state.lowest)
         raise
     except KeyboardInterrupt:  # where `stop` could not catch it, or a second one
         if session is not None:
-            session.save(int(state.step), state, _lowest(state))
+            session.save(int(state.step), state, state.lowest)
         return state, Result.INTERRUPTED, ""
 
 
@@ -344,27 +296,8 @@ def _solution(
             "seconds": float(state.seconds),
             **stats,
             "gradient_norm": float(optax.tree.norm(grads)),
-            "orthogonality_error": _worst_error(bases),
+            "orthogonality_error": worst_error(bases),
         },
-    )
-
-
-def _first_state(solver: Solver, starts: Bases, steps: int, check_every: int, devices: Devices) -> FitState:
-    """The state before the first step, with room for the whole history."""
-    leaf = next(iter(starts.values()))
-    restarts, checks = len(leaf), 3 + steps // check_every
-    return FitState(
-        bases=devices.over_restarts(starts),
-        solver=devices.over_restarts(jax.vmap(solver.init)(starts)),
-        best=devices.over_restarts(starts),
-        step=np.asarray(0),
-        best_values=np.full(restarts, np.inf, leaf.dtype),
-        best_step=np.zeros(restarts, int),
-        objective=np.zeros((restarts, steps), leaf.dtype),
-        checks=np.asarray(0),
-        checked_at=np.zeros(checks, int),
-        checked=np.zeros((restarts, checks), leaf.dtype),
-        seconds=np.asarray(0.0),
     )
 
 
@@ -432,22 +365,3 @@ def _agreed(count: int, save: bool, stop: bool) -> tuple[int, bool, bool]:
         return count, save, stop
     everyones = np.asarray(multihost_utils.process_allgather(np.asarray([count, save, stop])))
     return int(everyones[0, 0]), bool(everyones[0, 1]), bool(everyones[:, 2].any())
-
-
-def _last_check(state: FitState) -> Float[np.ndarray, "restarts"]:
-    return state.checked[:, int(state.checks) - 1]
-
-
-def _lowest(state: FitState) -> float:
-    """The lowest objective at the last check, over the restarts."""
-    return float(np.nanmin(_last_check(state), initial=np.inf))
-
-
-def _worst_error(bases: Bases) -> float:
-    return max(float(jnp.max(orthogonality_error(r))) for r in bases.values())
-
-
-def _unsound(state: FitState) -> str:
-    """What is wrong with a state that cannot be a fit's, or an empty text."""
-    error = max(_worst_error(state.bases), _worst_error(state.best))
-    return "" if error < NOT_ORTHOGONAL else f"its rotations are not orthogonal: |RRᵀ - I| = {error:.1e}"

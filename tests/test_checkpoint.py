@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from rotsparse import checkpoint as module
+from rotsparse import checkpoint, checkpoint_files
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.driver import minimize
 from rotsparse.fingerprint import array_digest, difference, fingerprint
@@ -90,7 +90,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
 
 def test_when_it_is_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     with opened(tmp_path, every_steps=10, every_minutes=2) as session:
         assert not session.due(0) and session.steps_left(0) == 10 and session.steps_left(7) == 3
         assert session.due(10) and session.steps_left(10) == 10
@@ -138,7 +138,7 @@ def test_no_damage_goes_unnoticed(count, tmp_path):
     def wrong_without_a_word():
         """Whether Orbax by itself returns other numbers and no error."""
         try:
-            leaves = module._orbax_restore(latest / "state", abstract)
+            leaves = checkpoint_files._orbax_restore(latest / "state", abstract)
         except Exception:
             return False
         return {name: array_digest(leaf) for name, leaf in leaves.items()} != hashes
@@ -190,7 +190,7 @@ def test_nothing_intact_is_an_error_and_no_fresh_start(tmp_path):
 def test_arrays_are_checked_after_reading(tmp_path, monkeypatch):
     """A reader that returns wrong bits from intact files."""
     save(tmp_path, 1, 2)
-    original = module._orbax_restore
+    original = checkpoint_files._orbax_restore
 
     def wrong(path, abstract):
         leaves = original(path, abstract)
@@ -198,7 +198,7 @@ def test_arrays_are_checked_after_reading(tmp_path, monkeypatch):
             leaves["0000"] = leaves["0000"] + np.float32(1e-7)
         return leaves
 
-    monkeypatch.setattr(module, "_orbax_restore", wrong)
+    monkeypatch.setattr(checkpoint_files, "_orbax_restore", wrong)
     with pytest.warns(UserWarning, match=r"array \['bases'\]\['in'\] is not the one"):
         same(restore(tmp_path), a_state(1))
 
@@ -264,7 +264,7 @@ def a_fit(**options):
 
 def test_a_full_disk_does_not_end_a_fit(tmp_path, monkeypatch):
     """From the third save on there is no space: the fit ends as it would have, and the second checkpoint is there."""
-    original, saves = module._orbax_save, []
+    original, saves = checkpoint_files._orbax_save, []
 
     def full(path, leaves):
         saves.append(path)
@@ -274,7 +274,7 @@ def test_a_full_disk_does_not_end_a_fit(tmp_path, monkeypatch):
         original(path, leaves)
 
     whole = a_fit()
-    monkeypatch.setattr(module, "_orbax_save", full)
+    monkeypatch.setattr(checkpoint_files, "_orbax_save", full)
     with pytest.warns(UserWarning, match="No space left on device. The fit goes on; earlier checkpoints are intact"):
         solution = a_fit(checkpoint=Checkpoints(tmp_path, every_steps=10))
     assert solution.result is Result.ALL_STEPS and len(saves) == 6

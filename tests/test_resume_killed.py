@@ -18,7 +18,7 @@ from rotsparse.checkpoint import Session
 from rotsparse.objectives import ActivationSparsity
 
 folder, out = sys.argv[1:]
-restore, write = Session.restore, Session._write
+restore, write, due = Session.restore, Session._write, Session.due
 
 def noted_restore(session):
     state = restore(session)
@@ -30,7 +30,12 @@ def noted_write(session, step, *rest):
     with open(folder + "/acknowledged", "a") as file:
         file.write(f"{step}\\n")
 
-Session.restore, Session._write = noted_restore, noted_write
+def noted_due(session, step):  # is asked before the first steps
+    print("stepping", flush=True)
+    Session.due = due
+    return due(session, step)
+
+Session.restore, Session._write, Session.due = noted_restore, noted_write, noted_due
 x = np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32)
 objective = ActivationSparsity(x, rs.Log(0.3), batch_size=8)
 checkpoint = rs.Checkpoints(folder, every_steps=150)
@@ -77,7 +82,7 @@ class Killed:
             return [file[key].tobytes() for key in file.files]
 
     def run_and_kill(self, name, seconds):
-        """Start it, kill it so long after it has begun, and say whether it had ended before."""
+        """Start it, kill it so long after its first step, and say whether it had ended before."""
         acknowledged = self.folder / name / "acknowledged"
         before = [int(line) for line in acknowledged.read_text().split()] if acknowledged.exists() else [0]
         worker = self.start(name)
@@ -86,6 +91,7 @@ class Killed:
         assert begun_at, worker.stderr.read()
         assert int(begun_at) >= before[-1], f"checkpoint {before[-1]} was acknowledged, and it began at {begun_at}"
         assert before[-1] == max(before)
+        assert worker.stdout.readline() == "stepping\n"
         self.sessions += 1
         try:
             worker.wait(seconds)
