@@ -1,4 +1,4 @@
-"""kill -9 at any moment: every start afterwards goes on, no acknowledged checkpoint is lost, and the end is the same."""
+"""kill -9 at any moment: every start afterwards goes on, no acknowledged checkpoint is lost, the end is the same."""
 
 import os
 import signal
