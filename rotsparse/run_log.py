@@ -49,6 +49,7 @@ class LogWriter:
 
     def __init__(self, log: RunLog, step: int):
         folder = Path(log.folder)
+        self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
@@ -56,7 +57,6 @@ class LogWriter:
             self._file = (folder / LOG).open("a", buffering=1)  # a line at a time: who reads along sees whole lines
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
-        self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line; `None` is left out, arrays hold one number a restart."""
