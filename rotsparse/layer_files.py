@@ -6,8 +6,9 @@ A layer file holds named arrays, matrices `[out, in]`:
 - `w_in`, `b_in`, `w_out`, `b_out`: an MLP block
 - `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
 
-Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `skip` is the matrix of
-a skip connection; a folded LayerNorm has its `norm_mean_direction`.
+Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front, with the ε of `norm_eps`
+(one number; 1e-5 where it is missing); `skip` is the matrix of a skip connection; a folded LayerNorm has its
+`norm_mean_direction`.
 """
 
 import os
@@ -24,7 +25,7 @@ from rotsparse.layers import MLP, Dense, GatedMLP, Layer
 from rotsparse.norms import Norm, layer_norm, rms_norm
 
 _KINDS = {"w": ("b",), "w_in": ("b_in", "w_out", "b_out"), "w_gate": ("w_up", "w_down", "b_gate", "b_up", "b_down")}
-_COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "skip")
+_COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "norm_eps", "skip")
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -108,6 +109,7 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
     if layer.norm is not None:
         fields = {"norm_scale": "scale", "norm_bias": "bias", "norm_mean_direction": "mean_direction"}
         arrays |= {name: getattr(layer.norm, field) for name, field in fields.items()}
+        arrays["norm_eps"] = np.float64(layer.norm.eps)
         if layer.norm.scale is None:  # absorbed by a fold: a file says that there is a norm by its scale
             arrays["norm_scale"] = np.ones(
                 layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
@@ -122,11 +124,14 @@ def _norm(path, common, kind, width) -> Norm | None:
         return None
     if "norm_scale" not in common:
         raise ValueError(f"{path} holds no norm_scale, the scale γ of the {kind} norm")
+    eps = np.asarray(common.get("norm_eps", 1e-5))
+    if eps.size != 1 or not 0 <= eps.item() < np.inf:
+        raise ValueError(f"{path}: norm_eps should be one number that is not negative, got {eps.tolist()}")
     match kind:
         case "rms":
-            return rms_norm(common["norm_scale"])
+            return rms_norm(common["norm_scale"], float(eps.item()))
         case "layer":
-            norm = layer_norm(common["norm_scale"], common.get("norm_bias"))
+            norm = layer_norm(common["norm_scale"], common.get("norm_bias"), float(eps.item()))
             direction = common.get("norm_mean_direction")
             return norm if direction is None else Norm(norm.scale, norm.bias, direction, width, norm.eps)
     raise ValueError(f"unknown norm {kind!r}: expected rms or layer")

@@ -24,7 +24,11 @@ LAYERS = {
     "mlp": (lambda **o: MLP(draw(H, D), draw(H), draw(OUT, H), draw(OUT), activation="gelu", **o)),
     "gated": (lambda **o: GatedMLP(draw(H, D), draw(H, D), draw(OUT, H), b_up=draw(H), activation="gelu", **o)),
 }
-NORMS = {None: lambda: None, "rms": lambda: rms_norm(draw(D)), "layer": lambda: layer_norm(draw(D), draw(D))}
+NORMS = {
+    None: lambda: None,
+    "rms": lambda: rms_norm(draw(D), eps=0.3),
+    "layer": lambda: layer_norm(draw(D), draw(D), eps=0.3),
+}
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -93,6 +97,8 @@ def test_unfit_layers(tmp_path):
     layer_error(tmp_path, {"w": w}, "no norm_scale", norm="rms")
     layer_error(tmp_path, {"w": w, "norm_scale": draw(D)}, "say which norm")
     layer_error(tmp_path, {"w": w, "norm_scale": draw(D + 1)}, "width", norm="rms")
+    bad = {"w": w, "norm_scale": draw(D), "norm_eps": np.array(-1.0)}
+    layer_error(tmp_path, bad, "norm_eps should be one number that is not negative, got -1", norm="rms")
     layer_error(tmp_path, {"w": draw(3, D)}, "skip connection.*expected d_in = d_out, got 5 and 3", skip=True)
     layer_error(tmp_path, {"w": w, "skip": np.eye(D, dtype=np.float32)}, "already holds", skip=True)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rotsparse.lock import FolderLock
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import TextFile, TokenFile
 from rotsparse.models.store import ActivationStore, StoreWriter
@@ -45,7 +46,7 @@ def capture(
     finished one is only opened.
 
     Raises `ValueError` for settings that make no sense, tokens that the model does not have, activations that are not
-    finite, and a folder that another model or other settings wrote to.
+    finite, a folder that another model or other settings wrote to, and one that another capture is writing to.
     """
     wanted = list(dict.fromkeys(check_point(model.config, point) for point in points))
     body = length - len(source.prefix) - len(source.suffix)
@@ -68,18 +69,29 @@ def capture(
         "batch": batch,
         "dtype": np.dtype(dtype).name,
     }
-    writers = [
-        StoreWriter(Path(folder) / str(p), {**settings, "layer": p.layer, "site": p.site, "width": _width(model, p)})
-        for p in wanted
-    ]
+
+    def open_writers():
+        return [
+            StoreWriter(
+                Path(folder) / str(p), {**settings, "layer": p.layer, "site": p.site, "width": _width(model, p)}
+            )
+            for p in wanted
+        ]
+
+    writers = open_writers()
     if not all(writer.complete for writer in writers):
-        first = min(writer.shards for writer in writers)
-        work = _Work(model, source, tuple(wanted), length, body, keep, sequences, batch, seed, np.dtype(dtype))
-        with _bar(progress) as bar:
-            task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
-            for shard, rows in enumerate(work.shards(per_shard, first, partial(bar.update, task)), start=first):
-                for writer, array in zip(writers, rows, strict=True):
-                    writer.write(shard, array)
+        lock = FolderLock(folder)
+        try:
+            writers = open_writers()  # again, now that nobody else writes
+            first = min(writer.shards for writer in writers)
+            work = _Work(model, source, tuple(wanted), length, body, keep, sequences, batch, seed, np.dtype(dtype))
+            with _bar(progress) as bar:
+                task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
+                for shard, rows in enumerate(work.shards(per_shard, first, partial(bar.update, task)), start=first):
+                    for writer, array in zip(writers, rows, strict=True):
+                        writer.write(shard, array)
+        finally:
+            lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
     return [writer.finish() for writer in writers]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import STORIES, message, needs_stories, tiny
 
+from rotsparse.lock import FolderLock
 from rotsparse.models.capture import capture
 from rotsparse.models.layers import mlp_layer
 from rotsparse.models.load import load_model, load_tokenizer
@@ -121,6 +122,17 @@ def test_a_finished_capture_is_opened_without_running(model, tokens, tmp_path, m
     first = everything(capture(model, tokens, POINTS, tmp_path / "out", **SMALL))
     monkeypatch.setattr(capture_module, "_forward", None)
     np.testing.assert_array_equal(everything(capture(model, tokens, POINTS, tmp_path / "out", **SMALL))[1], first[1])
+
+
+def test_only_one_capture_writes_to_a_folder(model, tokens, tmp_path):
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is in use by process \d+"):
+        capture(model, tokens, POINTS, tmp_path / "out", **SMALL)
+    lock.release()
+    capture(model, tokens, POINTS, tmp_path / "out", **SMALL)
+    lock = FolderLock(tmp_path / "out")  # what is finished is only opened, whoever holds the folder
+    assert len(capture(model, tokens, POINTS, tmp_path / "out", **SMALL)[0]) == 61
+    lock.release()
 
 
 def test_float16(model, tokens, tmp_path):
