@@ -297,8 +297,8 @@ class FoldModel:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 success, 1 the fit went wrong, 2 bad input (with a message), 75 interrupted and can be
-    resumed (EX_TEMPFAIL: try again), 130 interrupted with nothing to go on with."""
+    """Entry point. Exit codes: 0 success, 1 the fit went wrong, 2 bad input or files that cannot be written (with a
+    message), 75 interrupted and can be resumed (EX_TEMPFAIL: try again), 130 interrupted with nothing to go on with."""
     command = tyro.cli(
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Fit, tyro.conf.subcommand("fit")]
@@ -321,7 +321,7 @@ def main() -> None:
     try:
         with handled(signal.SIGTERM, terminated):
             sys.exit(commands.run(command))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"rotsparse: error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interruption:

@@ -1,9 +1,11 @@
 """The log of a fit, written as it runs: one JSON object a line, and the same for TensorBoard."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,15 @@ class LogWriter:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
     def write(self, step: int, **values: Any) -> None:
-        """Add a line; `None` is left out, arrays hold one number a restart."""
+        """Add a line; `None` is left out, arrays hold one number a restart. Where it cannot be written (the disk is
+        full), that is a warning, and the log ends there."""
         line = {name: _plain(value) for name, value in values.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            warnings.warn(f"the log {self._file.name} ends at step {step}: {error.strerror}", stacklevel=2)
+            self.close()
+            self._file, self._events = open(os.devnull, "w"), None
         if self._events is not None:
             for name, value in line.items():
                 numbers = value if isinstance(value, list) else [value]
@@ -70,7 +78,9 @@ class LogWriter:
                     self._events.add_scalar(tag, math.nan if number is None else number, step)
 
     def close(self) -> None:
-        self._file.close()
+        """End the log."""
+        with contextlib.suppress(OSError):  # the line that could not be written before cannot be now
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -1,5 +1,6 @@
 """Runs of the command line that are stopped and resumed: exit codes, what lies where, and the same result."""
 
+import errno
 import json
 import os
 import signal
@@ -96,12 +97,16 @@ def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
 
 def test_stopped_or_failed_behind_the_fit(files, rotsparse, monkeypatch):
     """While the report is drawn: what was fitted is kept."""
+
+    def full_disk(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patched:
-        patched.setattr("rotsparse.report.write_report", lambda *a, **k: (_ for _ in ()).throw(ValueError("no paper")))
+        patched.setattr("rotsparse.report.write_report", full_disk)
         code, said = rotsparse(*fit(20))
-        assert code == 2 and "no paper" in said
+        assert code == 2 and "error: [Errno 28] No space left on device" in said
     code, said = rotsparse("runs", ".")
-    assert "failed" in said and "no paper" in said
+    assert "failed" in said and "No space left" in said
     with monkeypatch.context() as patched:
         patched.setattr("rotsparse.report.write_report", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
         assert rotsparse(*fit(20, "--resume"))[0] == 75

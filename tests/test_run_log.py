@@ -49,6 +49,18 @@ def test_going_on_drops_what_was_written_behind_the_checkpoint(tmp_path):
     assert steps(tmp_path) == [5]
 
 
+def test_a_full_disk_ends_the_log_and_not_the_fit(tmp_path):
+    writer = RunLog(tmp_path).open(0)
+    writer.write(10, seconds=1.0)
+    writer._file.close()
+    writer._file = open("/dev/full", "w", buffering=1)
+    with pytest.warns(UserWarning, match="/dev/full ends at step 20: No space left on device"):
+        writer.write(20, seconds=2.0)
+    writer.write(30, seconds=3.0)
+    writer.close()
+    assert steps(tmp_path) == [10]
+
+
 def test_parts_and_targets_that_cannot_be_written(tmp_path):
     write(RunLog.of(tmp_path).part("0"), 10)
     assert steps(tmp_path / "0") == [10]
