@@ -3,9 +3,13 @@
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 LOCK = "lock"
+
+# Whoever asks whether a folder is locked (`held`) locks it for a moment.
+ATTEMPTS = 5
 
 
 class FolderLock:
@@ -31,15 +35,16 @@ class FolderLock:
             file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            raise ValueError(
-                f"{self.folder} is in use by {holder}: wait until it has finished, or choose another folder"
-            ) from None
-        return file
+        for attempt in range(ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except OSError:
+                if attempt < ATTEMPTS - 1:
+                    time.sleep(0.1)
+        holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise ValueError(f"{self.folder} is in use by {holder}: wait until it has finished, or choose another folder")
 
     def _in_place(self) -> bool:
         try:
