@@ -11,6 +11,7 @@ program, and each reads only the examples of its own devices.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class Devices:
         """The arrays of a tree as a whole, on this process's default device."""
         if self.mesh is None:
             return tree
-        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, _EVERYWHERE))(tree)
+        whole = _identity(NamedSharding(self.mesh, _EVERYWHERE))(tree)
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf.addressable_data(0))), whole)
 
     # --- minibatches
@@ -189,6 +190,12 @@ class _Blocks:
 
     def spread(self) -> Array:
         return jax.make_array_from_callback(self.shape, self.sharding, lambda i: self.blocks[_bounds(i, self.shape)])
+
+
+@functools.cache
+def _identity(sharding: NamedSharding) -> Callable[[Any], Any]:
+    """A program that only moves what it is given. Kept, so that it is compiled once."""
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple:

@@ -1,6 +1,9 @@
 """Sources: the rows of files, stores and datasets are those of the array, and what is wrong with them is said."""
 
 import json
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
@@ -227,6 +230,30 @@ def test_an_interrupted_fit_from_a_source_goes_on_with_the_same_bits(problem, tm
     assert resumed.stats["resumed_at"] == 20
     np.testing.assert_array_equal(resumed.history.objective, whole.history.objective)
     np.testing.assert_array_equal(resumed.bases["out"], whole.bases["out"])
+
+
+MEMORY = """
+import resource, sys
+import jax, numpy as np, optax
+import rotsparse as rs
+
+rng = np.random.default_rng(0)
+layer = rs.MLP(*(rng.standard_normal(shape, np.float32) / 8 for shape in [(64, 64), 64, (64, 64)]), activation="gelu")
+for copies in (4, 16):
+    source = rs.open_source([sys.argv[1]] * copies)
+    options = {"solver": rs.Riemannian(optax.adam(0.05)), "steps": 200, "batch_size": 64}
+    assert rs.find_rotations(layer, source, key=jax.random.key(0), **options).result.ok
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(rng, tmp_path):
+    np.save(tmp_path / "x.npy", rng.standard_normal((2**18, 64), np.float32))  # 64 MB
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x.npy")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    small, large = map(int, out.stdout.split())
+    assert large - small < 0.15 * 12 * 2**26  # of what was added to the data
 
 
 def test_fits_that_a_source_cannot_serve(problem):
