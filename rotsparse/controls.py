@@ -22,7 +22,8 @@ from rotsparse.statistics import Rows, chunks
 _ROWS = 1024
 
 GAIN = 1.1
-"""A layer that beats its controls by less than this factor has no structure worth the name, however sure."""
+"""A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
+name, however sure. Odds, because shares of nearly one (of directions that hardly vary) leave no room for factors."""
 
 
 def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
@@ -49,11 +50,11 @@ def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
 
 
 def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
-    """Whether a metric where higher is sparser says that there is learned structure, and the conclusion in words:
-    the learned basis of a layer against those of its null models (the same fit with random weights)."""
+    """Whether the share of small entries says that a layer has learned structure, and the conclusion in words: its
+    learned basis against those of its null models (the same fit with random weights)."""
     low, high = min(c.low for c in controls), max(c.high for c in controls)
     mean = float(np.mean([c.value for c in controls]))
-    structure = learned.low > high and learned.value > GAIN * mean
+    structure = learned.low > high and learned.value * (1 - mean) > GAIN * mean * (1 - learned.value)
     compared = "above" if learned.low > high else "below" if learned.high < low else "within"
     return structure, (
         f"{learned.value:.3f} of the entries are small, {mean:.3f} with random weights ({compared} their range): "

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from rotsparse.controls import finite_effects, random_perturbation, random_weights, shuffled_inputs
+from rotsparse.controls import beyond_control, finite_effects, random_perturbation, random_weights, shuffled_inputs
 from rotsparse.identifiability import identifiability
+from rotsparse.intervals import Interval
 
 
 @pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
@@ -125,3 +126,19 @@ def test_a_null_and_restarts_are_needed(rng):
         identifiability(layer, x, single, [])
     with pytest.raises(ValueError, match="restarts"):
         identifiability(layer, x, single, [(layer, x, single)])
+
+
+@pytest.mark.parametrize(
+    ("learned", "control", "structure"),
+    [
+        ((0.20, 0.19, 0.21), (0.16, 0.15, 0.17), True),
+        ((0.20, 0.16, 0.24), (0.16, 0.15, 0.17), False),  # not sure
+        ((0.150, 0.149, 0.151), (0.145, 0.144, 0.146), False),  # sure, but next to nothing
+        ((0.98, 0.979, 0.981), (0.95, 0.949, 0.951), True),  # near one, where factors of shares say nothing
+        ((0.76, 0.75, 0.77), (0.88, 0.87, 0.89), False),
+    ],
+)
+def test_structure_is_more_than_the_control_and_worth_the_name(learned, control, structure):
+    found, words = beyond_control(Interval(*learned), [Interval(*control)])
+    assert found == structure
+    assert words.endswith("learned" if structure else "beyond chance")
