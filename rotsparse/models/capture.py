@@ -1,6 +1,6 @@
 """From text to activation stores: run a model over tokens and keep what passes at some of its points.
 
-Tokens stream in and rows stream out, one shard at a time: memory does not grow with their number. What each shard holds
+Tokens stream in and rows stream out, a batch at a time: memory does not grow with their number. What each shard holds
 depends only on the settings and its number, so an interrupted capture goes on with the first shard that is missing.
 """
 
@@ -87,10 +87,15 @@ def capture(
             work = _Work(model, source, tuple(wanted), length, body, keep, sequences, batch, seed, np.dtype(dtype))
             with _bar(progress) as bar:
                 task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
-                for shard, rows in enumerate(work.shards(per_shard, first, partial(bar.update, task)), start=first):
-                    for writer, array in zip(writers, rows, strict=True):
-                        writer.write(shard, array)
+                for shard, batches in work.shards(per_shard, first, partial(bar.update, task)):
+                    for rows in batches:
+                        for writer, array in zip(writers, rows, strict=True):
+                            writer.append(shard, array)
+                    for writer in writers:
+                        writer.close(shard)
         finally:
+            for writer in writers:
+                writer.abandon()
             lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
@@ -112,18 +117,22 @@ class _Work:
     seed: int
     dtype: np.dtype
 
-    def shards(self, per_shard: int, first: int, progress: Callable) -> Iterator[list[np.ndarray]]:
-        """The rows of every shard from number `first` on, an array for each point."""
+    def shards(
+        self, per_shard: int, first: int, progress: Callable
+    ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
+        """Every shard from number `first` on: its number, and its rows in batches, an array for each point."""
         lines = itertools.islice(self.source.sequences(self.body), self.sequences)
         params = jax.tree.map(jnp.asarray, self.model.params)
-        # Tokens of finished shards are read over, not run.
-        for shard, group in enumerate(itertools.islice(_groups(lines, per_shard), first, None), start=first):
-            batches = []
+
+        def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
             for start in range(0, len(group), self.batch):
                 chunk = group[start : start + self.batch]
-                batches.append(self._rows(params, [line for line, _ in chunk], shard * per_shard + start))
+                yield self._rows(params, [line for line, _ in chunk], shard * per_shard + start)
                 progress(completed=chunk[-1][1])
-            yield [np.concatenate(rows) for rows in zip(*batches, strict=True)]
+
+        # Tokens of finished shards are read over, not run.
+        for shard, group in enumerate(itertools.islice(_groups(lines, per_shard), first, None), start=first):
+            yield shard, batches(shard, group)
 
     def _rows(self, params, lines: list[np.ndarray], number: int) -> list[np.ndarray]:
         """The kept rows of a batch whose first sequence has that number."""

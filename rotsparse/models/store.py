@@ -5,7 +5,6 @@ SHA-256. It is replaced after each shard, so that whatever it lists is whole, an
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -108,6 +107,7 @@ class StoreWriter:
         elif begun is None and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no activations: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        self._open: _GrowingArray | None = None
 
     @property
     def complete(self) -> bool:
@@ -119,20 +119,39 @@ class StoreWriter:
         return len(self.manifest["shards"])
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Shard number `index`; one that is there already is left alone."""
+        """Shard number `index`, whole; one that is there already is left alone."""
+        self.append(index, rows)
+        self.close(index)
+
+    def append(self, index: int, rows: np.ndarray) -> None:
+        """Add rows to shard number `index`, the next one, which nobody sees before `close`. Of one that is there
+        already nothing changes."""
         if index < self.shards:
             return
         assert index == self.shards, "shards are written in order"
-        if index == 0:
-            self._save()  # from now on the folder is known as this store, whatever happens
-        buffer = io.BytesIO()
-        np.save(buffer, rows)
-        payload, file = buffer.getvalue(), f"{index:05d}.npy"
-        write_atomically(self.folder / file, payload)
-        digest = hashlib.sha256(payload).hexdigest()
-        self.manifest["shards"].append({"file": file, "rows": len(rows), "sha256": digest})
-        self.manifest["rows"] += len(rows)
+        if self._open is None:
+            if index == 0:
+                self._save()  # from now on the folder is known as this store, whatever happens
+            self._open = _GrowingArray(self.folder / f".{index:05d}.npy.part")
+        self._open.append(rows)
+
+    def close(self, index: int) -> None:
+        """Shard number `index` is whole."""
+        if index < self.shards:
+            return
+        assert self._open is not None, "a shard has rows"
+        file = f"{index:05d}.npy"
+        rows, digest = self._open.move_to(self.folder / file)
+        self._open = None
+        self.manifest["shards"].append({"file": file, "rows": rows, "sha256": digest})
+        self.manifest["rows"] += rows
         self._save()
+
+    def abandon(self) -> None:
+        """Forget a shard that was not closed."""
+        if self._open is not None:
+            self._open.remove()
+            self._open = None
 
     def finish(self) -> ActivationStore:
         """Mark the store as complete."""
@@ -155,3 +174,40 @@ class StoreWriter:
                     f"{self.folder} was begun with {name} = {found.get(name)!r}, not {wanted.get(name)!r}: choose "
                     "another folder, or the same settings to go on"
                 )
+
+
+class _GrowingArray:
+    """A `.npy` file that rows are added to, so that a shard never has to be in memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._rows = path, 0
+        self._file = path.open("w+b")
+
+    def append(self, rows: np.ndarray) -> None:
+        if not self._rows:
+            self._like = rows[:0]
+            self._write_header()
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._rows += len(rows)
+
+    def move_to(self, path: Path) -> tuple[int, str]:
+        """Put the whole array in its place: the number of its rows, and its SHA-256."""
+        with self._file as file:
+            file.seek(0)
+            self._write_header()
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(self._path, path)
+        return self._rows, digest
+
+    def remove(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write_header(self) -> None:
+        # NumPy leaves room for any number of rows: the header can be written again in place.
+        descr = np.lib.format.dtype_to_descr(self._like.dtype)
+        shape = (self._rows, *self._like.shape[1:])
+        np.lib.format.write_array_header_1_0(self._file, {"descr": descr, "fortran_order": False, "shape": shape})
