@@ -38,8 +38,10 @@ def runs_in(folder: str | Path) -> list[Run]:
 
 def table(folder: str | Path) -> Table:
     """The runs in a folder as a table to print."""
-    shown = Table("run", "command", "state", "steps", "best value", "")
-    for run in runs_in(folder):
+    found = runs_in(folder)
+    title = None if found else f"no runs in {folder}"
+    shown = Table("run", "command", "state", "steps", "best value", "", title=title)
+    for run in found:
         steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
         value = "" if math.isnan(run.value) else f"{run.value:.4f}"
         name = str(run.folder.relative_to(folder)) if run.folder != Path(folder) else str(run.folder)

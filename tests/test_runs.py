@@ -155,6 +155,9 @@ def test_the_list_of_runs(tmp_path):
     with console.capture() as shown:
         console.print(run_list.table(tmp_path))
     assert "30 of 50" in shown.get() and "disk on fire" in shown.get()
+    assert run_list.table(tmp_path / "good").title is None
+    (tmp_path / "empty").mkdir()
+    assert run_list.table(tmp_path / "empty").title == f"no runs in {tmp_path / 'empty'}"
     with pytest.raises(ValueError, match="not a folder"):
         run_list.runs_in(tmp_path / "missing")
 
