@@ -19,11 +19,11 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from _modular_addition import COPIES, STAGES, Copies, Frame, Network, P, frames
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse.ablation import EdgeAblation, accuracy
@@ -335,19 +335,29 @@ def report(networks: dict[str, dict[str, Any]], means: dict[str, dict[str, float
     return "\n".join(lines) + "\n"
 
 
-def figure(edges: dict[str, dict[str, float]], path: Path) -> None:
-    """Edges needed by stage and basis."""
+def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any]]) -> Figure:
+    """Edges needed by stage and basis, and every stage's small Jacobian entries beside random weights."""
     methods = sorted(edges["sum"], key=lambda m: edges["sum"][m])
-    fig, axes = plt.subplots(1, len(edges), figsize=(14, 4), sharey=True, layout="constrained")
+    fig = Figure(figsize=(16, 4), dpi=120, layout="constrained")
+    *axes, last = fig.subplots(1, len(edges) + 1)
+    colours = ["#d55e00" if m.startswith("learned") else "#8a8a8a" for m in methods]
     for axis, (stage, counts) in zip(axes, edges.items(), strict=True):
-        colours = ["tab:orange" if m.startswith("learned") else "tab:gray" for m in methods]
         bars = axis.barh(methods, [counts[m] for m in methods], color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=2)
-        axis.set(title=stage, xscale="log", xlabel="edges needed")
-        axis.margins(x=0.2)
-    axes[0].invert_yaxis()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+        axis.set(title=stage, xscale="log", xlabel="edges needed", xlim=(5, 2e5))
+        axis.invert_yaxis()
+        if axis is not axes[0]:
+            axis.set_yticklabels([])
+    for offset, (name, colour) in zip(
+        (-0.1, 0.1), {"learned": "#d55e00", "random_weights": "#8a8a8a"}.items(), strict=True
+    ):
+        found = [[of["controls"][stage][name]["value"] for of in networks.values()] for stage in STAGES]
+        at = np.repeat(np.arange(len(STAGES)) + offset, len(networks))
+        last.plot(at, np.ravel(found), "o", color=colour, label=name.replace("_", " "))
+    last.set(title="Jacobian entries below 0.1 rms", ylim=(0, 1), xlim=(-0.5, len(STAGES) - 0.5))
+    last.set_xticks(range(len(STAGES)), list(STAGES))
+    last.legend(frameon=False, loc="lower left")
+    return fig
 
 
 def main(config: Config) -> None:
@@ -367,8 +377,7 @@ def main(config: Config) -> None:
     text = report(networks, means, config)
     print(text)
     with new_run(config.out, overwrite=config.overwrite) as folder:
-        (folder / "figures").mkdir()
-        figure(means, folder / "figures" / "edges_needed.png")
+        figure(means, networks).savefig(folder / "edges_needed.png")
         (folder / "report.md").write_text(text)
         common.write_metrics(folder, config, {"edges_needed": means, "networks": networks})
 
