@@ -1,0 +1,188 @@
+"""Sparsity of rotated per-example Jacobians."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rotsparse import checks
+from rotsparse.checks import Data
+from rotsparse.layers import Layer, Subspace
+from rotsparse.measures import Measure, with_eps
+from rotsparse.objectives.base import add_grads, replace_fields
+from rotsparse.objectives.examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
+from rotsparse.objectives.part import Part, check_part
+from rotsparse.orthogonal import matmul, skew
+from rotsparse.sources import Source, in_memory
+from rotsparse.statistics import Moments, chunk_size, jacobian_gram
+
+# Variances below this fraction of the mean variance count as this much: the square root of zero has no gradient.
+VARIANCE_FLOOR = 1e-6
+
+
+class JacobianSparsity(OnExamples):
+    """`E_x mean_{o,i} S(z_oi(x))`, `z = Z sd / rms(Z sd)`, `Z(x) = R_out J(x) R_inᵀ`.
+
+    Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
+    `scale_inputs=False`: a unit change along a direction that never varies is not a local change. The root mean
+    square is that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`,
+    also when the examples are sampled), so the objective does not reward making Z small.
+
+    `x` is `[n, d_in]`, or a source, of which a part is kept in `x`: on that the objective is valued and `E[JᵀJ]` is
+    taken, while Σ is that of the whole source (`moments`, if they are known). `batch_size` examples are drawn for each
+    step when it is given. `precision` is that of the large matrix products: "highest" is full float32; "tensorfloat32"
+    limits ε to about 1% of the rms, "bfloat16" to about 5%.
+    With `part=(s, t)` a step sees s rows and t columns of Z only, drawn uniformly with the minibatch: value and
+    gradient stay unbiased (see `Part`), and s = d_out/2, t = d_in/2 take about a quarter of the time.
+
+    One value and gradient cost `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in without `part`.
+
+    Raises `ValueError` for inputs that do not fit the layer or are not finite, a tied fit of a layer with d_in ≠ d_out,
+    and parts that are smaller than two or larger than the layer, or of a measure that is not elementwise.
+    """
+
+    layer: Layer
+    x: Float[Array, "n d_in"]
+    measure: Measure
+    gram: Float[Array, "d_in d_in"]
+    covariance: Float[Array, "d_in d_in"] | None
+    space_in: str = eqx.field(static=True)
+    space_out: str = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+    part: tuple[int, int] | None = eqx.field(static=True)
+    drawn: "Part | None"
+    precision: str = eqx.field(static=True)
+    chunk: int = eqx.field(static=True)
+    source: Source | None = eqx.field(static=True)
+    total: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: Layer,
+        x: Float[Data, "n d_in"] | Source,
+        measure: Measure,
+        *,
+        scale_inputs: bool = True,
+        space_in: str = "in",
+        space_out: str = "out",
+        batch_size: int | None = None,
+        part: tuple[int, int] | None = None,
+        precision: str = "highest",
+        moments: Moments | None = None,
+    ):
+        kept, self.source = examples_of(x, batch_size)
+        self.x, self.total = checks.activations("x", kept, layer.d_in), None
+        # Of examples that are not in memory some may activate more neurons than any of these.
+        self.layer = layer = layer.gathered(self.x) if self.source is None else layer
+        self.measure = with_eps(measure, measure.eps, self.x.dtype)
+        self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
+        self.covariance = None
+        if scale_inputs:
+            moments = moments_of(self.x, self.source) if moments is None else moments
+            self.covariance = jnp.asarray(moments.covariance, self.x.dtype)
+        self.space_in, self.space_out = space_in, space_out
+        if space_in == space_out and layer.d_in != layer.d_out:
+            raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
+        self.batch_size = batch_size
+        self.part, self.drawn = check_part(part, layer, measure), None
+        self.precision = precision
+        self.chunk = chunk_size(layer, CHUNK_BYTES)
+
+    @property
+    def spaces(self):
+        return {self.space_in: self.layer.d_in, self.space_out: self.layer.d_out}
+
+    def within(self, subspace: Subspace) -> "JacobianSparsity":
+        """The same objective on some directions of the layer's inputs and outputs only."""
+        subspace = subspace.gathered(self.x) if self.source is None else subspace
+        frame = subspace.frame_in
+        part = None if self.part is None else (min(self.part[0], subspace.d_out), min(self.part[1], subspace.d_in))
+        return replace_fields(
+            self,
+            layer=subspace,
+            part=part,
+            gram=jnp.asarray(jacobian_gram(subspace, self.x), self.x.dtype),
+            covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
+            chunk=chunk_size(subspace, CHUNK_BYTES),
+        )
+
+    def on(self, x: Float[Data, "n d_in"] | Source) -> "JacobianSparsity":
+        """The same objective on other examples (held-out ones, say; of a source, the part that is kept in memory), with
+        everything that normalises it computed anew from them."""
+        return JacobianSparsity(
+            self.layer,
+            in_memory(x)[0],
+            self.measure,
+            scale_inputs=self.covariance is not None,
+            space_in=self.space_in,
+            space_out=self.space_out,
+            precision=self.precision,
+        )
+
+    def sample(self, key, fetched=None):
+        sampled = super().sample(key, fetched)
+        if self.part is None:
+            return sampled
+        return replace_fields(sampled, drawn=Part.draw(key, self.part, (self.layer.d_out, self.layer.d_in)))
+
+    @property
+    def batch_share(self):
+        entries = self.layer.d_out * self.layer.d_in
+        return super().batch_share * (1.0 if self.part is None else math.prod(self.part) / entries)
+
+    def value(self, bases):
+        r_in, r_out = bases[self.space_in], bases[self.space_out]
+        column_scale = self._scale(r_in)[0]
+        if self.drawn is not None:
+            r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
+
+        def chunk_sum(x, weights):
+            z = self.layer.jacobian(x, r_in, r_out) * column_scale
+            return jnp.sum(weights * self.measure.example_value(z))
+
+        return self.sum(chunk_sum) / self.count
+
+    def value_and_grad(self, bases):
+        r_in, r_out = bases[self.space_in], bases[self.space_out]
+        column_scale, variance, gain, sigma, gram = self._scale(r_in)
+        if self.drawn is not None:
+            r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
+        entries = r_in.shape[0] * r_out.shape[0]
+
+        def chunk_sums(x, weights):
+            z = self.layer.jacobian(x, r_in, r_out) * column_scale
+            g = self.measure.example_slope(z) * weights[:, None, None]
+            value = jnp.sum(weights * self.measure.example_value(z))
+            return value, jnp.einsum("noi,npi->op", g, z), jnp.einsum("noi,noj->ij", g, z)
+
+        value, h_out, h_in = self.sum(chunk_sums)
+        value, h_out, h_in = value / self.count, h_out / (self.count * entries), h_in / (self.count * entries)
+        if self.drawn is not None:
+            h_out, h_in = self.drawn.spread(h_out, h_in, (self.layer.d_out, self.layer.d_in))
+
+        # h_in is E[Gᵀ Z'] with Z' = Z sd/ρ; the derivative through Z alone is sd_i (Gᵀ Z')_ij / sd_j.
+        grad_in = h_in
+        if sigma is not None:
+            sd = jnp.sqrt(variance)
+            grad_in = sd[:, None] * h_in / sd
+            # through sd_i, whose derivative along δr_i is (δr_i Σ r_iᵀ)/sd_i ...
+            pull = jnp.diagonal(h_in)
+            grad_in += (pull / variance)[:, None] * sigma
+            # ... and through ρ² = mean_i(sd_i² ‖J r_i‖²), which all entries share.
+            share = jnp.sum(pull) / jnp.sum(variance * gain)
+            grad_in -= share * (gain[:, None] * sigma + variance[:, None] * gram)
+        return value, add_grads({self.space_in: skew(grad_in)}, {self.space_out: skew(h_out)})
+
+    def _scale(self, r_in):
+        """`sd_i / ρ` for every column, and what the gradient needs: `sd²`, `E‖J r_i‖²`, `R Σ Rᵀ` and `R E[JᵀJ] Rᵀ`."""
+        gram = matmul(matmul(r_in, self.gram), r_in.T)
+        gain = jnp.diagonal(gram)
+        entries = r_in.shape[0] * self.layer.d_out
+        if self.covariance is None:
+            return jax.lax.rsqrt(jnp.sum(gain) / entries), jnp.ones_like(gain), gain, None, gram
+        sigma = matmul(matmul(r_in, self.covariance), r_in.T)
+        variance = jnp.maximum(jnp.diagonal(sigma), 0)
+        variance += VARIANCE_FLOOR * jnp.trace(self.covariance) / self.layer.d_in
+        return jnp.sqrt(variance * entries / jnp.sum(variance * gain)), variance, gain, sigma, gram
