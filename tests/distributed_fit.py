@@ -54,11 +54,14 @@ def fit(case, mesh):
     if case == "source":
         sources.RESIDENT_EXAMPLES = 50
         return rs.find_rotations(LAYER, np.load(OPTIONS["data"], mmap_mode="r"), solver=ADAM, batch_size=16, **options)
-    if case == "sum":
-        terms = JacobianSparsity(LAYER, X, rs.Log(0.1), batch_size=9), ActivationSparsity(X, rs.Log(0.1), batch_size=30)
-        return rs.minimize(WeightedSum(terms, (1.0, 0.5)), {"in": np.eye(7), "out": np.eye(6)}, solver=ADAM, **options)
-    assert case == "default"
-    return rs.find_rotations(LAYER, X, **options | {"steps": 4})
+    assert case == "sum"
+    terms = JacobianSparsity(LAYER, X, rs.Log(0.1), batch_size=9), ActivationSparsity(X, rs.Log(0.1), batch_size=30)
+    return rs.minimize(
+        WeightedSum(terms, (1.0, 0.5)),
+        {"in": np.eye(7, dtype=DTYPE), "out": np.eye(6, dtype=DTYPE)},
+        solver=ADAM,
+        **options,
+    )
 
 
 def main():

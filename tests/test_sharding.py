@@ -60,7 +60,7 @@ def test_the_number_of_devices_makes_no_difference():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("x64", [True, False])
-@pytest.mark.parametrize("case", ["full", "minibatch", "source", "sum", "default"])
+@pytest.mark.parametrize("case", ["full", "minibatch", "source", "sum"])
 def test_every_number_of_devices(case, x64, tmp_path):
     meshes = [None, [1, 1], [2, 1], [4, 1], [8, 1], [2, 2], [8, 2]]
     values = fit(devices=8, meshes=meshes, cases=[case], x64=x64, steps=15, data=str(tmp_path / "x.npy"))
@@ -95,6 +95,7 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
         time.sleep(0.05)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
+    processes[victim].communicate()
     _, message = processes[1 - victim].communicate(timeout=60)
     print(f"the other process ended {time.monotonic() - killed:.1f} s after the kill")
     assert time.monotonic() - killed < 60 and processes[1 - victim].returncode != 0 and message
