@@ -77,7 +77,7 @@ class Config:
 def quick(config: Config) -> Config:
     return dataclasses.replace(
         config,
-        stages=("pixels → hidden 1", SECOND, "hidden 2 → logits", BLOCK),
+        stages=("pixels → hidden 1", SECOND, BLOCK),
         images=(2000, 500, 500),
         energy=0.9,
         steps=2000,
