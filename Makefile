@@ -16,7 +16,8 @@ help:
 	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
 	@echo "make test         fast tests          make slow    long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
-	@echo "make bench        all benchmarks      make experiments  all experiments, in their quick form"
+	@echo "make bench        all benchmarks (hours; ARGS=--quick: minutes)"
+	@echo "make experiments  all experiments, in their quick form"
 	@echo "make clean        remove .venv, build outputs and caches (runs/ stays)"
 
 # pip is the last thing that venv installs: where it exists, the environment is complete.
@@ -29,7 +30,7 @@ $(BIN)/pip:
 extras-core :=
 extras-tests := [tests,models,tensorboard]
 extras-dev := [dev]
-extras-benchmarks := [benchmarks]
+extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
 extras-peers := [tests,peers]
 
@@ -57,8 +58,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-benchmarks
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
-	  echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@mkdir -p runs/benchmarks
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py | grep -v summary); do \
+	  echo "== $$script"; \
+	  $(BIN)/python $$script --out runs/benchmarks/$$(basename $$script .py).json $(ARGS); done
+	$(BIN)/python benchmarks/summary.py
 
 experiments: $(VENV)/.installed-experiments
 	@set -e; for script in $$(grep -l __main__ experiments/*.py); do \

@@ -43,8 +43,9 @@ class Config:
     """A Hugging Face folder of all-MiniLM-L6-v2."""
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
-    out: Path = Path("runs/benchmarks/pca")
-    """The folder for pca.json (where networks of earlier runs of the same form are kept) and pca.md."""
+    out: Path = Path("runs/benchmarks/pca.json")
+    """A JSON file for the figures (where networks of earlier runs of the same form are kept); the tables go beside it,
+    into a Markdown file of the same name."""
     publish: bool = False
     """Write the tables into docs/results.md and README.md."""
     seed: int = 0
@@ -115,10 +116,9 @@ def replace_between(path: Path, text: str) -> None:
 def main(config: Config) -> None:
     console = Console()
     config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
-    file = config.out / "pca.json"
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     plain = json.loads(json.dumps(plain))
-    earlier = json.loads(file.read_text()) if file.exists() else {"config": {}}
+    earlier = json.loads(config.out.read_text()) if config.out.exists() else {"config": {}}
     same = all(earlier["config"].get(k) == plain[k] for k in ("quick", "seed", "examples", "steps"))
     found = earlier["networks"] if same else {}
     everything = list(cases(config.data, config.minilm, seed=config.seed, quick=config.quick))
@@ -134,13 +134,13 @@ def main(config: Config) -> None:
         console.print(result.comparison.table(name, seconds=result.seconds))
         console.print(f"{result.conclusion}\n", highlight=False)
         found[name] = result.to_json()
-        config.out.mkdir(parents=True, exist_ok=True)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"config": plain, "versions": versions(), "networks": found}
-        write_json(file, content)
+        write_json(config.out, content)
     networks = {name: found[name] for name, _ in everything if name in found}
     text = tables(networks, METRICS) + "\n" + evidence(networks)
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
-    (config.out / "pca.md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
+    config.out.with_suffix(".md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
     if config.publish:
         replace_between(ROOT / "docs/results.md", text)
         replace_between(ROOT / "README.md", tables(networks, METRICS[:1]))
