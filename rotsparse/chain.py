@@ -101,7 +101,8 @@ class ChainSolution:
 
     def summary(self) -> str:
         """A few lines for a person."""
-        lines = ["held-out objective: found (neurons, random)"]
+        lines = [str(s.result.value) for s in self.solutions if s.result is Result.INTERRUPTED]
+        lines.append("held-out objective: found (neurons, random)")
         for layer, values in enumerate(zip(self.values, self.neuron_values, self.random_values, strict=True)):
             lines.append("layer {}: {:.4f} ({:.4f}, {:.4f})".format(layer, *values))
         return "\n".join([*lines, *map(str, self.matches)])

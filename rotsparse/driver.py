@@ -115,7 +115,7 @@ def minimize(
         if log is not None and is_first_process():
             writer = stack.enter_context(contextlib.closing(RunLog.of(log).open(int(state.step))))
         bar = stack.enter_context(Progress(steps, enabled=progress and is_first_process()))
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(terminate=session is not None))
         state, result, detail = _run(fit, state, check_every, patience, begun, session, writer, bar, stop)
     # The last look is not saved: a run that goes on has to be like one that never stopped.
     if result is not Result.NON_FINITE and state.checked_at[state.checks - 1] != state.step:

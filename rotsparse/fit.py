@@ -92,7 +92,8 @@ def find_rotations(
     - `key`: same key and inputs, same bits on the same machine.
     - `checkpoint`: a folder, or `Checkpoints(folder, every_minutes=...)`. The fit saves its state there, and one that
       was stopped, by whatever, goes on from there when it is called again: with the same bits as if it had never
-      stopped. On SIGINT and SIGTERM it saves and returns `Result.INTERRUPTED`.
+      stopped. On SIGINT and SIGTERM it saves and returns `Result.INTERRUPTED`. (Without a checkpoint only SIGINT, which
+      is Ctrl-C, does that; SIGTERM ends the process as usual.)
     - `mesh`: `device_mesh()` spreads the examples over all devices of all hosts, `device_mesh(restarts=2)` the restarts
       as well. The same examples are drawn as without.
     - `log`: a folder, or `RunLog(folder, tensorboard=True)`, for a log that is written as the fit runs.

@@ -14,15 +14,17 @@ class StopSignals:
     """`with StopSignals() as stop: ... if stop.requested: ...`
 
     Inside the block the first signal is only noted; another SIGINT raises `KeyboardInterrupt`, for who cannot wait.
-    Outside the main thread, where Python allows no handlers, nothing is ever noted.
+    Outside the main thread, where Python allows no handlers, nothing is ever noted. With `terminate=False` SIGTERM does
+    what it always does: for fits that have nowhere to save what they would stop for.
     """
 
-    def __init__(self):
+    def __init__(self, *, terminate: bool = True):
         self.requested = False
+        self._numbers = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             self._handlers.enter_context(handled(number, self._note))
         return self
 

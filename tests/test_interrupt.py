@@ -31,6 +31,12 @@ def test_the_first_signal_is_noted(number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_sigterm_ends_a_fit_that_cannot_save():
+    """A script that is told to end must not take an unfinished fit for a finished one and go on."""
+    with handled(signal.SIGTERM, terminated), pytest.raises(Interrupted), StopSignals(terminate=False):
+        send(signal.SIGTERM)
+
+
 def test_a_second_ctrl_c_does_not_wait():
     with pytest.raises(KeyboardInterrupt), StopSignals():
         send(signal.SIGINT)
