@@ -10,6 +10,7 @@ import dataclasses
 import os
 from typing import Any, cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +20,21 @@ from rotsparse import checks
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
 from rotsparse.driver import STEPS, minimize
-from rotsparse.measures import Measure, TopK
+from rotsparse.measures import GemanMcClure, Measure, TopK
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.orthogonal import matmul
 from rotsparse.run_log import RunLog
 from rotsparse.solution import Result, Solution
+from rotsparse.solvers import Annealing
 from rotsparse.solvers.activation import fit_activations
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 # Examples a step. An example is one row here, not a matrix: more are needed for a gradient of the same quality.
 BATCH_SIZE = 256
+
+# What TopK is annealed on at first, and the first angle on TopK itself.
+SMOOTH = GemanMcClure(0.6)
+SMALL_ANGLE = 0.1
 
 # Steps of the power method after annealing.
 RAISES = 60
@@ -60,9 +66,11 @@ def find_basis(
       directions there *are*, take a sharp measure that is not told how many, such as `Log(0.1)`.
     - `start`: where the first restart begins (default: the neurons), the others begin at Haar-random rotations.
       `validation`: held-out activations; when given, the best step, restart and method are chosen on them.
-    - `steps` of annealing, with `batch_size` examples each. Then full-batch steps that only descend: for `TopK` the
-      power method, from where annealing ended and from the principal components; for other measures `fit_activations`,
-      from there and from a random start. What is lower stays.
+    - `steps` of annealing, with `batch_size` examples each; for `TopK` the first half on a smooth measure
+      (`GemanMcClure(0.6)`), whose gradient every coordinate feels, and the second at small angles on `TopK` itself.
+      Then full-batch steps that only descend: for `TopK` the power method, from where annealing ended and from the
+      principal components; for other measures `fit_activations`, from there and from a random start. What is lower
+      stays.
 
     Returns a `Solution`, never one that is worse, by what it is chosen on, than its start; its `certificate` says what
     each part reached. Same key and inputs, same bits on the same machine. Raises `ValueError` for activations that are
@@ -74,17 +82,13 @@ def find_basis(
     d, dtype = objective.x.shape[1], objective.x.dtype
     first = jnp.eye(d, dtype=dtype) if start is None else jnp.asarray(checks.weight("start", start, (d, d)), dtype)
     held_out = None if validation is None else objective.on(checks.activations("validation", validation, d))
-    solution = minimize(
-        objective,
-        {SPACE: first},
-        key=key,
-        steps=steps,
-        restarts=restarts,
-        validation=held_out,
-        progress=progress,
-        checkpoint=checkpoint,
-        log=log,
-    )
+    options: dict[str, Any] = {"key": key, "validation": held_out, "progress": progress}
+    start_bases = {SPACE: first}
+    if isinstance(measure, TopK):
+        solution = _anneal_twice(objective, start_bases, restarts, steps, checkpoint, log, options)
+    else:
+        options |= {"restarts": restarts, "steps": steps, "checkpoint": checkpoint, "log": log}
+        solution = minimize(objective, start_bases, **options)
     if solution.result in (Result.INTERRUPTED, Result.NON_FINITE):
         return solution
     finish = _raise_largest if isinstance(measure, TopK) else _fixed_point
@@ -95,6 +99,41 @@ def find_basis(
         reached = float(np.min(solution.candidate_values))
         said += [f"{name} {reached:.6g}"] if reached < before else []
     return dataclasses.replace(solution, certificate=", ".join([f"annealing reached {annealed:.6g}", *said]))
+
+
+def _anneal_twice(objective, start, restarts: int, steps: int, checkpoint, log, options: dict[str, Any]) -> Solution:
+    """Half of the steps on a smooth measure, then each restart by itself at small angles on the objective."""
+
+    def part(of, kind, i):
+        return None if of is None else kind.of(of).part(f"{i}")
+
+    def run(objective, start, i, **more):
+        places = {"checkpoint": part(checkpoint, Checkpoints, i), "log": part(log, RunLog, i)}
+        return minimize(objective, start, **{**options, **places, **more})
+
+    held_out = options["validation"]
+    smooth = ActivationSparsity(objective.x, SMOOTH, space=SPACE, batch_size=objective.batch_size)
+    smooth_held_out = None if held_out is None else smooth.on(held_out.x)
+    rough = run(smooth, start, 0, steps=-(-steps // 2), restarts=restarts, validation=smooth_held_out)
+    if rough.result in (Result.INTERRUPTED, Result.NON_FINITE):
+        return rough.extended(lambda bases: bases, objective, held_out)
+    fine = []
+    for i, candidate in enumerate(rough.candidates, start=1):
+        fine.append(run(objective, candidate, i, steps=max(1, steps // 2), solver=Annealing(SMALL_ANGLE)))
+        if fine[-1].result in (Result.INTERRUPTED, Result.NON_FINITE):
+            break
+    values = np.array([float(np.min(solution.candidate_values)) for solution in fine])
+    best = fine[int(np.argmin(values))]
+    value = eqx.filter_jit(objective.value)
+    whole = dataclasses.replace(
+        best,
+        result=fine[-1].result if fine[-1].result is Result.INTERRUPTED else Result.ALL_STEPS,
+        start_value=float(value(start)),
+        candidates=tuple(solution.bases for solution in fine),
+        candidate_values=values,
+        stats=best.stats | {"seconds": sum(solution.stats["seconds"] for solution in (rough, *fine))},
+    )
+    return whole.improved(start, objective, held_out, "")
 
 
 def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> dict[str, Array]:

@@ -233,8 +233,8 @@ class TopK(Measure):
     Raises `ValueError` for a share that is not between 0 and 1.
     """
 
-    eps: float | Array = 1.0
     keep: float = eqx.field(static=True, default=0.5)
+    eps: float | Array = 1.0
 
     def __check_init__(self):
         if not 0 < self.keep < 1:

@@ -162,7 +162,7 @@ def test_top_k_is_the_energy_outside_the_largest_entries(rng, keep, dtype):
     z = rng.standard_normal((6, 4, 10)).astype(dtype)
     z[5] = 0
     rest = np.sort(np.square(z).reshape(6, -1), axis=1)[:, : 40 - round(40 * keep)]
-    value = TopK(keep=keep).example_value(jnp.asarray(z))
+    value = TopK(keep).example_value(jnp.asarray(z))
     assert value.dtype == dtype
     np.testing.assert_allclose(value, rest.sum(axis=1) / 40, rtol=1e-5)
     gradient = jax.grad(lambda z: z[0].size * TopK(keep=keep).example_value(z).sum())(jnp.asarray(z))
