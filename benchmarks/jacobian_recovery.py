@@ -67,8 +67,8 @@ def main(config: Config) -> None:
             rows = compare(n, activation, 2 if config.quick else config.seeds, 100 if config.quick else 1000)
             show(n, activation, rows)
             results += rows
-    if config.out:
-        config.out.write_text(json.dumps(results, indent=2))
+            if config.out:  # after each: later ones take long
+                config.out.write_text(json.dumps(results, indent=2))
 
 
 def planted(n: int, activation: str, seed: int, adam_steps: int) -> Problem:

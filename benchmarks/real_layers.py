@@ -73,8 +73,8 @@ def main(config: Config) -> None:
         rows = compare(case, examples, config)
         show(f"{name}, {examples} examples", rows)
         results += [{"layer": name, "examples": examples, **row} for row in rows]
-    if config.out:
-        config.out.write_text(json.dumps(results, indent=2))
+        if config.out:  # after each: later ones take long
+            config.out.write_text(json.dumps(results, indent=2))
 
 
 def layers(config: Config) -> Iterator[tuple[str, Case, int]]:
