@@ -29,7 +29,7 @@ class Config:
     """Recovery of a planted basis against FastICA, Picard, L4 and pymanopt."""
 
     quick: bool = False
-    """Only n = 50, one seed, one repeat."""
+    """Only n = 50, one seed."""
     seeds: int = 3
     """Problems of each size."""
     repeats: int = 3
@@ -40,7 +40,7 @@ class Config:
 
 def main(config: Config) -> None:
     warnings.simplefilter("ignore")  # peers say when they did not converge: their error shows it
-    seeds, repeats = (1, 1) if config.quick else (config.seeds, config.repeats)
+    seeds, repeats = 1 if config.quick else config.seeds, config.repeats
     results = []
     for n, p in [(50, 20_000)] if config.quick else [(50, 20_000), (200, 50_000)]:
         rows = compare(n, p, seeds, repeats)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from scipy.optimize import linear_sum_assignment
 
 from rotsparse import orthogonal
 from rotsparse.checks import weight
@@ -40,6 +39,8 @@ def match(a: Directions, b: Directions) -> Match:
             f"got {list(a.shape)} and {list(b.shape)}"
         )
     cosines = a @ b.T
+    from scipy.optimize import linear_sum_assignment  # here, because it takes a tenth of a second
+
     rows, permutation = linear_sum_assignment(np.abs(cosines), maximize=True)
     matched = cosines[rows, permutation]
     return Match(permutation, np.where(matched < 0, -1.0, 1.0), np.minimum(np.abs(matched), 1.0))
