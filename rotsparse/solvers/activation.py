@@ -123,7 +123,7 @@ def fit_activations(
             values = [held_out(run) for run in runs]
         if start is not None:
             eps = float(measure.eps)
-            runs.append(_descend(blocks, len(blocks.x), start, measure, eps, eps, False, 0.0, 1, look=False))
+            runs.append(_descend(blocks, len(blocks.x), start, measure, eps, eps, False, 0.0, 1, False))
             values.append(float(runs[-1].search.value) if validation is None else held_out(runs[-1]))
     best = int(np.argmin(np.where(np.isfinite(values), values, np.inf)))
     search = runs[best].search
@@ -142,7 +142,7 @@ def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
     """Stage 1: the fixed point on growing subsamples, then off the saddles near which it dawdles."""
     steps, sizes = 0, _subsamples(blocks)
     for used, matching, tolerance in [*((size, True, 0.1) for size in sizes), (sizes[-1], False, 0.03)]:
-        run = _descend(blocks, used, r, measure, START_EPS, START_EPS, matching, tolerance, STEPS)
+        run = _descend(blocks, used, r, measure, START_EPS, START_EPS, matching, tolerance, STEPS, True)
         r, steps = run.trial, steps + int(run.steps)
     return run._replace(steps=steps)
 
@@ -152,7 +152,9 @@ def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
     final = float(measure.eps)
     matched = _match(blocks, r, measure)
     largest = _subsamples(blocks)[-1]
-    fallen = _descend(blocks, largest, matched.trial, measure, max(START_EPS, final), final, False, SETTLED, STEPS)
+    fallen = _descend(
+        blocks, largest, matched.trial, measure, max(START_EPS, final), final, False, SETTLED, STEPS, True
+    )
     last = _finish(blocks, fallen.trial, measure, final)
     return last._replace(steps=matched.steps + int(fallen.steps) + int(last.steps))
 
@@ -181,14 +183,15 @@ def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run],
 def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
     """Quasi-Newton steps on all examples until no direction moves by 0.3% of ε, nor by 0.003."""
     tolerance = 0.003 * min(1.0, 1.0 / eps)
-    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, tolerance, STEPS, look=False)
+    return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, tolerance, STEPS, False)
 
 
 @jax.jit
-def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, tolerance, max_steps, look=True) -> _Run:
+def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, tolerance, max_steps, look) -> _Run:
     """One stage on the first `used` blocks from `r`: fixed-point steps at ε if `matching`, else quasi-Newton steps
     while ε falls to `final`; until a step is shorter than `tolerance` times ε (in matching: than `tolerance`), and,
-    with `look`, no pair of directions lies on a saddle."""
+    with `look`, no pair of directions lies on a saddle. (No argument has a default: one left out would be compiled in,
+    and the whole program twice.)"""
     d = r.shape[0]
     eye, zero = jnp.eye(d, dtype=r.dtype), jnp.zeros((), jnp.int32)
     eps, final = jnp.asarray(eps, r.dtype), jnp.asarray(final, r.dtype)
