@@ -7,6 +7,7 @@ import pytest
 
 import rotsparse as rs
 from rotsparse.digits import train
+from rotsparse.driver import minimize
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 KEY = jax.random.key(0)
@@ -96,6 +97,25 @@ def test_same_key_same_bits():
     x, _ = planted(n=500)
     one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["in"] for _ in range(2))
     np.testing.assert_array_equal(one, other)
+
+
+def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
+    x, _ = planted(n=500)
+    fit = lambda **more: rs.find_basis(x, key=KEY, steps=80, restarts=2, **more)  # noqa: E731
+    whole, fits = fit(), iter(range(3))
+
+    def stopped(*arguments, **options):
+        if next(fits) == 2:  # the smooth fit and one restart are done
+            raise KeyboardInterrupt
+        return minimize(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rotsparse.basis.minimize", stopped)
+        fit(checkpoint=tmp_path)
+    resumed = fit(checkpoint=tmp_path)
+    np.testing.assert_array_equal(resumed.bases["in"], whole.bases["in"])
+    assert len(resumed.candidates) == 2 and resumed.agreement()["in"].shape == (1, 12)
+    assert resumed.value < resumed.start_value
 
 
 def test_bad_input():
