@@ -15,7 +15,7 @@ from jaxtyping import Float, PRNGKeyArray
 import rotsparse as rs
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.solvers.activation import fit_activations
-from rotsparse.substitution import KeepAbove, KeepLargest
+from rotsparse.substitution import KeepAbove, KeepLargest, substitution
 
 Matrix = Float[np.ndarray, "d d"]
 
@@ -70,21 +70,14 @@ def fit(
         "haar": rs.baselines.haar(inputs_only, x, key=keys[1]).r_in,
         "pca": rs.baselines.pca_uncentred(inputs_only, x).r_in,
         "l4": fit_activations(jnp.asarray(x), key=keys[2], measure=rs.L4())[0],
-        "ica": _ica(inputs_only, sample, seed=int(jax.random.bits(keys[3], (), "uint16"))),
+        "ica": rs.baselines.ica(inputs_only, sample, seed=int(jax.random.bits(keys[3], (), "uint16"))).r_in,
         "log": fit_activations(jnp.asarray(x), key=keys[4], measure=rs.Log(0.3))[0],
     }
     bases = {name: np.asarray(r) for name, r in found.items()}
     solution = rs.find_basis(x, validation=held_out, key=keys[0], steps=effort.steps, batch_size=effort.batch)
     bases["ours"] = np.asarray(solution.bases["in"])
-    lost = {name: energy_lost(held_out, r, d // 2) for name, r in bases.items()}
+    lost = {name: substitution(held_out, r, KeepLargest(d // 2)).energy_lost for name, r in bases.items()}
     return bases, {"energy_lost": lost, "reached": solution.certificate}
-
-
-def energy_lost(x: Float[np.ndarray, "n d"], r: Matrix, count: int) -> float:
-    """`E‖x - x̂‖² / E‖x‖²` when each example keeps its `count` largest rotated coordinates."""
-    square = np.square(x @ r.T)
-    kept = np.where(square >= _kth_largest(square, count), square, 0)
-    return 1 - float(kept.sum(dtype=np.float64) / square.sum(dtype=np.float64))
 
 
 def keeper(method: str, held_out: Float[np.ndarray, "n d"], bases: dict[str, Matrix], sparsity: float):
@@ -116,18 +109,3 @@ def mean_interval(
     above = np.bincount(number, weights=np.asarray(values, np.float64))
     counts = bootstrap_counts(len(above), 500, key=key).astype(np.float64)
     return bootstrap_interval(above.sum() / below.sum(), (counts @ above) / (counts @ below))
-
-
-def _ica(layer: rs.FunctionLayer, x: Float[np.ndarray, "n d"], seed: int):
-    """ICA's basis; where FastICA diverges, as it may with few examples a dimension, the principal axes it starts from,
-    with a message."""
-    try:
-        return rs.baselines.ica(layer, x, seed=seed).r_in
-    except np.linalg.LinAlgError as error:
-        print(f"FastICA diverged ({error}): principal axes stand in for ICA")
-        return rs.baselines.pca(layer, x).r_in
-
-
-def _kth_largest(square, count):
-    d = square.shape[1]
-    return np.partition(square, d - count, axis=1)[:, d - count, None]
