@@ -47,6 +47,12 @@ class Measure(eqx.Module):
     def curvature(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """`d²S/dz²` of every entry, where it exists."""
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether the value of an example is the mean of `S` over its entries, so that it is a plain sum over any parts
+        of it. Measures that look at an example as a whole override `example_value`."""
+        return type(self).example_value is Measure.example_value
+
     def example_value(self, z: Float[Array, "n *s"]) -> Float[Array, "n"]:
         """Mean of `S` over the entries of each example."""
         return jnp.mean(self(z), axis=tuple(range(1, z.ndim)))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rotsparse.measures import Measure
 from rotsparse.objectives import ActivationSparsity, Bases, Held, JacobianSparsity, Objective, chunked_sum
 from rotsparse.orthogonal import matmul, newton_schulz
 
@@ -120,7 +119,7 @@ def obstacle(objective: Objective) -> str | None:
         return f"pairs can be searched for JacobianSparsity and ActivationSparsity, got {type(objective).__name__}"
     if isinstance(objective, JacobianSparsity) and objective.space_in == objective.space_out:
         return "pairs cannot be searched for a tied fit: a rotation changes rows and columns at once"
-    if type(objective.measure).example_value is not Measure.example_value:
+    if not objective.measure.elementwise:
         return f"pairs can be searched for elementwise measures, and {type(objective.measure).__name__} is none"
     return None
 
