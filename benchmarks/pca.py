@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import tyro
 from _networks import Case, Missing, cases
+from _publish import publish
 from rich.console import Console
 
 from rotsparse.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
@@ -103,16 +104,6 @@ def evidence(networks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace_between(path: Path, text: str) -> None:
-    """Put `text` between the markers of a Markdown file."""
-    begin, end = "<!-- pca:begin -->", "<!-- pca:end -->"
-    old = path.read_text(encoding="utf-8")
-    if begin not in old or end not in old:
-        raise ValueError(f"{path} has no markers {begin} and {end}")
-    before, after = old.split(begin)[0], old.split(end)[1]
-    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def main(config: Config) -> None:
     console = Console()
     config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
@@ -142,8 +133,8 @@ def main(config: Config) -> None:
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
     config.out.with_suffix(".md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
     if config.publish:
-        replace_between(ROOT / "docs/results.md", text)
-        replace_between(ROOT / "README.md", tables(networks, METRICS[:1]))
+        publish(ROOT / "docs/results.md", "pca", text)
+        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]))
 
 
 if __name__ == "__main__":

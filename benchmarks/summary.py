@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from _publish import publish
 from phase_transition import RECOVERED, needed
 from rich.console import Console
 from rich.markdown import Markdown
@@ -150,13 +151,7 @@ def main(config: Config) -> None:
     text = table(config.results)
     Console().print(Markdown(text))
     if config.publish:
-        readme = ROOT / "README.md"
-        begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
-        old = readme.read_text(encoding="utf-8")
-        if begin not in old or end not in old:
-            raise SystemExit(f"{readme} has no markers {begin} and {end}")
-        before, after = old.split(begin)[0], old.split(end)[1]
-        readme.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
+        publish(ROOT / "README.md", "bench", text)
 
 
 if __name__ == "__main__":

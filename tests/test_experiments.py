@@ -92,16 +92,16 @@ def test_the_table_of_the_benchmark_says_who_is_ahead():
 
 
 def test_generated_tables_replace_what_is_between_the_markers_and_nothing_else(tmp_path):
-    import pca
+    from _publish import publish
 
     file = tmp_path / "results.md"
     file.write_text("before\n<!-- pca:begin -->\nold\n<!-- pca:end -->\nafter\n")
     for text in ("one\n", "two\n"):
-        pca.replace_between(file, text)
+        publish(file, "pca", text)
     assert file.read_text() == "before\n<!-- pca:begin -->\n\ntwo\n\n<!-- pca:end -->\nafter\n"
     file.write_text("nothing here")
     with pytest.raises(ValueError, match="no markers"):
-        pca.replace_between(file, "three")
+        publish(file, "pca", "three")
 
 
 def test_networks_whose_files_are_missing_say_where_to_get_them(tmp_path):
