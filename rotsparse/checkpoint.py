@@ -22,6 +22,7 @@ import numpy as np
 from rotsparse.checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
 from rotsparse.fingerprint import devices, difference
 from rotsparse.lock import FolderLock
+from rotsparse.sharding import is_first_process
 
 # The latest so many are kept, and beside them the one with the best value.
 KEEP = 2
@@ -74,7 +75,7 @@ class Session:
         self._options, self._config, self._sound = checkpoints, config, sound
         self._folder = Path(checkpoints.folder).absolute()
         self._template = state
-        self._writes = jax.process_index() == 0  # every process has the same state: one of them writes it
+        self._writes = is_first_process()  # every process has the same state: one of them writes it
         self._lock = FolderLock(self._folder) if self._writes else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None

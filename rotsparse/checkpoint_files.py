@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotsparse.files import write_atomically
 from rotsparse.fingerprint import array_digest, digest
 
 MANIFEST = "manifest.json"
@@ -59,7 +60,7 @@ def write_checkpoint(
         }
         manifest = {"format": FORMAT, "step": step, **about, "leaves": described, "files": _flushed_files(work)}
         payload = json.dumps(manifest | {"hash": digest(_canonical(manifest))}, indent=1).encode()
-        _write_flushed(work / MANIFEST, payload)
+        write_atomically(work / MANIFEST, payload)
         _flush_folder(work)
         work.rename(final)
         _flush_folder(folder)
@@ -144,13 +145,6 @@ def _flushed_files(folder: Path) -> dict[str, str]:
             hashes[str(path.relative_to(folder))] = digest(file.read())
             os.fsync(file.fileno())
     return hashes
-
-
-def _write_flushed(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
