@@ -56,6 +56,11 @@ def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
         yield x[rows], count
 
 
+def evenly_spaced(x: Rows, count: int) -> Rows:
+    """At most `count` of the rows, evenly spaced."""
+    return x[:: -(-len(x) // count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """Count, mean and scatter `Σ (v - mean)(v - mean)ᵀ` of vectors, in float64.

@@ -15,7 +15,7 @@ from rotsparse.measures import Measure, with_eps
 from rotsparse.objectives.base import Objective, replace_fields
 from rotsparse.sharding import EXAMPLES
 from rotsparse.sources import ArrayRows, Source, in_memory
-from rotsparse.statistics import Moments, stream_moments
+from rotsparse.statistics import Moments, evenly_spaced, stream_moments
 
 # Memory for the per-example arrays of one chunk. Larger chunks are no faster: this keeps a core's matrix products busy
 # and the intermediate results near the cache.
@@ -71,7 +71,7 @@ class OnExamples(Objective):
         return len(self.x) if self.total is None else self.total
 
     def thinned(self, examples):
-        return replace_fields(self, x=self.x[:: -(-len(self.x) // examples)], source=None)
+        return replace_fields(self, x=evenly_spaced(self.x, examples), source=None)
 
     @property
     def batch_share(self):
