@@ -44,7 +44,7 @@ def main(config: Config) -> None:
 
 
 def anneal(n: int, steps: int) -> list[dict]:
-    problem = planted(n, "gelu", 0, 0)
+    problem = planted(n, "gelu", 0)
     layer, x, value = problem.full.layer, problem.full.x, eqx.filter_jit(problem.full.value)
     rows = []
     for batch, divisor, factor in [(16, 1, 1), (4, 1, 4), (16, 2, 4), (64, 2, 1), (16, 4, 8)]:

@@ -124,6 +124,13 @@ def obstacle(objective: Objective) -> str | None:
     return None
 
 
+def row_entries(objective: Objective) -> int:
+    """How many entries an example has in one row: in one column, if those are shorter. Raises where `certify` does."""
+    sides, _ = _sides(objective, {})
+    rows = sides[0].objective
+    return min(rows.spaces.values()) if isinstance(rows, JacobianSparsity) else 1
+
+
 class _Side(eqx.Module):
     """One space of an objective, as rows whose entries add up: the objective is `E mean_k mean S(rows_k)`."""
 

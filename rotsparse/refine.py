@@ -12,10 +12,13 @@ from collections.abc import Callable
 import equinox as eqx
 
 from rotsparse.objectives import Bases, Objective
-from rotsparse.pairs import SCREEN, Certificate, pair_search
+from rotsparse.pairs import SCREEN, Certificate, pair_search, row_entries
 
 # A first sweep that gains less than this share of the objective has found no barriers worth crossing.
 WORTH = 2e-3
+
+# Entries of a row that tell which angle is better. Half of it still finds all pairs of planted networks of n = 128.
+ENTRIES = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +47,18 @@ def refine(
     *,
     rounds: int = 3,
     screen: int | None = SCREEN,
-    examples: int = 128,
+    examples: int | None = None,
 ) -> Refinement:
     """Pair searches, and `polish` after each for as long as the two together gain.
 
     `polish` improves rotations without leaving their basin, such as a few hundred steps of `Annealing(angle=0.1)`; what
     it makes worse is dropped. Where one sweep of pair rotations gains less than 0.2% of the objective, nothing more is
-    tried. All but the last search look at so many `examples` only, evenly spaced; the last one, and its certificate, at
-    all of them. The result is never worse than `bases`. Raises `ValueError` where `pair_search` does.
+    tried. All but the last search look at so many `examples` only, evenly spaced (default: 8192 entries of every row);
+    the last one, and its certificate, at all of them. The result is never worse than `bases`. Raises `ValueError` where
+    `pair_search` does.
     """
     value = eqx.filter_jit(objective.value)
-    few, start = objective.thinned(examples), float(value(bases))
+    few, start = objective.thinned(examples or -(-ENTRIES // row_entries(objective))), float(value(bases))
     first = float(eqx.filter_jit(few.value)(bases))
     found, certificate = pair_search(few, bases, sweeps=1, screen=screen)
     first_gain = (first - certificate.value) / abs(first) if first else 0.0
