@@ -33,6 +33,22 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
     return cast(Array, value)  # a NumPy array serves wherever an Array does
 
 
+def orthogonal(name: str, value, width: int | None = None) -> Array:
+    """`value` as an orthogonal matrix, of that width if it is given, to 1e-3: what is beyond is no rounding error.
+    Raises `ValueError`."""
+    r = weight(name, value, (width, width))
+    if r.shape[0] != r.shape[1]:
+        raise ValueError(f"{name} should be square, got {list(r.shape)}")
+    if not isinstance(r, Tracer):
+        wide = np.asarray(r, np.float64)
+        error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
+        if error > 1e-3:
+            raise ValueError(
+                f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
+            )
+    return r
+
+
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and not all
     the same. Raises `ValueError`."""

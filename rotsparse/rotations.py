@@ -7,13 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from rotsparse import orthogonal
-from rotsparse.checks import weight
+from rotsparse import checks, orthogonal
 from rotsparse.files import write_atomically
 
 
@@ -28,8 +26,8 @@ class Rotations(eqx.Module):
     r_out: Float[Array, "d_out d_out"]
 
     def __init__(self, r_in, r_out):
-        self.r_in = _orthogonal("r_in", r_in)
-        self.r_out = _orthogonal("r_out", r_out)
+        self.r_in = checks.orthogonal("r_in", r_in)
+        self.r_out = checks.orthogonal("r_out", r_out)
 
     @classmethod
     def identity(cls, d_in: int, d_out: int, dtype=np.float32) -> "Rotations":
@@ -92,17 +90,3 @@ class Rotations(eqx.Module):
             raise ValueError(f"{path}: its metadata is not JSON ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _orthogonal(name, r):
-    r = weight(name, r, (None, None))
-    if r.shape[0] != r.shape[1]:
-        raise ValueError(f"{name} should be square, got {list(r.shape)}")
-    if not isinstance(r, Tracer):
-        wide = np.asarray(r, np.float64)
-        error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
-        if error > 1e-3:
-            raise ValueError(
-                f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
-            )
-    return r

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from rotsparse import checks
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.model import AnyArray, Model
 from rotsparse.models.stream import keep_mean, moved_mean, rotate_stream, stream_places
@@ -130,12 +131,7 @@ def _exact(r, d: int) -> np.ndarray:
     r = np.asarray(r, np.float64)
     if r.shape != (d, d):
         raise ValueError(f"the stream has width {d}: expected a rotation [{d}, {d}], got {list(r.shape)}")
-    error = np.abs(r @ r.T - np.eye(d)).max()
-    if not error < 1e-3:
-        raise ValueError(
-            f"the rotation is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
-        )
-    u, _, vt = np.linalg.svd(r)
+    u, _, vt = np.linalg.svd(checks.orthogonal("the rotation", r))
     return u @ vt
 
 

@@ -102,9 +102,7 @@ def fit_activations(
     if restarts < 1:
         raise ValueError(f"restarts should be at least 1, got {restarts}")
     if start is not None:
-        start = jnp.asarray(checks.weight("start", start, (d, d)), x.dtype)
-        if not _orthogonality_error(start) < 1e-3:
-            raise ValueError(f"start is not orthogonal: R Rᵀ differs from I by {_orthogonality_error(start):.1e}")
+        start = jnp.asarray(checks.orthogonal("start", start, d), x.dtype)
 
     # NumPy draws the order and the starts: JAX's permutation and QR take longer to compile than a small fit to run.
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
