@@ -8,6 +8,7 @@ which case it is, so both run, and the lower objective wins.
 
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
 from rotsparse.driver import STEPS, minimize
 from rotsparse.measures import GemanMcClure, Measure, TopK
-from rotsparse.objectives import ActivationSparsity
+from rotsparse.objectives import ActivationSparsity, Bases
 from rotsparse.orthogonal import matmul
 from rotsparse.run_log import RunLog
 from rotsparse.solution import Result, Solution
@@ -40,6 +41,12 @@ SMALL_ANGLE = 0.1
 RAISES = 60
 
 SPACE = "in"
+
+# How a part of a fit ends that nothing may follow.
+BROKEN_OFF = (Result.INTERRUPTED, Result.NON_FINITE)
+
+# What full-batch steps are called, what they found, and how they ended.
+Part = tuple[str, Array, Result]
 
 
 def find_basis(
@@ -80,7 +87,7 @@ def find_basis(
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
     objective = ActivationSparsity(x, measure, space=SPACE, batch_size=batch_size)
     d, dtype = objective.x.shape[1], objective.x.dtype
-    first = jnp.eye(d, dtype=dtype) if start is None else jnp.asarray(checks.weight("start", start, (d, d)), dtype)
+    first = jnp.eye(d, dtype=dtype) if start is None else jnp.asarray(checks.orthogonal("start", start, d), dtype)
     held_out = None if validation is None else objective.on(checks.activations("validation", validation, d))
     options: dict[str, Any] = {"key": key, "validation": held_out, "progress": progress}
     start_bases = {SPACE: first}
@@ -89,16 +96,42 @@ def find_basis(
     else:
         options |= {"restarts": restarts, "steps": steps, "checkpoint": checkpoint, "log": log}
         solution = minimize(objective, start_bases, **options)
-    if solution.result in (Result.INTERRUPTED, Result.NON_FINITE):
-        return solution
-    finish = _raise_largest if isinstance(measure, TopK) else _fixed_point
+    if solution.result not in BROKEN_OFF:
+        solution = _finished(solution, objective, held_out, jax.random.fold_in(key, 2))
+    return _judged(solution, start_bases, objective, held_out)
+
+
+def _finished(solution: Solution, objective: ActivationSparsity, held_out, key) -> Solution:
+    """With the full-batch steps that follow annealing; the certificate says what each part reached."""
+    finish = _raise_largest if isinstance(objective.measure, TopK) else _fixed_point
     annealed, said = float(np.min(solution.candidate_values)), []
-    for name, found in finish(objective, solution.bases[SPACE], held_out, jax.random.fold_in(key, 2)).items():
+    result = solution.result
+    for name, found, result in finish(objective, solution.bases[SPACE], held_out, key):
         before = float(np.min(solution.candidate_values))
         solution = solution.improved({SPACE: found}, objective, held_out, "")
         reached = float(np.min(solution.candidate_values))
         said += [f"{name} {reached:.6g}"] if reached < before else []
-    return dataclasses.replace(solution, certificate=", ".join([f"annealing reached {annealed:.6g}", *said]))
+        if result in BROKEN_OFF:
+            break
+    said = ", ".join([f"annealing reached {annealed:.6g}", *said])
+    return dataclasses.replace(solution, result=result, certificate=said)
+
+
+def _judged(solution: Solution, start: Bases, objective: ActivationSparsity, held_out) -> Solution:
+    """The solution of all parts with the result of the whole; the start where nothing better was found."""
+    reached, begun = _values(held_out or objective, (solution.bases, start))
+    result = Result.ALL_STEPS if reached < begun else Result.NO_IMPROVEMENT
+    if result is Result.NO_IMPROVEMENT:
+        solution = solution.replaced(start, objective, held_out)
+        solution = dataclasses.replace(solution, start_value=solution.value)
+    return solution if solution.result in BROKEN_OFF else dataclasses.replace(solution, result=result)
+
+
+def _values(objective: ActivationSparsity, candidates: Iterable[Bases]) -> Float[np.ndarray, "candidates"]:
+    """The objective of each, all by one program, so that equal rotations have equal values; infinite instead of NaN."""
+    value = eqx.filter_jit(objective.value)
+    values = np.array([float(value(bases)) for bases in candidates])
+    return np.where(np.isnan(values), np.inf, values)
 
 
 def _anneal_twice(objective, start, restarts: int, steps: int, checkpoint, log, options: dict[str, Any]) -> Solution:
@@ -115,28 +148,28 @@ def _anneal_twice(objective, start, restarts: int, steps: int, checkpoint, log, 
     smooth = ActivationSparsity(objective.x, SMOOTH, space=SPACE, batch_size=objective.batch_size)
     smooth_held_out = None if held_out is None else smooth.on(held_out.x)
     rough = run(smooth, start, 0, steps=-(-steps // 2), restarts=restarts, validation=smooth_held_out)
-    if rough.result in (Result.INTERRUPTED, Result.NON_FINITE):
-        return rough.extended(lambda bases: bases, objective, held_out)
     fine = []
-    for i, candidate in enumerate(rough.candidates, start=1):
+    for i, candidate in enumerate(() if rough.result in BROKEN_OFF else rough.candidates, start=1):
         fine.append(run(objective, candidate, i, steps=max(1, steps // 2), solver=Annealing(SMALL_ANGLE)))
-        if fine[-1].result in (Result.INTERRUPTED, Result.NON_FINITE):
+        if fine[-1].result in BROKEN_OFF:
             break
-    values = np.array([float(np.min(solution.candidate_values)) for solution in fine])
-    best = fine[int(np.argmin(values))]
-    value = eqx.filter_jit(objective.value)
+    candidates = tuple(solution.bases for solution in fine) if fine else rough.candidates
+    values = _values(held_out or objective, candidates)
+    best = int(np.argmin(values))
+    parts, of_best = [rough, *fine], fine[best] if fine else rough
     whole = dataclasses.replace(
-        best,
-        result=fine[-1].result if fine[-1].result is Result.INTERRUPTED else Result.ALL_STEPS,
-        start_value=float(value(start)),
-        candidates=tuple(solution.bases for solution in fine),
+        of_best,
+        result=parts[-1].result,
+        detail="; ".join(part.detail for part in parts if part.detail),
+        start_value=float(_values(objective, [start])[0]),
+        candidates=candidates,
         candidate_values=values,
-        stats=best.stats | {"seconds": sum(solution.stats["seconds"] for solution in (rough, *fine))},
+        stats=of_best.stats | {"restart": best, "seconds": sum(part.stats["seconds"] for part in parts)},
     )
-    return whole.improved(start, objective, held_out, "")
+    return whole.replaced(candidates[best], objective, held_out)
 
 
-def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> dict[str, Array]:
+def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> Iterator[Part]:
     """Steps that can only raise the energy of the largest coordinates, from where annealing ended, whose minibatches
     leave it a little above, and from the principal components, where few directions hold most of the energy."""
     _, components = np.linalg.eigh(np.asarray(matmul(objective.x.T, objective.x), np.float64))
@@ -145,14 +178,14 @@ def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> di
     solver = FixedPoint(top_k(measure.count(objective.x.shape[1])))
     everything = objective.on(objective.x)  # without minibatches
     options: dict[str, Any] = {"key": key, "solver": solver, "steps": RAISES, "validation": held_out}
-    return {
-        f"power steps{name}": minimize(everything, {SPACE: start}, **options).bases[SPACE]
-        for name, start in starts.items()
-    }
+    for name, start in starts.items():
+        solution = minimize(everything, {SPACE: start}, **options)
+        yield f"power steps{name}", solution.bases[SPACE], solution.result
 
 
-def _fixed_point(objective: ActivationSparsity, annealed, held_out, key) -> dict[str, Array]:
+def _fixed_point(objective: ActivationSparsity, annealed, held_out, key) -> Iterator[Part]:
     """`fit_activations` from where annealing ended and from a random start."""
     validation = None if held_out is None else held_out.x
     options: dict[str, Any] = {"measure": objective.measure, "start": annealed, "validation": validation, "restarts": 2}
-    return {"fixed point and quasi-Newton steps": fit_activations(objective.x, key=key, **options)[0]}
+    found, _ = fit_activations(objective.x, key=key, **options)
+    yield "fixed point and quasi-Newton steps", found, Result.ALL_STEPS

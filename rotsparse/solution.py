@@ -102,6 +102,11 @@ class Solution:
         judged = float(eqx.filter_jit((validation or objective).value)(bases))
         if not judged < self.candidate_values.min():
             return dataclasses.replace(self, certificate=certificate)
+        return dataclasses.replace(self.replaced(bases, objective, validation), certificate=certificate)
+
+    def replaced(self, bases: Bases, objective: Objective, validation: Objective | None) -> "Solution":
+        """The solution with these rotations in place of the best ones."""
+        judged = float(eqx.filter_jit((validation or objective).value)(bases))
         best = int(np.argmin(self.candidate_values))
         values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
         return dataclasses.replace(
@@ -111,7 +116,6 @@ class Solution:
             validation_value=None if validation is None else judged,
             candidates=tuple(bases if i == best else old for i, old in enumerate(self.candidates)),
             candidate_values=values,
-            certificate=certificate,
         )
 
     def agreement(self) -> dict[str, np.ndarray]:

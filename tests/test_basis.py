@@ -8,6 +8,7 @@ import pytest
 import rotsparse as rs
 from rotsparse.digits import train
 from rotsparse.driver import minimize
+from rotsparse.solution import Result
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 KEY = jax.random.key(0)
@@ -93,6 +94,40 @@ def test_a_good_start_is_kept_where_nothing_better_is_found():
     assert again.value <= best.value + 1e-6
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_optimal_start_is_returned_and_the_result_says_so(rng, held_out):
+    """Half of the neurons are exactly zero in each example: nothing is lost, and nothing can be better."""
+    x = rng.choice([-1.0, 1.0], (600, 8)) * (np.argsort(rng.random((600, 8)), axis=1) < 4)
+    x, validation = x[:500].astype(np.float32), x[500:].astype(np.float32)
+    solution = rs.find_basis(x, key=KEY, steps=40, restarts=2, validation=validation if held_out else None)
+    assert solution.result is Result.NO_IMPROVEMENT
+    np.testing.assert_array_equal(solution.bases["in"], np.eye(8))
+    assert solution.value == solution.start_value == solution.candidate_values.min() == 0
+
+
+def test_the_result_is_that_of_all_parts():
+    """One step of annealing improves little or nothing; what follows it does."""
+    x, _ = planted(n=500)
+    solution = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=1)
+    assert solution.result is Result.ALL_STEPS and solution.value < solution.start_value
+
+
+class Overflowing(rs.TopK):
+    """Infinite where any entry is large, as almost everywhere."""
+
+    def example_value(self, z):
+        return super().example_value(z) + jnp.where(jnp.max(jnp.abs(z)) > 1.5, jnp.inf, 0)
+
+
+def test_an_objective_that_overflows_in_the_second_part_is_reported(rng):
+    """The first part minimises another measure, and sees nothing of it."""
+    x = rng.choice([-1.0, 1.0], (500, 8)).astype(np.float32)
+    solution = rs.find_basis(x, key=KEY, measure=Overflowing(), steps=40, restarts=2)
+    assert solution.result is Result.NON_FINITE and "the objective" in solution.detail
+    np.testing.assert_array_equal(solution.bases["in"], np.eye(8))  # the last good rotation
+    assert solution.value == solution.start_value and np.isfinite(solution.value)
+
+
 def test_same_key_same_bits():
     x, _ = planted(n=500)
     one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["in"] for _ in range(2))
@@ -122,6 +157,8 @@ def test_bad_input():
     x, _ = planted(n=50)
     with pytest.raises(ValueError, match=r"start should have shape \[12, 12\]"):
         rs.find_basis(x, key=KEY, start=np.eye(11, dtype=np.float32))
+    with pytest.raises(ValueError, match="start is not orthogonal"):
+        rs.find_basis(x, key=KEY, start=0.5 * np.eye(12, dtype=np.float32))
     with pytest.raises(ValueError, match="validation should have shape"):
         rs.find_basis(x, key=KEY, validation=x[:, :5])
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
