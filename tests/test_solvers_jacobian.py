@@ -62,11 +62,11 @@ def test_better_than_full_batch_adam_for_the_same_work():
 
 def test_the_objectives_scale_does_not_matter():
     objective, _ = planted(8, 0)
-    values = []
+    values = []  # of few steps: over many, rounding alone leads elsewhere
     for weight in (2.0**-40, 1.0, 2.0**40):
         scaled = WeightedSum([objective], [weight])
-        values.append(minimize(scaled, identity(objective), key=KEY, solver=Annealing(), steps=200).value / weight)
-    np.testing.assert_allclose(values, values[1], rtol=1e-2)
+        values.append(minimize(scaled, identity(objective), key=KEY, solver=Annealing(), steps=20).value / weight)
+    np.testing.assert_allclose(values, values[1], rtol=1e-3)
 
 
 class Extreme(Objective):
