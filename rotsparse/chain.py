@@ -9,6 +9,7 @@ Separate fits answer a question: are the sparse outputs of one layer the sparse 
 at a Haar-random rotation of its own, so that two sides that agree cannot have it from a common start.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -19,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse import checks
@@ -26,7 +28,7 @@ from rotsparse.alignment import match
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
 from rotsparse.driver import STEPS, minimize
-from rotsparse.fit import BATCH_SIZE
+from rotsparse.fit import BATCH_SIZE, kept_moments
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Layer
 from rotsparse.measures import Log, Measure
@@ -36,6 +38,8 @@ from rotsparse.rotations import Rotations
 from rotsparse.run_log import RunLog
 from rotsparse.solution import Result, Solution
 from rotsparse.solvers import Annealing, Solver
+from rotsparse.sources import Mapped, Source, in_memory
+from rotsparse.statistics import apply
 
 # A direction with a smaller share of the Jacobian than this, times the average one's, is not used by the layer: where
 # it points is arbitrary (dead neurons; the null space of a layer with fewer outputs than inputs).
@@ -110,9 +114,9 @@ class ChainSolution:
 
 def fit_chain(
     layers: Sequence[Layer],
-    x: Float[Data, "n d_in"],
+    x: Float[Data, "n d_in"] | Source,
     *,
-    test: Float[Data, "m d_in"],
+    test: Float[Data, "m d_in"] | Source,
     key: PRNGKeyArray,
     joint: bool,
     hold: Sequence[int] = (),
@@ -125,16 +129,18 @@ def fit_chain(
     progress: bool = False,
     checkpoint: Checkpoints | str | os.PathLike | None = None,
     log: RunLog | str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> ChainSolution:
     """Rotations of every layer of the chain `x_{l+1} = f_l(x_l)` in which their per-example Jacobians are sparse.
 
     - `layers`: first to last; `x`: inputs of the first, `[n, d_in]`; `test`: held-out ones, on which every number is
-      reported and nothing is chosen.
+      reported and nothing is chosen. Either may be a source: what enters a later layer is then computed from its rows
+      whenever they are read, by the layers before (one forward pass, against a step's products with whole Jacobians).
     - `joint`: boundaries have one rotation, shared by both layers. Otherwise every layer has its own pair.
     - `hold`: numbers of boundaries (0 is the chain's input) that stay in the neuron basis.
     - `restarts`: independent Haar-random starts; the best is chosen for each problem, on `x`.
     - `solver`: `Annealing()` unless given, without the pair searches that may follow it in `find_rotations`; the rest
-      as there. `checkpoint` and `log` get a folder for each problem: `0`, `1`, ...
+      (`mesh`, too) as there. `checkpoint` and `log` get a folder for each problem: `0`, `1`, ...
 
     After an interruption, problems that were not begun have no solution, and their rotations are random: the last
     solution's result is `Result.INTERRUPTED`.
@@ -155,9 +161,16 @@ def fit_chain(
     names = [(f"{i}", f"{i + 1}") if joint else (f"{i} in", f"{i} out") for i in range(len(layers))]
     terms = [
         JacobianSparsity(
-            layer, inputs, measure, scale_inputs=scale_inputs, space_in=a, space_out=b, batch_size=batch_size
+            layer,
+            inputs,
+            measure,
+            scale_inputs=scale_inputs,
+            space_in=a,
+            space_out=b,
+            batch_size=batch_size,
+            moments=kept_moments(inputs, checkpoint, f"moments-{i}") if scale_inputs else None,
         )
-        for layer, inputs, (a, b) in zip(layers, _inputs("x", layers, x), names, strict=True)
+        for i, (layer, inputs, (a, b)) in enumerate(zip(layers, _inputs("x", layers, x), names, strict=True))
     ]
     held_out = [term.on(inputs) for term, inputs in zip(terms, _inputs("test", layers, test), strict=True)]
 
@@ -180,6 +193,7 @@ def fit_chain(
             progress=progress,
             checkpoint=None if checkpoint is None else Checkpoints.of(checkpoint).part(f"{i}"),
             log=None if log is None else RunLog.of(log).part(f"{i}"),
+            mesh=mesh,
         )
         solutions.append(solution)
         bases |= solution.bases
@@ -200,15 +214,20 @@ def fit_chain(
 
 
 def _inputs(name: str, layers: tuple[Layer, ...], x) -> list:
-    """What enters each layer. Raises `ValueError` where a layer's outputs are not as wide as the next one's inputs."""
-    inputs = [checks.activations(name, x, layers[0].d_in)]
+    """What enters each layer: arrays, or sources. Raises `ValueError` where a layer's outputs are not as wide as the
+    next one's inputs."""
+    kept, source = in_memory(x)
+    inputs: list = [checks.activations(name, kept, layers[0].d_in)]
+    if source is not None:
+        inputs = [source]
     for i, (layer, after) in enumerate(itertools.pairwise(layers)):
         if layer.d_out != after.d_in:
             raise ValueError(
                 f"layer {i} has {layer.d_out} outputs and layer {i + 1} {after.d_in} inputs: in a chain, with nothing "
                 "between them, these are the same"
             )
-        inputs.append(layer(inputs[-1]))
+        before = inputs[-1]
+        inputs.append(layer(before) if source is None else Mapped(before, functools.partial(apply, layer)))
     return inputs
 
 

@@ -119,7 +119,7 @@ def find_rotations(
         batch_size=batch_size,
         part=part,
         precision=precision,
-        moments=_kept_moments(x, checkpoint) if scale_inputs else None,
+        moments=kept_moments(x, checkpoint) if scale_inputs else None,
     )
     held_out = None
     if validation is not None:
@@ -158,14 +158,15 @@ def find_rotations(
     return solution.extended(subspace.lift, objective, held_out)
 
 
-def _kept_moments(x, checkpoint) -> Moments | None:
-    """The moments of a source, which are kept beside the checkpoints: the pass over it may take long, too."""
+def kept_moments(x, checkpoint, name: str = "moments") -> Moments | None:
+    """The moments of a source, which are kept beside the checkpoints: the pass over it may take long, too. `None` where
+    there are no checkpoints, or no source."""
     source = as_source(x)
     if source is None or checkpoint is None:
         return None
     folder = Path(Checkpoints.of(checkpoint).folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return stream_moments(source, folder / "moments.npz")
+    return stream_moments(source, folder / f"{name}.npz")
 
 
 def _anneal_and_refine(objective, start, *, validation, key, steps, **options) -> Solution:

@@ -205,6 +205,42 @@ class Shards(Source):
         return self._ends[shard] - len(self.sources[shard])
 
 
+class RowRange(Source):
+    """Neighbouring rows of another source."""
+
+    def __init__(self, source: Source, rows: range):
+        assert rows.step == 1 and 0 <= rows.start < rows.stop <= len(source)
+        self.source, self.first = source, rows.start
+        self.shape = (len(rows), source.shape[1])
+
+    def where(self, row):
+        return self.source.where(row + self.first)
+
+    def __repr__(self):
+        return f"rows {self.first} to {self.first + len(self) - 1} of {self.source}"
+
+    def _rows(self, rows):
+        return self.source._rows(rows + self.first)
+
+
+class Mapped(Source):
+    """What a function, such as a layer, makes of the rows of another source: `[k, width] -> [k, d]`, computed anew each
+    time that rows are read."""
+
+    def __init__(self, source: Source, function: Callable[[Any], Any]):
+        self.source, self.function = source, function
+        self.shape = (len(source), self._rows(np.array([0])).shape[1])
+
+    def where(self, row):
+        return f"what a function made of {self.source.where(row)}"
+
+    def __repr__(self):
+        return f"a function of {self.source}"
+
+    def _rows(self, rows):
+        return np.asarray(self.function(self.source.read(rows)))
+
+
 class ArrayRows(Source):
     """The rows of an array in memory."""
 

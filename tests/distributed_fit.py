@@ -39,6 +39,7 @@ LAYER = rs.MLP(
     activation="gelu",
 )
 X = RNG.standard_normal((203, 7)).astype(DTYPE)  # no multiple of anything: the last device's part is filled up
+NEXT = rs.Dense(RNG.standard_normal((5, 6)).astype(DTYPE) / 3, activation="gelu")
 ADAM = rs.Riemannian(optax.adam(0.1))
 
 
@@ -54,6 +55,11 @@ def fit(case, mesh):
     if case == "source":
         sources.RESIDENT_EXAMPLES = 50
         return rs.find_rotations(LAYER, np.load(OPTIONS["data"], mmap_mode="r"), solver=ADAM, batch_size=16, **options)
+    if case == "chain":
+        sources.RESIDENT_EXAMPLES = 50
+        x = np.load(OPTIONS["data"], mmap_mode="r")
+        chain = rs.fit_chain([LAYER, NEXT], x, test=X, solver=ADAM, batch_size=16, joint=True, **options)
+        return chain.solutions[0]
     assert case == "sum"
     terms = JacobianSparsity(LAYER, X, rs.Log(0.1), batch_size=9), ActivationSparsity(X, rs.Log(0.1), batch_size=30)
     return rs.minimize(

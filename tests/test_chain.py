@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import rotsparse as rs
+from rotsparse import sources
 from rotsparse.chain import _connected
 from rotsparse.objectives import JacobianSparsity
 
@@ -91,6 +92,25 @@ def test_a_chain_of_one_layer_is_the_same_problem_either_way(rng):
     separate, joint = (fit(layers[:1], x, joint=joint) for joint in (False, True))
     np.testing.assert_array_equal(separate.rotations[0].r_out, joint.rotations[0].r_out)
     assert separate.values == joint.values and separate.matches == ()
+
+
+@pytest.mark.parametrize("joint", [pytest.param(False, marks=pytest.mark.slow), True], ids=["separate", "joint"])
+def test_sources(rng, monkeypatch, tmp_path, joint):
+    """What enters the second layer is computed as it is read, and its statistics are those of all rows."""
+    layers, x, _ = planted(rng, same=True)
+    train = sources.ArrayRows(x[100:])
+    options = {"joint": joint, "steps": 100, "key": KEY, "test": sources.ArrayRows(x[:100])}
+    in_memory = rs.fit_chain(layers, x[100:], **options)
+    # Of a source that fits into memory nothing stays on disk ...
+    assert rs.fit_chain(layers, train, **options).values == in_memory.values
+    # ... and of another a third is in memory; a mesh of one device is one device.
+    monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 100)
+    on_disk = rs.fit_chain(layers, train, **options, checkpoint=tmp_path, mesh=rs.device_mesh())
+    assert all(a < b for a, b in zip(on_disk.values, on_disk.neuron_values, strict=True))
+    np.testing.assert_allclose(on_disk.values, in_memory.values, rtol=0.2)
+    with np.load(tmp_path / "moments-1.npz") as moments:
+        expected = np.cov(np.asarray(layers[0](x[100:])).T, bias=True)
+        np.testing.assert_allclose(moments["scatter"] / moments["count"], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -60,7 +60,7 @@ def test_the_number_of_devices_makes_no_difference():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("x64", [True, False])
-@pytest.mark.parametrize("case", ["full", "minibatch", "source", "sum"])
+@pytest.mark.parametrize("case", ["full", "minibatch", "source", "sum", "chain"])
 def test_every_number_of_devices(case, x64, tmp_path):
     meshes = [None, [1, 1], [2, 1], [4, 1], [8, 1], [2, 2], [8, 2]]
     values = fit(devices=8, meshes=meshes, cases=[case], x64=x64, steps=15, data=str(tmp_path / "x.npy"))

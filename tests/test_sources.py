@@ -22,7 +22,7 @@ from rotsparse.measures import Log
 from rotsparse.models.store import StoreWriter, open_store
 from rotsparse.objectives import ActivationSparsity, JacobianSparsity
 from rotsparse.solvers import Riemannian
-from rotsparse.sources import Dataset, NpyFile, Shards, as_source, open_source, read_ahead
+from rotsparse.sources import Dataset, Mapped, NpyFile, RowRange, Shards, as_source, open_source, read_ahead
 
 N, WIDTH = 40, 3
 
@@ -53,6 +53,8 @@ def every_kind(folder, x):
         "map": as_source(np.load(folder / "x.npy", mmap_mode="r")),
         "dataset": as_source(dict(enumerate(x))),
         "array": sources.ArrayRows(x),
+        "range": RowRange(sources.ArrayRows(np.concatenate([x[:5], x, x])), range(5, 5 + N)),
+        "mapped": Mapped(sources.ArrayRows(np.concatenate([x, x], axis=1)), lambda rows: rows[:, :WIDTH]),
     }
 
 
@@ -62,7 +64,7 @@ def kinds(tmp_path_factory):
     return x, every_kind(tmp_path_factory.mktemp("kinds"), x)
 
 
-KINDS = ["npy", "files", "store", "map", "dataset", "array"]
+KINDS = ["npy", "files", "store", "map", "dataset", "array", "range", "mapped"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,6 +290,16 @@ def test_a_shard_that_is_gone_has_shrunk_or_holds_nan(x, tmp_path):
     np.testing.assert_array_equal(source.read(range(14)), x[:14])  # what is not asked for is not missed
     shard.write_bytes(whole)
     np.testing.assert_array_equal(source.read(range(N)), x)
+
+
+def test_where_the_rows_of_ranges_and_functions_come_from(x, tmp_path):
+    np.save(tmp_path / "x.npy", np.where(np.arange(N)[:, None] == 17, np.inf, x))
+    part = RowRange(open_source(tmp_path / "x.npy"), range(10, 30))
+    for source in (part, Mapped(part, np.abs)):
+        with pytest.raises(ValueError, match=r"contain NaN or infinity, the first is row 17 of .*x\.npy"):
+            source.read(range(20))
+    with pytest.raises(ValueError, match=r"the first is what a function made of row 3 of .*x\.npy"):
+        Mapped(open_source(tmp_path / "x.npy"), lambda rows: np.where(rows == x[3], np.nan, rows)).read(np.array([3]))
 
 
 def test_a_manifest_that_does_not_fit_its_shards(x, tmp_path):
