@@ -21,6 +21,7 @@ from rotsparse.fit import find_rotations
 from rotsparse.intervals import Interval
 from rotsparse.layers import MLP, GatedMLP, Layer
 from rotsparse.solution import Solution
+from rotsparse.sources import Source, in_memory
 from rotsparse.statistics import LayerStatistics, covariance
 
 LEARNED = "learned"
@@ -84,7 +85,7 @@ class Benchmark:
 
 def benchmark(
     layer: Layer,
-    train: Float[Data, "n d_in"],
+    train: Float[Data, "n d_in"] | Source,
     test: Float[Data, "m d_in"],
     *,
     key: PRNGKeyArray,
@@ -95,15 +96,17 @@ def benchmark(
     """Fit a layer on `train` and compare with every baseline, fitted on the same, on the held-out `test`.
 
     `fit` holds further arguments of `find_rotations`; `restarts=2` or more tell whether other starts find the same
-    directions. `null` is fitted the same way to the same activations: by default `controls.random_weights(layer)` (for
-    a layer without weights of its own, a `FunctionLayer` say, there is none unless given).
+    directions. Where `train` is a source, the baselines see the part of it that a fit keeps in memory. `null` is fitted
+    the same way to the same activations: by default `controls.random_weights(layer)` (for a layer without weights of
+    its own, a `FunctionLayer` say, there is none unless given).
 
     Raises `ValueError` where the inputs are unfit.
     """
     keys = jax.random.split(key, 4)
     if null is None and isinstance(layer, MLP | GatedMLP):
         null = random_weights(layer, key=keys[0])
-    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(train)[1], "key": keys[3]}
+    sample, _ = in_memory(train)
+    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1], "key": keys[3]}
     seconds = {}
 
     def timed(name, compute):
@@ -118,7 +121,7 @@ def benchmark(
     solution = timed(LEARNED, lambda: learn(layer))
     bases = {LEARNED: solution.rotations}
     for name, compute in baselines.methods(layer, key=keys[2]).items():
-        bases[name] = timed(name, lambda compute=compute: compute(LayerStatistics(layer, train)))
+        bases[name] = timed(name, lambda compute=compute: compute(LayerStatistics(layer, sample)))
     control = None
     if null is not None:
         rotations = timed(CONTROL, lambda: learn(null)).rotations

@@ -23,10 +23,12 @@ class LayerOptions:
     """Layer file (safetensors or .npz) with named arrays, matrices [out, in]: w, b (single layer), or w_in, b_in,
     w_out, b_out (MLP block), or w_gate, w_up, w_down (gated block); norm_scale, norm_bias if a norm is in front."""
     activations: Path
-    """The layer's inputs [examples, d_in] to fit on: .npy, .npz or safetensors."""
+    """The layer's inputs [examples, d_in] to fit on: .npy, .npz, safetensors, or a folder that `rotsparse capture`
+    wrote, such as activations/4.input. More than 256 MB in a .npy or a folder stay on disk: the fit draws from all of
+    them, and baselines are fitted on at most 8192, evenly spread."""
     test_activations: Path | None = None
-    """Held-out inputs that every reported number is computed on. Without them, a fifth of the activations is held
-    out."""
+    """Held-out inputs that every reported number is computed on (of more than 256 MB, on at most 8192). Without them, a
+    fifth of the activations is held out: a random one, of activations that stay on disk the last one."""
     activation: Activation = "relu"
     """The nonlinearity."""
     norm: Literal["rms", "layer"] | None = None
@@ -90,6 +92,8 @@ class FitOptions:
     """With adam: stop after this many steps without improvement."""
     precision: Literal["highest", "tensorfloat32", "bfloat16"] = "highest"
     """Of the large matrix products, where the device has units for it. Rotations are always orthogonalised in full."""
+    devices: int | None = None
+    """How many devices (of this host) to spread restarts and examples over. All that there are, unless given."""
 
 
 @dataclasses.dataclass(frozen=True)

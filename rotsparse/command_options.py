@@ -1,15 +1,19 @@
 """From options of the command line to arguments of the library and to the JSON that a run records."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
+from jax.sharding import Mesh
 
 from rotsparse import cli, measures, runs
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.driver import STEPS
 from rotsparse.run_log import RunLog
+from rotsparse.sharding import device_mesh
 from rotsparse.solvers import Annealing, Riemannian
 
 
@@ -38,7 +42,20 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
         "patience": options.patience,
         "precision": options.precision,
         "progress": True,
+        "mesh": mesh(options.devices, options.restarts),
     }
+
+
+def mesh(count: int | None, restarts: int) -> Mesh | None:
+    """So many devices of this host (default: all of them) in as many groups as the restarts can be spread over: those
+    need no communication. The examples are spread within a group. `None` for one device. Raises `ValueError` where
+    there are fewer."""
+    devices = jax.local_devices()
+    check_positive("devices", count)
+    if count is not None and count > len(devices):
+        raise ValueError(f"--devices {count}: JAX sees {len(devices)} on this host")
+    devices = devices[:count]
+    return None if len(devices) == 1 else device_mesh(restarts=math.gcd(restarts, len(devices)), devices=devices)
 
 
 def records(options: "cli.RunOptions", folder: Path) -> dict[str, Any]:

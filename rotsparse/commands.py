@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rotsparse import baselines, cli, digits, job, measures, model_commands, run_list, runs
+from rotsparse import baselines, checks, cli, digits, job, measures, model_commands, run_list, runs
 from rotsparse.activations import ACTIVATIONS
 from rotsparse.benchmark import benchmark
 from rotsparse.command_options import fit_arguments, plain, records
 from rotsparse.compare import compare
 from rotsparse.fold import fold as fold_layer
-from rotsparse.layer_files import load_activations, load_layer, save_layer
+from rotsparse.layer_files import load_layer, open_activations, save_layer
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Solution
+from rotsparse.sources import RowRange, Source, in_memory
 from rotsparse.statistics import covariance
 
 console = Console()
@@ -105,6 +106,7 @@ def fit(command: "cli.Fit") -> int:
 def comparison(command: "cli.Compare") -> int:
     """`rotsparse compare`."""
     layer, train, test = _inputs(command.layer)
+    train, _ = in_memory(train)
     key = jax.random.key(command.layer.seed)
     bases = {path.parent.name or path.stem: Rotations.load(path)[0] for path in command.rotations}
     if len(bases) < len(command.rotations):
@@ -183,17 +185,26 @@ def redraw(command: "cli.Report") -> int:
     return 0
 
 
-def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray, np.ndarray]:
-    """The layer, the activations to fit on, and the held-out ones."""
+def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
+    """The layer, the activations to fit on, and the held-out ones (of those that stay on disk, a part)."""
     layer = load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
-    x = load_activations(options.activations, layer.d_in)
+    x = open_activations(options.activations, layer.d_in)
     if options.test_activations is not None:
-        return layer, x, load_activations(options.test_activations, layer.d_in)
+        return layer, x, _part(options.test_activations, open_activations(options.test_activations, layer.d_in))
     if len(x) < 10:
         raise ValueError(
             f"{options.activations} holds {len(x)} examples, too few to hold a fifth of them out: give at least 10, or "
             "--test-activations"
         )
-    order = np.random.default_rng(options.seed).permutation(len(x))
     held_out = len(x) // 5
+    if isinstance(x, Source):
+        border = len(x) - held_out
+        test = _part(options.activations, RowRange(x, range(border, len(x))))
+        return layer, RowRange(x, range(border)), test
+    order = np.random.default_rng(options.seed).permutation(len(x))
     return layer, x[order[held_out:]], x[order[:held_out]]
+
+
+def _part(path: Path, x: np.ndarray | Source) -> np.ndarray:
+    """What of held-out activations is kept in memory. Raises `ValueError` where that is unfit."""
+    return np.asarray(checks.activations(str(path), x.resident(), x.shape[1])) if isinstance(x, Source) else x

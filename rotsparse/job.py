@@ -19,6 +19,7 @@ from rotsparse.floor import floor
 from rotsparse.fold import fold
 from rotsparse.layers import Layer
 from rotsparse.solution import Result, Solution
+from rotsparse.sources import Source, in_memory
 from rotsparse.statistics import covariance
 
 METRICS = "metrics.json"
@@ -36,7 +37,7 @@ FEWEST_COMPARED = 200
 def run(
     folder: Path,
     layer: Layer,
-    train: Float[Data, "n d_in"],
+    train: Float[Data, "n d_in"] | Source,
     test: Float[Data, "m d_in"],
     *,
     fit: dict[str, Any],
@@ -107,7 +108,7 @@ def run(
 def write_comparison(
     folder: Path,
     layer: Layer,
-    train: Float[Data, "n d_in"],
+    train: Float[Data, "n d_in"] | Source,
     test: Float[Data, "m d_in"],
     solution: Solution,
     *,
@@ -118,16 +119,23 @@ def write_comparison(
     console: Console,
 ) -> tuple[list[str], Comparison]:
     """Compare a solution with every baseline on held-out examples, write the report, and say what was found: one
-    sentence, then remarks."""
+    sentence, then remarks. Of a source that is larger than memory, baselines (and the standard deviations that scale
+    inputs) are taken from the part that a fit keeps in memory."""
+    sample, source = in_memory(train)
     test = test[:: -(-len(test) // max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))]
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
     key = jax.random.key(config["seed"])
-    bases = {"learned": solution.rotations} | baselines.all_baselines(layer, train, key=jax.random.fold_in(key, 2))
-    options = {"scale_inputs": scale_inputs, "covariance": covariance(train)[1]}
+    bases = {"learned": solution.rotations} | baselines.all_baselines(layer, sample, key=jax.random.fold_in(key, 2))
+    options = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
     comparison = compare(layer, test, bases, key=jax.random.fold_in(key, 3), **options)
     console.print(comparison.table())
     write_atomically(folder / "table.md", comparison.markdown().encode())
     said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
+    if source is not None:
+        said.append(
+            f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
+            "them, evenly spread."
+        )
     report.write_report(
         folder,
         layer=layer,

@@ -23,6 +23,10 @@ from rotsparse.activations import Activation
 from rotsparse.files import write_atomically
 from rotsparse.layers import MLP, Dense, GatedMLP, Layer
 from rotsparse.norms import Norm, layer_norm, rms_norm
+from rotsparse.sources import RESIDENT_BYTES, NpyFile, Source, open_source
+
+# Activations of more bytes (in float32) stay on disk.
+LOADED_BYTES = RESIDENT_BYTES
 
 _KINDS = {"w": ("b",), "w_in": ("b_in", "w_out", "b_out"), "w_gate": ("w_up", "w_down", "b_gate", "b_up", "b_down")}
 _COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "norm_eps", "skip")
@@ -60,6 +64,26 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
             f"{path} holds {len(arrays)} arrays ({', '.join(sorted(arrays))}): expected just the activations"
         )
     return np.asarray(checks.activations(str(path), next(iter(arrays.values())), width))
+
+
+def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source:
+    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, and where a `.npy` file or a
+    folder holds more than `LOADED_BYTES` a source. Raises `ValueError` for unfit ones; of a source only the width is
+    looked at."""
+    path = Path(path)
+    if path.is_dir():
+        source = open_source(path)
+    elif path.suffix == ".npy" and path.is_file() and path.stat().st_size > LOADED_BYTES:
+        source = NpyFile(path)
+    else:
+        return load_activations(path, width)
+    if source.shape[1] != width:
+        raise ValueError(
+            f"{path} should have shape [examples, {width}], the inputs of the layer, got {list(source.shape)}"
+        )
+    if 4 * len(source) * width <= LOADED_BYTES:
+        return np.asarray(checks.activations(str(path), source.read(range(len(source))), width))
+    return source
 
 
 def load_layer(

@@ -31,7 +31,7 @@ RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "co
 CHECKPOINTS = "checkpoints"
 
 # Options that say how a command is run, and not what it computes.
-_HOW = ("out", "overwrite", "resume", "checkpoint_minutes", "tensorboard")
+_HOW = ("out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
 
 
 @contextlib.contextmanager
