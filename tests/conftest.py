@@ -1,9 +1,13 @@
 """Fixtures shared by all tests, and how hypothesis runs here."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from rotsparse import cli, commands
 
 # Derandomised: the same commit gives the same verdict. No deadline: the first example of a test compiles.
 settings.register_profile(
@@ -37,3 +41,27 @@ def strict():
 def rng():
     """A NumPy generator with a fixed seed: test data that needs no key."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder that is the current one, and holds what JAX compiles: the user's own cache is left alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def rotsparse(folder, monkeypatch, capsys):
+    """A function that runs a command, in this process and in `folder`: its exit code, and its output and errors on one
+    line."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
+        monkeypatch.setattr(commands, "console", commands.Console(width=200))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit.value.code, " ".join((printed.out + printed.err).split())
+
+    return run

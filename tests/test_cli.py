@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rotsparse import cli, commands
 from rotsparse.layer_files import load_layer
 from rotsparse.rotations import Rotations
 
@@ -17,36 +16,22 @@ D = 6
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch, rng):
-    """A folder with a layer and activations, which is also the current one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))  # leave the user's cache alone
+def files(folder, rng):
+    """The current folder, with a layer and activations."""
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     np.savez("layer.npz", w_in=draw(9, D), b_in=draw(9), w_out=draw(4, 9))
     np.save("x.npy", draw(60, D))
     np.save("test.npy", draw(20, D))
-    return tmp_path
-
-
-def rotsparse(capsys, monkeypatch, *arguments):
-    """Exit code, output and error output of a command."""
-    monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
-    monkeypatch.setattr(commands, "console", commands.Console(width=200))
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    printed = capsys.readouterr()
-    return exit.value.code, printed.out, printed.err
+    return folder
 
 
 FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--steps", "20", "--out", "run")
 
 
-def test_fit_writes_a_run_folder(files, capsys, monkeypatch):
-    code, out, _ = rotsparse(
-        capsys, monkeypatch, *FIT, "--test-activations", "test.npy", "--activation", "gelu", "--seed", 3
-    )
+def test_fit_writes_a_run_folder(files, rotsparse):
+    code, said = rotsparse(*FIT, "--test-activations", "test.npy", "--activation", "gelu", "--seed", 3)
     assert code == 0
-    assert "report: run/report.html" in out
+    assert "report: run/report.html" in said
     run = files / "run"
     names = {p.name for p in run.iterdir()}
     assert names >= {"config.json", "rotations.safetensors", "metrics.json", "report.html", "figures", "solution.npz"}
@@ -65,45 +50,45 @@ def test_fit_writes_a_run_folder(files, capsys, monkeypatch):
     assert tensors["r_in"].shape == (D, D) and tensors["r_out"].shape == (4, 4)
 
 
-def test_same_seed_same_numbers(files, capsys, monkeypatch):
+def test_same_seed_same_numbers(files, rotsparse):
     def numbers(out):
-        assert rotsparse(capsys, monkeypatch, *FIT[:-1], out, "--restarts", 2)[0] == 0
+        assert rotsparse(*FIT[:-1], out, "--restarts", 2)[0] == 0
         metrics = json.loads((files / out / "metrics.json").read_text())
         return metrics["metrics"], metrics["agreement"]
 
     assert numbers("a") == numbers("b")
 
 
-def test_an_existing_run_is_kept_unless_told(files, capsys, monkeypatch):
-    assert rotsparse(capsys, monkeypatch, *FIT)[0] == 0
+def test_an_existing_run_is_kept_unless_told(files, rotsparse, monkeypatch):
+    assert rotsparse(*FIT)[0] == 0
     before = (files / "run" / "metrics.json").read_bytes()
-    code, _, err = rotsparse(capsys, monkeypatch, *FIT)
-    assert code == 2 and "run exists" in err and "--overwrite" in err
+    code, said = rotsparse(*FIT)
+    assert code == 2 and "run exists" in said and "--overwrite" in said
     # a run that fails while it is being overwritten leaves the earlier one as it was
     monkeypatch.setattr("rotsparse.report.write_report", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert rotsparse(capsys, monkeypatch, *FIT, "--overwrite")[0] == 75
+    assert rotsparse(*FIT, "--overwrite")[0] == 75
     assert (files / "run" / "metrics.json").read_bytes() == before
     # interrupted before there was anything to keep
     monkeypatch.setattr("rotsparse.job.find_rotations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert rotsparse(capsys, monkeypatch, *FIT[:-1], "another")[0] == 130
+    assert rotsparse(*FIT[:-1], "another")[0] == 130
     assert {p.name for p in files.iterdir()} >= {"run", "run.unfinished"}
     assert not [p for p in files.iterdir() if p.name.startswith((".run", "another"))]
 
 
-def test_fold_and_compare_and_report(files, capsys, monkeypatch):
-    assert rotsparse(capsys, monkeypatch, *FIT)[0] == 0
+def test_fold_and_compare_and_report(files, rotsparse):
+    assert rotsparse(*FIT)[0] == 0
     inputs = ("--layer", "layer.npz", "--activations", "x.npy", "--rotations", "run/rotations.safetensors")
-    code, out, _ = rotsparse(capsys, monkeypatch, "fold", *inputs, "--out", "folded.safetensors")
-    assert code == 0 and "same function" in out
+    code, said = rotsparse("fold", *inputs, "--out", "folded.safetensors")
+    assert code == 0 and "same function" in said
     rotations, _ = Rotations.load("run/rotations.safetensors")
     x = np.load("test.npy")
     before, after = load_layer("layer.npz", "relu")(x), load_layer("folded.safetensors", "relu")(x @ rotations.r_in.T)
     np.testing.assert_allclose(after @ rotations.r_out, before, atol=1e-5)
-    code, _, err = rotsparse(capsys, monkeypatch, "fold", *inputs, "--out", "folded.safetensors")
-    assert code == 2 and "exists" in err
+    code, said = rotsparse("fold", *inputs, "--out", "folded.safetensors")
+    assert code == 2 and "exists" in said
 
-    code, out, _ = rotsparse(capsys, monkeypatch, "compare", *inputs, "--out", "table.json")
-    assert code == 0 and "svd" in out
+    code, said = rotsparse("compare", *inputs, "--out", "table.json")
+    assert code == 0 and "svd" in said
     table = json.loads((files / "table.json").read_text())["metrics"]
     assert table == {"run": table["run"], **{k: v for k, v in table.items() if k != "run"}}
     run = json.loads((files / "run" / "metrics.json").read_text())["metrics"]
@@ -111,22 +96,22 @@ def test_fold_and_compare_and_report(files, capsys, monkeypatch):
 
     page = (files / "run" / "report.html").read_bytes()
     (files / "run" / "report.html").unlink()
-    assert rotsparse(capsys, monkeypatch, "report", "run")[0] == 0
+    assert rotsparse("report", "run")[0] == 0
     assert len((files / "run" / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.05)
 
 
-def test_demo_at_small_size(files, capsys, monkeypatch):
-    code, out, _ = rotsparse(capsys, monkeypatch, "demo", "--out", "demo", "--steps", 20, "--examples", 60)
+def test_demo_at_small_size(files, rotsparse):
+    code, said = rotsparse("demo", "--out", "demo", "--steps", 20, "--examples", 60)
     assert code == 0
-    assert "In the learned basis" in out
+    assert "In the learned basis" in said
     assert (files / "demo" / "report.html").is_file()
     assert json.loads((files / "demo" / "config.json").read_text())["accuracy"] >= 0.97
-    assert rotsparse(capsys, monkeypatch, "report", "demo")[0] == 0
+    assert rotsparse("report", "demo")[0] == 0
 
 
 def bad(*options, **replaced):
     """FIT with options added or replaced."""
-    arguments = list(FIT)
+    arguments: list[str] = list(FIT)
     for name, value in replaced.items():
         arguments[arguments.index(f"--{name}") + 1] = value
     return [*arguments, *options]
@@ -161,7 +146,7 @@ def bad(*options, **replaced):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_bad_input_is_explained(files, capsys, monkeypatch, arguments, message):
+def test_bad_input_is_explained(files, rotsparse, arguments, message):
     x = np.load("x.npy")
     np.save("wide.npy", np.ones((9, D + 1), np.float32))
     np.save("nan.npy", np.where(x > 2, np.nan, x))
@@ -171,10 +156,10 @@ def test_bad_input_is_explained(files, capsys, monkeypatch, arguments, message):
     np.save("half.npy", x.astype(np.float16))
     (files / "cut.npy").write_bytes((files / "x.npy").read_bytes()[:200])
     before = {p.name for p in files.iterdir()}
-    code, out, err = rotsparse(capsys, monkeypatch, *arguments)
+    code, said = rotsparse(*arguments)
     assert code == 2
-    assert message in " ".join((out + err).split())
-    assert "Traceback" not in out + err
+    assert message in said
+    assert "Traceback" not in said
     assert {p.name for p in files.iterdir()} - {"cache"} == before - {"cache"}  # nothing half-written
 
 

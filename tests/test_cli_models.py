@@ -9,30 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rotsparse import cli, commands, job
+from rotsparse import job
 from rotsparse.layer_files import load_layer
 from rotsparse.models import generate, load_model, load_tokenizer, mlp_layer, open_store, run, save_model
 from rotsparse.rotations import Rotations
 
 sys.path.append(str(Path(__file__).parent / "models"))
 from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
-
-
-@pytest.fixture
-def rotsparse(tmp_path, monkeypatch, capsys):
-    """A function that runs a command in a folder of its own: exit code, output and errors on one line."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(commands, "console", commands.Console(width=200))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        return exit.value.code, " ".join((printed.out + printed.err).split())
-
-    return call
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`benchmark`: the table that decides whether a layer's basis is worth anything."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from rotsparse import baselines, cli, commands
+from rotsparse import baselines
 from rotsparse.benchmark import CONTROL, LEARNED, benchmark
 from rotsparse.orthogonal import haar
 
@@ -65,35 +64,18 @@ def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
     assert "random weights" not in plain.conclusion
 
 
-def test_command_line(tmp_path, monkeypatch, capsys, planted):
+def test_command_line(folder, rotsparse, planted):
     layer, x = planted
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(commands, "console", commands.Console(width=200))
     np.savez("layer.npz", w_in=layer.w_in, w_out=layer.w_out)
     np.save("x.npy", x)
-    arguments = [
-        "--layer",
-        "layer.npz",
-        "--activations",
-        "x.npy",
-        "--steps",
-        "20",
-        "--solver",
-        "annealing",
-        "--out",
-        "run",
-    ]
-    monkeypatch.setattr(sys, "argv", ["rotsparse", "benchmark", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 0
-    printed = capsys.readouterr().out
-    assert "random" in printed and "Other starts" in printed
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    options = ["--layer", "layer.npz", "--activations", "x.npy", "--steps", 20, "--solver", "annealing"]
+    code, said = rotsparse("benchmark", *options, "--out", "run")
+    assert code == 0
+    assert "random" in said and "Other starts" in said
+    metrics = json.loads((folder / "run/metrics.json").read_text())
     assert metrics["control"].keys() == metrics["metrics"]["learned"].keys()
     assert metrics["seconds"]["learned"] > 0
-    assert "| pca |" in (tmp_path / "run/table.md").read_text()
-    rotations = rs.Rotations.load(tmp_path / "run/rotations.safetensors")[0]
+    assert "| pca |" in (folder / "run/table.md").read_text()
+    rotations = rs.Rotations.load(folder / "run/rotations.safetensors")[0]
     assert rotations.orthogonality_error() < 1e-5
     assert jnp.shape(rotations.r_in) == (8, 8)

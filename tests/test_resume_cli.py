@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from rotsparse import cli, commands
 from rotsparse.driver import Progress
 from rotsparse.run_log import read_log
 from rotsparse.solution import Solution
@@ -20,34 +19,17 @@ D = 5
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch, rng):
-    """A folder with a layer and activations, which is also the current one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))  # leave the user's cache alone
+def files(folder, rng):
+    """The current folder, with a layer and activations."""
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     np.savez("layer.npz", w_in=draw(7, D), b_in=draw(7), w_out=draw(4, 7))
     np.save("x.npy", draw(60, D))
-    return tmp_path
+    return folder
 
 
 def fit(steps, *more):
     command = ["fit", "--layer", "layer.npz", "--activations", "x.npy", "--solver", "annealing", "--out", "run"]
     return [*command, "--steps", str(steps), *more]
-
-
-@pytest.fixture
-def rotsparse(capsys, monkeypatch):
-    """Runs a command in this process: its exit code, and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
-        monkeypatch.setattr(commands, "console", commands.Console(width=200))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        return exit.value.code, printed.out + printed.err
-
-    return run
 
 
 def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
