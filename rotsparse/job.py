@@ -20,7 +20,7 @@ from rotsparse.fold import fold
 from rotsparse.layers import Layer
 from rotsparse.solution import Result, Solution
 from rotsparse.sources import Source, in_memory
-from rotsparse.statistics import covariance
+from rotsparse.statistics import covariance, evenly_spaced
 
 METRICS = "metrics.json"
 SOLUTION = "solution.npz"
@@ -122,7 +122,7 @@ def write_comparison(
     sentence, then remarks. Of a source that is larger than memory, baselines (and the standard deviations that scale
     inputs) are taken from the part that a fit keeps in memory."""
     sample, source = in_memory(train)
-    test = test[:: -(-len(test) // max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))]
+    test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
     key = jax.random.key(config["seed"])
     bases = {"learned": solution.rotations} | baselines.all_baselines(layer, sample, key=jax.random.fold_in(key, 2))
