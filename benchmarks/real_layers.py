@@ -5,7 +5,8 @@ a random start, the one truth that is known about such a layer.
 `Log(eps=0.1)`. Every method starts from the neurons, from a random rotation, from the SVD of the mean Jacobian and from
 PCA, and minimises over the same examples; `held-out` is the same objective on other examples. Times include
 compilation; `evaluations` are values with gradients on all examples, or as many examples in minibatches. The peers get
-at least the time that rotsparse took. `--out` also keeps the course of every fit of ours: objective against steps.
+at least the time that rotsparse took. `--figure` draws, and `--out` keeps, the course of every fit: objective against
+seconds and against evaluations (those of our solvers spread evenly over their steps, after compilation).
 
 Layers: the second one of the digits network and of the MNIST network (on 150 and on 4000 examples), raw; the MLP with
 its skip of a modular-addition transformer and the first MLPs of stories260K and of MiniLM, with scaled inputs. Those
@@ -18,6 +19,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -65,6 +67,8 @@ class Config:
     """Steps of the default solver, from the given start and from a random one; full-batch Adam takes an eighth."""
     out: Path | None = None
     """A JSON file for the figures."""
+    figure: Path | None = None
+    """A PNG file for the courses."""
 
 
 def main(config: Config) -> None:
@@ -75,6 +79,8 @@ def main(config: Config) -> None:
         results += [{"layer": name, "examples": examples, **row} for row in rows]
         if config.out:  # after each: later ones take long
             config.out.write_text(json.dumps(results, indent=2))
+        if config.figure:
+            draw(config.figure, results)
 
 
 def layers(config: Config) -> Iterator[tuple[str, Case, int]]:
@@ -109,25 +115,61 @@ def compare(case: Case, examples: int, config: Config) -> list[dict]:
     for start_name, start in starts.items():
         bases = {"in": jnp.asarray(start.r_in), "out": jnp.asarray(start.r_out)}
 
-        def add(method, seconds, evaluations, found, name=start_name, **more):
-            rows.append(row(method, name, seconds, evaluations, found, objective, held_out) | more)
+        def add(method, found, course, name=start_name):
+            rows.append(row(method, name, found, course, objective, held_out))
 
-        add("start", 0.0, 0, bases)
-        options = {"measure": measure, "scale_inputs": scale, "key": key, "start": start}
-        begun = time.perf_counter()
-        fit = rs.find_rotations(layer, train, steps=steps, restarts=2, **options)
-        budget = time.perf_counter() - begun
-        course = {"checked_at": fit.history.checked_at.tolist(), "checked": fit.history.checked.tolist()}
-        add("rotsparse", budget, 2 * steps * 16 / examples, fit.bases, course=course)
-        begun = time.perf_counter()
+        add("start", bases, Course())
+        options: dict[str, Any] = {"measure": measure, "scale_inputs": scale, "key": key, "start": start}
         adam = rs.Riemannian(optax.adam(0.2), max_step=0.4)
-        found = rs.find_rotations(layer, train, steps=steps // 8, solver=adam, **options).bases
-        add("Riemannian Adam", time.perf_counter() - begun, steps // 8, found)
-        for name, peer in {"pymanopt CG": conjugate_gradients, "L-BFGS": lbfgs}.items():
+        batch = min(16, examples)
+        budget = 0.0
+        fits: list[tuple[str, float, dict[str, Any]]] = [
+            ("rotsparse", 2 * batch / examples, {"steps": steps, "restarts": 2, "batch_size": batch}),
+            ("Riemannian Adam", 1, {"steps": steps // 8, "solver": adam}),
+        ]
+        for method, cost, settings in fits:
             begun = time.perf_counter()
-            found, evaluations = peer(objective, bases, budget)
-            add(name, time.perf_counter() - begun, evaluations, found)
+            fit = rs.find_rotations(layer, train, **options, **settings)
+            seconds = time.perf_counter() - begun
+            budget = budget or seconds
+            add(method, fit.bases, course_of(fit, seconds, cost))
+        for method, peer in {"pymanopt CG": conjugate_gradients, "L-BFGS": lbfgs}.items():
+            course = Course()
+            add(method, peer(objective, bases, budget, course), course)
     return rows
+
+
+class Course:
+    """The objective after so many seconds and evaluations since this was made."""
+
+    def __init__(self):
+        self.begun = time.perf_counter()
+        self.seconds, self.evaluations, self.objective = [0.0], [0.0], [np.nan]
+
+    def add(self, value: float) -> None:
+        """One more evaluation."""
+        self.seconds.append(time.perf_counter() - self.begun)
+        self.evaluations.append(self.evaluations[-1] + 1)
+        self.objective.append(value)
+
+    def running_minimum(self) -> dict[str, list[float]]:
+        best = np.fmin.accumulate(self.objective)
+        keep = np.unique(np.linspace(0, len(best) - 1, 200).astype(int))  # enough for a curve
+        return {
+            "seconds": np.array(self.seconds)[keep].tolist(),
+            "evaluations": np.array(self.evaluations)[keep].tolist(),
+            "objective": best[keep].tolist(),
+        }
+
+
+def course_of(fit: rs.Solution, seconds: float, cost: float) -> Course:
+    """`cost`: evaluations on all examples that one step is worth."""
+    course, at = Course(), fit.history.checked_at
+    compiling = fit.stats["compile_seconds"]
+    course.seconds = [*(compiling + (seconds - compiling) * at / at[-1]), seconds]
+    course.evaluations = [*(cost * at), cost * at[-1]]
+    course.objective = [*fit.history.checked.min(axis=0), fit.value]
+    return course
 
 
 @eqx.filter_jit
@@ -137,8 +179,8 @@ def evaluate(objective, bases):
     return value, {name: g @ bases[name] for name, g in grads.items()}
 
 
-def conjugate_gradients(objective, bases, budget):
-    """pymanopt's conjugate gradients on O(d_in) × O(d_out), and how many gradients they took."""
+def conjugate_gradients(objective, bases, budget, course):
+    """pymanopt's conjugate gradients on O(d_in) × O(d_out)."""
     import pymanopt
     from pymanopt.manifolds import Product, Stiefel
     from pymanopt.optimizers import ConjugateGradient
@@ -149,23 +191,20 @@ def conjugate_gradients(objective, bases, budget):
     def cost(r_in, r_out):
         return float(evaluate(objective, to_bases(r_in, r_out))[0])
 
-    evaluations = 0
-
     @pymanopt.function.numpy(manifold)
     def gradient(r_in, r_out):
-        nonlocal evaluations
-        evaluations += 1
-        grads = evaluate(objective, to_bases(r_in, r_out))[1]
+        value, grads = evaluate(objective, to_bases(r_in, r_out))
+        course.add(float(value))
         return [np.asarray(grads["in"], np.float64), np.asarray(grads["out"], np.float64)]
 
     problem = pymanopt.Problem(manifold, cost, euclidean_gradient=gradient)
     solver = ConjugateGradient(verbosity=0, max_time=budget, max_iterations=100_000, min_step_size=1e-12)
     start = [np.asarray(bases[name], np.float64) for name in ("in", "out")]
-    return to_bases(*solver.run(problem, initial_point=start).point), evaluations
+    return to_bases(*solver.run(problem, initial_point=start).point)
 
 
-def lbfgs(objective, bases, budget):
-    """SciPy's L-BFGS over skew matrices through the Cayley transform at the start, and how many gradients it took."""
+def lbfgs(objective, bases, budget, course):
+    """SciPy's L-BFGS over skew matrices through the Cayley transform at the start."""
     sizes = {name: np.triu_indices(len(r), 1) for name, r in bases.items()}
     split = len(sizes["in"][0])
 
@@ -179,20 +218,19 @@ def lbfgs(objective, bases, budget):
         value, grads = objective.value_and_grad(current)
         return value, pull({name: g @ current[name] for name, g in grads.items()})[0]
 
-    begun = time.perf_counter()
-
     def stop(_):
-        if time.perf_counter() - begun > budget:
+        if course.seconds[-1] > budget:
             raise StopIteration
 
     def function(v):
         value, grad = value_and_grad(jnp.asarray(v, jnp.float32))
+        course.add(float(value))
         return float(value), np.asarray(grad, np.float64)
 
     zero = np.zeros(split + len(sizes["out"][0]))
     options = {"maxiter": 100_000, "maxfun": 1_000_000, "maxcor": 20}
     found = scipy_minimize(function, zero, jac=True, method="L-BFGS-B", callback=stop, options=options)
-    return rotations(jnp.asarray(found.x, jnp.float32)), int(found.nfev)
+    return rotations(jnp.asarray(found.x, jnp.float32))
 
 
 def skewed(v, upper, d):
@@ -203,15 +241,18 @@ def to_bases(r_in, r_out):
     return {"in": jnp.asarray(r_in, jnp.float32), "out": jnp.asarray(r_out, jnp.float32)}
 
 
-def row(method, start, seconds, evaluations, bases, objective, held_out) -> dict:
+def row(method, start, bases, course, objective, held_out) -> dict:
     neurons = np.sum(np.max(np.abs(np.asarray(bases["out"])), axis=1) > 0.99)
-    values = {"train": evaluate(objective, bases)[0], "held_out": evaluate(held_out, bases)[0]}
-    counts = {"evaluations": round(evaluations), "neurons": int(neurons)}
-    return {"method": method, "start": start, "seconds": seconds, **counts, **to_floats(values)}
-
-
-def to_floats(values):
-    return {name: float(value) for name, value in values.items()}
+    return {
+        "method": method,
+        "start": start,
+        "seconds": course.seconds[-1],
+        "evaluations": round(course.evaluations[-1]),
+        "neurons": int(neurons),
+        "train": float(evaluate(objective, bases)[0]),
+        "held_out": float(evaluate(held_out, bases)[0]),
+        "course": course.running_minimum(),
+    }
 
 
 def show(name: str, rows: list[dict]) -> None:
@@ -229,11 +270,38 @@ def show(name: str, rows: list[dict]) -> None:
             str(r["neurons"]),
             end_section=r["method"] == "L-BFGS",
         )
-    Console().print(table)
+    Console(width=110).print(table)
     ours = [r["train"] for r in rows if r["method"] == "rotsparse"]
     Console().print(
         f"rotsparse over the starts: {min(ours):.4f} to {max(ours):.4f} ({max(ours) / min(ours) - 1:.2%} apart)\n"
     )
+
+
+COLOURS = {"rotsparse": "#d95f02", "Riemannian Adam": "#222222", "pymanopt CG": "#0072b2", "L-BFGS": "#999999"}
+
+
+def draw(path: Path, results: list[dict]) -> None:
+    """A row a layer: objective against seconds and against evaluations; a line for every start."""
+    from matplotlib.figure import Figure
+
+    problems = list(dict.fromkeys((r["layer"], r["examples"]) for r in results))
+    figure = Figure(figsize=(9, 2.6 * len(problems)), layout="constrained")
+    axes = figure.subplots(len(problems), 2, squeeze=False, sharey="row")
+    for (layer, examples), pair in zip(problems, axes, strict=True):
+        rows = [r for r in results if (r["layer"], r["examples"]) == (layer, examples)]
+        for r in rows:
+            if r["method"] in COLOURS:
+                label = r["method"] if r["start"] == rows[0]["start"] else None
+                for axis, unit in zip(pair, ("seconds", "evaluations"), strict=True):
+                    style = {"color": COLOURS[r["method"]], "linewidth": 2 if r["method"] == "rotsparse" else 1}
+                    begun = np.array(r["course"][unit]) > 0
+                    axis.plot(*(np.array(r["course"][key])[begun] for key in (unit, "objective")), label=label, **style)
+        best = min(r["train"] for r in rows)
+        pair[0].set(title=f"{layer}, {examples} examples", ylabel="objective", ylim=(0.95 * best, 2.5 * best))
+        for axis, unit in zip(pair, ("seconds", "evaluations on all examples"), strict=True):
+            axis.set(xscale="log", xlabel=unit)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
