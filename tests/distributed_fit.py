@@ -8,7 +8,7 @@ import os
 import sys
 
 OPTIONS = {"devices": 1, "x64": True, "processes": 1, "process": 0, "port": 0, "heartbeat": 10, "data": ""}
-OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "checkpoint": None, "every_steps": 10, "steps": 30}
+OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "checkpoint": None, "every_steps": 10, "steps": 30, "log": None}
 OPTIONS |= json.loads(sys.argv[1])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OPTIONS['devices']}"
 
@@ -45,7 +45,7 @@ ADAM = rs.Riemannian(optax.adam(0.1))
 
 def fit(case, mesh):
     """The solution of one of the problems, two restarts each."""
-    options = {"key": jax.random.key(1), "steps": OPTIONS["steps"], "restarts": 2, "mesh": mesh}
+    options = {"key": jax.random.key(1), "steps": OPTIONS["steps"], "restarts": 2, "mesh": mesh, "log": OPTIONS["log"]}
     if OPTIONS["checkpoint"]:
         options["checkpoint"] = rs.Checkpoints(OPTIONS["checkpoint"], every_steps=OPTIONS["every_steps"])
     if case == "full":
@@ -81,7 +81,8 @@ def main():
                 mesh = rs.device_mesh(restarts=restarts, devices=jax.devices()[:count])
             solution = fit(case, mesh)
             results.append([solution.value, *solution.candidate_values.tolist()])
-            print(json.dumps({"resumed_at": solution.stats.get("resumed_at")}), file=sys.stderr, flush=True)
+            ended = {"resumed_at": solution.stats.get("resumed_at"), "result": solution.result.name}
+            print(json.dumps(ended | {"steps": solution.stats["steps"]}), file=sys.stderr, flush=True)
     if jax.process_index() == 0:
         print(json.dumps(results), flush=True)
 

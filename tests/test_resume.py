@@ -10,17 +10,19 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from rotsparse import sources
 from rotsparse.chain import fit_chain
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.driver import minimize
 from rotsparse.fit import find_rotations
 from rotsparse.layers import Dense
-from rotsparse.measures import Log
+from rotsparse.measures import Log, TopK
 from rotsparse.objectives import ActivationSparsity, WeightedSum
 from rotsparse.orthogonal import haar, retract_polar
 from rotsparse.run_log import read_log
 from rotsparse.solution import Result
 from rotsparse.solvers import Annealing, Riemannian, Solver
+from rotsparse.solvers.fixed_point import FixedPoint, top_k
 from rotsparse.solvers.riemannian import geometric
 
 KEY = jax.random.key(3)
@@ -107,6 +109,11 @@ def a_sum(**more):
     return minimize(WeightedSum(terms, [1.0, 0.5]), start, key=KEY, steps=STEPS, restarts=2, **more)
 
 
+def fixed_point(**more):
+    objective = ActivationSparsity(problem()[1], TopK(0.5))
+    return minimize(objective, {"in": haar(KEY, D)}, key=KEY, solver=FixedPoint(top_k(3)), steps=STEPS, **more)
+
+
 FITS = {
     "annealing, minibatches, restarts": a_fit(restarts=3),
     "annealing, all defaults and held-out data": a_fit(solver=None, validation=problem(seed=1)[1]),
@@ -121,6 +128,7 @@ FITS = {
     "tied": a_fit(tie=True),
     "active subspace": a_fit(active_subspace=0.9),
     "a sum of objectives": a_sum,
+    "fixed point": fixed_point,
 }
 
 
@@ -144,7 +152,8 @@ def continued(fit, **more):
     raise AssertionError("it does not end")
 
 
-FAST = ("annealing, minibatches, restarts", "adam", "a solver of one's own", "one side held", "a sum of objectives")
+FAST = "annealing, minibatches, restarts", "adam", "a solver of one's own", "one side held"
+FAST += "a sum of objectives", "fixed point"
 
 
 @pytest.mark.parametrize(
@@ -162,10 +171,11 @@ def test_stopped_and_continued_is_never_stopped(name, tmp_path, interrupt):
 
 
 @pytest.mark.parametrize("joint", [pytest.param(False, marks=pytest.mark.slow), True], ids=["separate", "joint"])
-def test_chains(joint, tmp_path, interrupt):
+def test_chains(joint, tmp_path, interrupt, monkeypatch):
     layers = [problem(seed=i)[0] for i in range(2)]
-    x = problem()[1]
-    fit = lambda **more: fit_chain(layers, x, test=x[:30], key=KEY, joint=joint, steps=40, restarts=2, **more)  # noqa: E731
+    monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 20)
+    x = sources.ArrayRows(problem()[1])  # a source, so what enters the second layer is computed as it is read
+    fit = lambda **more: fit_chain(layers, x, test=x.x[:30], key=KEY, joint=joint, steps=40, restarts=2, **more)  # noqa: E731
     whole = fit()
     interrupt(2)
     sessions = 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from rotsparse.run_log import read_log
 from rotsparse.sharding import Devices, device_mesh
 
 PROGRAM = Path(__file__).with_name("distributed_fit.py")
@@ -70,7 +72,10 @@ def test_every_number_of_devices(case, x64, tmp_path):
 def test_two_processes(tmp_path):
     options = {"cases": ["source"], "steps": 10, "data": str(tmp_path / "x.npy")}
     alone = fit(**options)
-    np.testing.assert_allclose(fit_in_processes(2, meshes=[[2, 1]], **options), alone, rtol=SAME[True])
+    together = fit_in_processes(2, meshes=[[2, 1]], log=str(tmp_path / "log"), **options)
+    np.testing.assert_allclose(together, alone, rtol=SAME[True])
+    steps = [line["step"] for line in read_log(tmp_path / "log")]
+    assert steps == sorted(set(steps)) and steps[-1] == 10  # one process writes it
 
 
 @pytest.mark.slow
@@ -82,17 +87,30 @@ def test_four_processes(mesh, x64, tmp_path):
     np.testing.assert_allclose(fit_in_processes(4, meshes=[mesh], **options), alone, rtol=SAME[x64])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other_devices(victim, tmp_path):
-    steps, folder = 1000, tmp_path / "checkpoints"
-    options = {"cases": ["minibatch"], "checkpoint": str(folder)}
+def ended(process):
+    """How the fit in a process ended."""
+    while not (line := process.stderr.readline()).startswith('{"resumed_at"'):
+        assert line or process.poll() is None
+    return json.loads(line)
+
+
+def two_processes_with_checkpoints(folder, **options):
+    """Two processes in the middle of a fit."""
     port = free_port()
-    processes = [start(processes=2, process=i, port=port, meshes=[[2, 1]], steps=steps, **options) for i in range(2)]
+    options |= {"cases": ["minibatch"], "checkpoint": str(folder), "meshes": [[2, 1]]}
+    processes = [start(processes=2, process=i, port=port, **options) for i in range(2)]
     deadline = time.monotonic() + 120
     while len(list(folder.glob("step-*"))) < 2:
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.05)
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other_devices(victim, tmp_path):
+    steps, folder = 1000, tmp_path / "checkpoints"
+    processes = two_processes_with_checkpoints(folder, steps=steps)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     processes[victim].communicate()
@@ -101,12 +119,26 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
     assert time.monotonic() - killed < 60 and processes[1 - victim].returncode != 0 and message
     assert list(folder.glob("step-*"))
 
-    resumed = start(steps=steps, every_steps=steps, **options)
-    while not (line := resumed.stderr.readline()).startswith('{"resumed_at"'):
-        assert line or resumed.poll() is None
-    assert json.loads(line)["resumed_at"] >= 10
-    # A thousand steps amplify the rounding of sums in another order.
-    np.testing.assert_allclose(result(resumed), fit(steps=steps, cases=["minibatch"], meshes=[None]), rtol=1e-4)
+    options = {"cases": ["minibatch"], "steps": steps}
+    alone = fit(meshes=[None], **options)
+    for devices, mesh in [(1, [1, 1]), (8, [8, 2])]:
+        copy = shutil.copytree(folder, tmp_path / f"{devices}")
+        resumed = start(checkpoint=str(copy), every_steps=steps, devices=devices, meshes=[mesh], **options)
+        assert ended(resumed)["resumed_at"] >= 10
+        # A thousand steps amplify the rounding of sums in another order.
+        np.testing.assert_allclose(result(resumed), alone, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path):
+    processes = two_processes_with_checkpoints(tmp_path, steps=100_000)
+    processes[1].terminate()
+    first, second = map(ended, processes)
+    assert first == second and first["result"] == "INTERRUPTED"
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert (tmp_path / f"step-{first['steps']:08d}").is_dir()
 
 
 def test_meshes_that_do_not_fit():
