@@ -80,6 +80,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     same(restore(tmp_path), a_state(3))
 
 
+def test_one_file_knows_orbax():
+    sources = Path(checkpoint_files.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if "import orbax" in path.read_text()] == ["checkpoint_files.py"]
+
+
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5, values=[0.3, 0.1, 0.5, 0.4, 0.2])
     assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
