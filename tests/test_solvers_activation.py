@@ -11,7 +11,7 @@ from rotsparse.objectives import ActivationSparsity, WeightedSum
 from rotsparse.orthogonal import haar, orthogonality_error
 from rotsparse.solvers.activation import fit_activations
 from rotsparse.solvers.fixed_point import FixedPoint, cube, soft_threshold, top_k
-from rotsparse.solvers.moments import moments
+from rotsparse.solvers.moments import Moments, moments
 from rotsparse.solvers.quasi_newton import QuasiNewton, escape, gradient, pair_sums
 
 D = 12
@@ -143,6 +143,15 @@ def test_escape_undoes_a_mixed_pair_that_the_gradient_does_not_see():
     omega = escape(m, pairs)
     assert np.count_nonzero(omega) == 2 and abs(omega[0, 1]) == 1
     assert recovery_error(mixed + omega @ mixed, basis) < 1e-3 and recovery_error(mixed, basis) > 0.05
+
+
+def test_escape_takes_the_most_curved_pair_whatever_is_rounded(rng):
+    for _ in range(30):
+        pull, pairs = (jnp.asarray(rng.standard_normal((D, D)), jnp.float32) for _ in range(2))
+        h = np.asarray(pairs + pairs.T, np.float64) - np.add.outer(*[np.diagonal(np.asarray(pull, np.float64))] * 2)
+        i, j = np.unravel_index(np.argmin(np.where(np.eye(D), np.inf, h)), h.shape)
+        zero = jnp.zeros(D)
+        assert abs(escape(Moments(zero[0], pull, zero, zero), pairs)[i, j]) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

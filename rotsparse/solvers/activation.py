@@ -70,6 +70,11 @@ class _Run(NamedTuple):
     steps: int | Int[Array, ""]
     done: Array
 
+    @property
+    def end(self) -> Float[Array, "d d"]:
+        """Where the next stage begins: one step on, unless the steps ran out on a way that may lead nowhere."""
+        return self.trial if self.done else self.search.anchor
+
 
 def fit_activations(
     x: Float[Array, "n d"],
@@ -141,7 +146,7 @@ def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
     steps, sizes = 0, _subsamples(blocks)
     for used, matching, tolerance in [*((size, True, 0.1) for size in sizes), (sizes[-1], False, 0.03)]:
         run = _descend(blocks, used, r, measure, START_EPS, START_EPS, matching, tolerance, STEPS, True)
-        r, steps = run.trial, steps + int(run.steps)
+        r, steps = run.end, steps + int(run.steps)
     return run._replace(steps=steps)
 
 
@@ -150,10 +155,8 @@ def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
     final = float(measure.eps)
     matched = _match(blocks, r, measure)
     largest = _subsamples(blocks)[-1]
-    fallen = _descend(
-        blocks, largest, matched.trial, measure, max(START_EPS, final), final, False, SETTLED, STEPS, True
-    )
-    last = _finish(blocks, fallen.trial, measure, final)
+    fallen = _descend(blocks, largest, matched.end, measure, max(START_EPS, final), final, False, SETTLED, STEPS, True)
+    last = _finish(blocks, fallen.end, measure, final)
     return last._replace(steps=matched.steps + int(fallen.steps) + int(last.steps))
 
 
@@ -166,7 +169,7 @@ def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run],
     matched = _match(blocks, r, measure)
     runs, values, best = [], [], 0
     while len(runs) < min(rungs, best + PATIENCE + 1):
-        r = runs[-1].search.anchor if runs else matched.trial
+        r = runs[-1].search.anchor if runs else matched.end
         runs.append(_finish(blocks, r, measure, first * ratio ** len(runs)))
         values.append(held_out(runs[-1]))
         best = int(np.argmin(values))

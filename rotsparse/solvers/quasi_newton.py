@@ -6,8 +6,7 @@ Turning the pair of directions (i, j) by ω changes the objective by `Γ_ij ω +
 
 exact when `z_i` and `z_j` are independent, and nothing else couples pairs: the Hessian's approximation is diagonal in Ω
 and costs no more than the gradient. (The Hessian of Picard-O: Ablin, Cardoso & Gramfort, "Faster ICA under orthogonal
-constraint", 2018.) The step is `Ω_ij = -Γ_ij d / h_ij`, with h floored
-and no entry above tan 45°.
+constraint", 2018.) The step is `Ω_ij = -Γ_ij d / h_ij`, with h floored and no entry above tan 45°.
 
 Every step evaluates the objective once: the trial point. If the objective is no lower there, the next trial goes back
 to the last good point and half as far; after a few such failures, along the gradient instead. So the good points only
@@ -76,7 +75,7 @@ def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
     *dependent* there as they can be, and it takes them for independent.
     """
     along = jnp.diagonal(m.pull)
-    h = pairs + pairs.T - along[:, None] - along
+    h = (pairs + pairs.T) - (along[:, None] + along)  # symmetric to the last bit, which `mutual` needs
     h = jnp.where(jnp.eye(len(h), dtype=bool), jnp.inf, h)
     # Each direction with its most curved partner, where that is mutual.
     least = jnp.min(h, axis=1)
