@@ -16,7 +16,6 @@ from rotsparse import baselines
 from rotsparse.checks import Data
 from rotsparse.compare import Comparison, compare, number, shown
 from rotsparse.controls import beyond_control, random_weights
-from rotsparse.finding import reproduced_directions
 from rotsparse.fit import find_rotations
 from rotsparse.intervals import Interval
 from rotsparse.layers import MLP, GatedMLP, Layer
@@ -126,7 +125,7 @@ def benchmark(
     if null is not None:
         rotations = timed(CONTROL, lambda: learn(null)).rotations
         control = compare(null, test, {CONTROL: rotations}, **judged).metrics[CONTROL]
-    again = reproduced_directions(solution)
+    again = solution.reproduced()
     return Benchmark(
         comparison=compare(layer, test, bases, **judged),
         control=control,

@@ -20,21 +20,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.fingerprint import fingerprint
-from rotsparse.fit_state import FitState, worst_error
+from rotsparse.fit_state import FitState
 from rotsparse.interrupt import StopSignals
 from rotsparse.objectives import Bases, Objective
 from rotsparse.orthogonal import haar
 from rotsparse.progress import Progress
 from rotsparse.run_log import LogWriter, RunLog
 from rotsparse.sharding import Devices, is_first_process
-from rotsparse.solution import Result, Solution
+from rotsparse.solution import Result, Solution, evidence
 from rotsparse.solvers import Annealing, Solver
 from rotsparse.sources import read_ahead
 
@@ -275,7 +274,7 @@ def _solution(
         result = Result.NO_IMPROVEMENT
     candidates = tuple(jax.tree.map(lambda r, i=i: r[i], state.best) for i in range(len(best_values)))
     bases = candidates[chosen]
-    value, grads = _value_and_grad(objective, bases)
+    value, evident = evidence(objective, bases)
     start_values = (
         state.checked[:, 0] if validation is None else np.asarray(_values(Devices(None), None, objective, starts))
     )
@@ -283,7 +282,7 @@ def _solution(
         bases=bases,
         result=result,
         detail=detail,
-        value=float(value),
+        value=value,
         start_value=float(start_values[chosen]),
         validation_value=None if validation is None else float(best_values[chosen]),
         history=state.history,
@@ -295,8 +294,7 @@ def _solution(
             "restart": chosen,
             "seconds": float(state.seconds),
             **stats,
-            "gradient_norm": float(optax.tree.norm(grads)),
-            "orthogonality_error": worst_error(bases),
+            **evident,
         },
     )
 
@@ -343,11 +341,6 @@ def _values(devices: Devices, layout, objective, bases):
         return jax.lax.map(objective.value, bases)
 
     return devices.map(values, layout, objective, bases)
-
-
-@eqx.filter_jit
-def _value_and_grad(objective, bases):
-    return objective.value_and_grad(bases)
 
 
 def _starts(start: Bases, restarts: int, key: PRNGKeyArray) -> Bases:

@@ -5,10 +5,7 @@ import numpy as np
 from rotsparse.compare import Comparison
 from rotsparse.layers import MLP, Layer
 from rotsparse.report.names import basis_name
-from rotsparse.solution import Solution
-
-# A direction counts as the same where its match has a larger |cos|.
-SAME = 0.99
+from rotsparse.solution import SAME, Solution
 
 
 def finding(comparison: Comparison, layer: Layer) -> str:
@@ -26,8 +23,7 @@ def finding(comparison: Comparison, layer: Layer) -> str:
     learned = comparison.metrics["learned"]
     return (
         f"In the learned basis {learned['edges_99'].value:,.0f} of {layer.d_in * layer.d_out:,} entries hold 99% "
-        f"of the mean "
-        f"squared Jacobian of held-out examples {sizes('edges_99', ',.0f')}, and "
+        f"of the mean squared Jacobian of held-out examples {sizes('edges_99', ',.0f')}, and "
         f"{learned['fraction_below_0.1_rms'].value:.0%} of all entries are below a tenth of their rms "
         f"{sizes('fraction_below_0.1_rms', '.0%')}."
     )
@@ -38,19 +34,17 @@ def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[st
     said = [comparison.verdict()]
     if {comparison.best("participation_ratio"), comparison.best("top_1_percent_energy")} != {"learned"}:
         said.append(
-            "Participation ratio and top-1% energy look only at the few largest entries, which an SVD makes as "
-            "large as can "
-            "be; the objective asks for zeros elsewhere."
+            "Participation ratio and top-1% energy look only at the few largest entries, which an SVD makes as large "
+            "as can be; the objective asks for zeros elsewhere."
         )
-    reproduced = reproduced_directions(solution)
+    reproduced = solution.reproduced()
     if isinstance(layer, MLP) and layer.w_out is None:
         # An elementwise φ pins the outputs of a single layer to its neurons.
         found = int(np.sum(np.max(np.abs(np.asarray(solution.rotations.r_out)), axis=1) > SAME))
         said.append(
             f"{found} of the {layer.d_out} output directions are single neurons (|cos| > {SAME}). That is no "
-            f"discovery: the "
-            "nonlinearity pins the outputs of a single layer to its neurons, and finding them again is a check "
-            "of the method."
+            "discovery: the nonlinearity pins the outputs of a single layer to its neurons, and finding them again is "
+            "a check of the method."
         )
     if reproduced is not None:
         parts = [
@@ -61,17 +55,9 @@ def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[st
         if undetermined:
             said.append(
                 f"Most {' and '.join(undetermined)} directions are not determined by these data: another start "
-                f"gives other ones "
-                "that are about as sparse, so do not read meaning into single ones."
+                "gives other ones that are about as sparse, so do not read meaning into single ones."
             )
     return said
-
-
-def reproduced_directions(solution: Solution) -> dict[str, np.ndarray] | None:
-    """For every space, which directions every other restart found again; `None` after a single restart."""
-    if len(solution.candidates) == 1:
-        return None
-    return {space: cosines.min(axis=0) > SAME for space, cosines in solution.agreement().items()}
 
 
 def _side(space: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse.objectives import Bases
-from rotsparse.orthogonal import orthogonality_error
+from rotsparse.orthogonal import worst_error
 from rotsparse.sharding import Devices
 from rotsparse.solution import History
 from rotsparse.solvers import Solver
@@ -102,8 +102,3 @@ class FitState(eqx.Module):
         """What is wrong with a state that cannot be a fit's, or an empty text."""
         error = max(worst_error(self.bases), worst_error(self.best))
         return "" if error < NOT_ORTHOGONAL else f"its rotations are not orthogonal: |RRᵀ - I| = {error:.1e}"
-
-
-def worst_error(bases: Bases) -> float:
-    """The largest entry of `|RRᵀ - I|` over the rotations of all spaces and restarts."""
-    return max(float(jnp.max(orthogonality_error(r))) for r in bases.values())

@@ -13,7 +13,7 @@ from rotsparse import baselines, report, runs
 from rotsparse.checks import Data
 from rotsparse.compare import Comparison, compare
 from rotsparse.files import write_atomically
-from rotsparse.finding import finding, remarks, reproduced_directions
+from rotsparse.finding import finding, remarks
 from rotsparse.fit import find_rotations
 from rotsparse.floor import floor
 from rotsparse.fold import fold
@@ -155,7 +155,7 @@ def write_comparison(
 
 def _agreement(solution: Solution) -> dict[str, Any] | None:
     """For every space, the share of directions that every other restart found again, and the |cos| of each."""
-    reproduced = reproduced_directions(solution)
+    reproduced = solution.reproduced()
     if reproduced is None:
         return None
     cosines = solution.agreement()

@@ -5,7 +5,7 @@ accelerators and `expm` is slow to compile. Every product here asks for full flo
 matrix computed in tf32 or bf16 is orthogonal to three digits, and the function would no longer be preserved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ def orthogonality_error(r: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
     """Largest absolute entry of `R Rᵀ - I`."""
     gram = matmul(r, jnp.swapaxes(r, -1, -2))
     return jnp.max(jnp.abs(gram - jnp.eye(r.shape[-2], dtype=r.dtype)), axis=(-1, -2))
+
+
+def worst_error(bases: Mapping[str, Float[Array, "*b k d"]]) -> float:
+    """Largest absolute entry of `R Rᵀ - I` over the rotations of all spaces."""
+    return max(float(jnp.max(orthogonality_error(r))) for r in bases.values())
 
 
 def haar(key: PRNGKeyArray, d: int, dtype=jnp.float32) -> Float[Array, "d d"]:

@@ -12,10 +12,16 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from rotsparse.alignment import match
 from rotsparse.files import write_atomically
 from rotsparse.objectives import Bases, Objective
+from rotsparse.orthogonal import worst_error
 from rotsparse.rotations import Rotations
+
+# A direction counts as the same where its match has a larger |cos|.
+SAME = 0.99
 
 
 class Result(enum.Enum):
@@ -107,15 +113,17 @@ class Solution:
     def replaced(self, bases: Bases, objective: Objective, validation: Objective | None) -> "Solution":
         """The solution with these rotations in place of the best ones."""
         judged = float(eqx.filter_jit((validation or objective).value)(bases))
+        value, evident = evidence(objective, bases)
         best = int(np.argmin(self.candidate_values))
         values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
         return dataclasses.replace(
             self,
             bases=bases,
-            value=judged if validation is None else float(eqx.filter_jit(objective.value)(bases)),
+            value=judged if validation is None else value,
             validation_value=None if validation is None else judged,
             candidates=tuple(bases if i == best else old for i, old in enumerate(self.candidates)),
             candidate_values=values,
+            stats=self.stats | evident,
         )
 
     def agreement(self) -> dict[str, np.ndarray]:
@@ -125,8 +133,6 @@ class Solution:
         A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds
         again is not, however sparse the result. Raises `ValueError` after a single restart.
         """
-        from rotsparse.alignment import match
-
         best = int(np.argmin(self.candidate_values))
         others = [candidate for i, candidate in enumerate(self.candidates) if i != best]
         if not others:
@@ -135,6 +141,13 @@ class Solution:
             name: np.stack([match(np.asarray(r), np.asarray(other[name])).cosines for other in others])
             for name, r in self.candidates[best].items()
         }
+
+    def reproduced(self) -> dict[str, np.ndarray] | None:
+        """For every space, which directions every other restart found again (`|cos| > SAME`); `None` after a single
+        restart."""
+        if len(self.candidates) == 1:
+            return None
+        return {space: cosines.min(axis=0) > SAME for space, cosines in self.agreement().items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything to one `.npz` file. Atomic."""
@@ -183,6 +196,20 @@ class Solution:
             ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.stats.items()),
         ]
         return "\n".join([*lines, self.certificate] if self.certificate else lines)
+
+
+def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float]]:
+    """The objective of rotations, and how near they are to a stationary point and to orthogonal."""
+    value, grads = _value_and_grad(objective, bases)
+    return float(value), {
+        "gradient_norm": float(optax.tree.norm(grads)),
+        "orthogonality_error": worst_error(bases),
+    }
+
+
+@eqx.filter_jit
+def _value_and_grad(objective, bases):
+    return objective.value_and_grad(bases)
 
 
 def _short(value):

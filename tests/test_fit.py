@@ -236,6 +236,9 @@ def test_the_default_searches_pairs_and_leaves_a_certificate():
     assert alone.certificate == ""
     assert complete.value <= alone.value
     assert complete.rotations.orthogonality_error() < 1e-5
+    objective = JacobianSparsity(layer, x, measures.Log(0.1), scale_inputs=False)
+    gradient = objective.value_and_grad(complete.bases)[1]
+    assert complete.stats["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=0.01, abs=1e-6)
     judged = quick(layer, x, steps=60, solver=None, validation=x[:50], restarts=2)
     np.testing.assert_allclose(judged.validation_value, judged.candidate_values.min())
     held = quick(layer, x, steps=60, solver=None, hold=("out",))

@@ -8,17 +8,13 @@ from string import Template
 from typing import Any
 
 import jax
-import numpy as np
 
 from rotsparse.alignment import chance_cosine
 from rotsparse.compare import LABELS, Comparison
 from rotsparse.metrics import HIGHER_IS_SPARSER
 from rotsparse.report.data import AFTER, BEFORE
 from rotsparse.report.names import basis_name, metric_meaning, metric_name, metric_value
-from rotsparse.solution import Solution
-
-# A direction counts as found again where another restart has one at a larger |cos|.
-SAME = 0.99
+from rotsparse.solution import SAME, Solution
 
 
 def render(
@@ -96,7 +92,8 @@ def _tiles(comparison: Comparison, solution: Solution, function_error: float | N
         tiles.append((metric_name(metric), change, f"best other basis: {show(rival.value)}"))
     if function_error is not None:
         tiles.append(("function error", f"{function_error:.1e}", "largest change of an output after folding"))
-    tiles.append(("orthogonality error", f"{_orthogonality_error(solution):.1e}", "largest entry of |RRᵀ − I|"))
+    error = solution.rotations.orthogonality_error()
+    tiles.append(("orthogonality error", f"{error:.1e}", "largest entry of |RRᵀ − I|"))
     cells = ((escape(name), escape(value), escape(note)) for name, value, note in tiles)
     return "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in cells)
 
@@ -146,25 +143,21 @@ def _fit_facts(solution: Solution, floor: float | None, function_error: float | 
         yield "Floor", f"{floor:.4g}, a bound for any rotations; the fit went {way:.0%} of the way from its start to it"
     if function_error is not None:
         yield "Function error", f"{function_error:.2e}: largest change of an output with the rotations in the weights"
-    yield "Orthogonality error", f"{_orthogonality_error(solution):.2e}: largest entry of |RRᵀ − I|"
+    yield "Orthogonality error", f"{solution.rotations.orthogonality_error():.2e}: largest entry of |RRᵀ − I|"
     for name in ("steps", "best_step", "seconds"):
         if name in solution.stats:
             value = solution.stats[name]
             yield name.replace("_", " ").capitalize(), f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _orthogonality_error(solution: Solution) -> float:
-    return solution.rotations.orthogonality_error()
-
-
 def _agreement(solution: Solution) -> str:
     """How many directions of each side the other restarts found again, beside what chance would give."""
-    if len(solution.candidates) < 2:
+    reproduced = solution.reproduced()
+    if reproduced is None:
         return ""
     rows = []
     for space, cosines in solution.agreement().items():
-        d = cosines.shape[1]
-        again = int(np.sum(cosines.min(axis=0) > SAME))
+        d, again = cosines.shape[1], int(reproduced[space].sum())
         chance = chance_cosine(d, key=jax.random.key(0), draws=5).value
         side = {"in": "inputs", "out": "outputs"}.get(space, space)
         mean = f"mean |cos| {cosines.mean():.2f} (chance {chance:.2f})"
