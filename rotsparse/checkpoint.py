@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rotsparse.checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
 from rotsparse.fingerprint import devices, difference
@@ -242,8 +243,6 @@ def _leaf_to_host(leaf: Any) -> np.ndarray:
         if leaf.is_fully_replicated:
             leaf = leaf.addressable_data(0)
         elif not leaf.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf)
 

@@ -136,8 +136,7 @@ def compare(
     0 is what a Haar basis (drawn here) gives, and 1 the floor `E Σ_i S(σ_i(J)) / (d_out d_in)`, which no rotations
     can get below, since S is concave in z². S is `GemanMcClure(eps=0.1)` of `z / rms(Z)`: a measure other than the
     default of a fit, because here it evaluates. With scaled inputs there is no such floor and the metric is left out.
-    The floor costs one singular
-    value decomposition an example.
+    The floor costs one singular value decomposition an example.
 
     `scale_inputs`, `covariance`, `key` and `resamples` are as in `metrics.evaluate`.
 
@@ -205,5 +204,10 @@ def shown(name: str, m: Interval, *, bold: bool = False) -> str:
 
 
 def number(name: str, value: float) -> str:
+    """A metric's value with the digits that it deserves."""
+    return f"{value:.{digits(name)}f}"
+
+
+def digits(name: str) -> int:
     """Whole entries for counts, three decimals for shares."""
-    return f"{value:.{0 if name.startswith('edges') else 1 if name == 'participation_ratio' else 3}f}"
+    return 0 if name.startswith("edges") else 1 if name == "participation_ratio" else 3

@@ -64,8 +64,8 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = N
     if not error <= TOLERANCE * max(scale, 1e-30):
         raise ValueError(
             f"folding changed the function: outputs differ by up to {error:.2g} where their root mean square is "
-            f"{scale:.2g}. "
-            "Check that the layer computes in full float32 precision and that x looks like its real inputs"
+            f"{scale:.2g}. Check that the layer computes in full float32 precision and that x looks like its real "
+            "inputs"
         )
     return Folded(rotated, exact, error, scale)
 

@@ -1,6 +1,6 @@
 """Bases and metrics in words."""
 
-from rotsparse.compare import LABELS
+from rotsparse.compare import LABELS, digits
 
 _BASES = {
     "learned": "learned rotations",
@@ -52,6 +52,5 @@ def metric_meaning(metric: str) -> str:
 
 
 def metric_value(metric: str, value: float) -> str:
-    """A metric's value with the digits that it deserves."""
-    digits = 0 if metric.startswith("edges") else 1 if metric == "participation_ratio" else 3
-    return f"{value:,.{digits}f}".replace("-", "−")
+    """A metric's value as people write numbers."""
+    return f"{value:,.{digits(metric)}f}".replace("-", "−")
