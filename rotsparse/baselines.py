@@ -28,6 +28,8 @@ _RELATIVE_VARIANCE = 1e-6
 # Enough for stable components, and FastICA's time grows with it.
 _ICA_EXAMPLES = 10_000
 _ICA_ITERATIONS = 200
+_VARIMAX_ITERATIONS = 1000
+_VARIMAX_TOLERANCE = 1e-7  # the least relative gain of a step
 
 _log = logging.getLogger(__name__)
 
@@ -260,7 +262,7 @@ def _varimax_axes(cov: Matrix) -> Matrix:
     return np.concatenate([turn.T @ axes[:kept], axes[kept:]])
 
 
-def _varimax(loadings: Float[np.ndarray, "d k"], iterations: int = 1000, tolerance: float = 1e-7) -> Matrix:
+def _varimax(loadings: Float[np.ndarray, "d k"]) -> Matrix:
     """The orthogonal T that maximises `V(T) = Σ_j Var_i(B_ij²)`, `B = A T` (a local maximum, from `T = I`).
 
     `T ← polar(G + αT)` with `G = Aᵀ(B³ - B diag(mean_i B²)) = d/4 ∇V`. On the orthogonal matrices `α/2 ‖T‖²` is a
@@ -272,7 +274,7 @@ def _varimax(loadings: Float[np.ndarray, "d k"], iterations: int = 1000, toleran
     turn, turned = np.eye(loadings.shape[1]), loadings
     reached = np.square(turned).var(axis=0).sum()
     with _few_threads(len(turn)):
-        for _ in range(iterations):
+        for _ in range(_VARIMAX_ITERATIONS):
             square = np.square(turned)
             step = _polar(loadings.T @ (turned * (square - square.mean(axis=0))) + shift * turn)
             value = np.square(loadings @ step).var(axis=0).sum()
@@ -281,7 +283,7 @@ def _varimax(loadings: Float[np.ndarray, "d k"], iterations: int = 1000, toleran
                 continue
             gain, reached = value - reached, value
             turn, turned = step, loadings @ step
-            if gain <= tolerance * reached:
+            if gain <= _VARIMAX_TOLERANCE * reached:
                 break
     return turn
 

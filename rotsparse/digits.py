@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from rotsparse.layers import MLP, Dense
 
 WIDTHS = (64, 64, 64, 10)
+EPOCHS, BATCH = 60, 64
 
 
 class Digits(NamedTuple):
@@ -28,13 +29,13 @@ class Digits(NamedTuple):
     accuracy: float
 
 
-def train(seed: int = 0, *, epochs: int = 60, batch: int = 64) -> Digits:
+def train(seed: int = 0) -> Digits:
     """Train the network with AdamW on 80% of the 1,797 images; measure its accuracy on the others."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     split = train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
     x, x_test, y, y_test = (np.asarray(part) for part in split)
-    steps = epochs * len(x) // batch
+    steps = EPOCHS * len(x) // BATCH
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
 
     def loss(params, x, y):
@@ -44,7 +45,7 @@ def train(seed: int = 0, *, epochs: int = 60, batch: int = 64) -> Digits:
     def fit(params, x, y, key):
         def step(i, carry):
             params, state = carry
-            rows = jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, len(x))
+            rows = jax.random.randint(jax.random.fold_in(key, i), (BATCH,), 0, len(x))
             updates, state = optimizer.update(jax.grad(loss)(params, x[rows], y[rows]), state, params)
             return optax.apply_updates(params, updates), state
 

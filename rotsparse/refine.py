@@ -17,6 +17,9 @@ from rotsparse.pairs import SCREEN, Certificate, pair_search, row_entries
 # A first sweep that gains less than this share of the objective has found no barriers worth crossing.
 WORTH = 2e-3
 
+# Polishes at most, each with a search behind it.
+ROUNDS = 3
+
 # Entries of a row that tell which angle is better. Half of it still finds all pairs of planted networks of n = 128.
 ENTRIES = 8192
 
@@ -45,7 +48,6 @@ def refine(
     bases: Bases,
     polish: Callable[[Bases], Bases],
     *,
-    rounds: int = 3,
     screen: int | None = SCREEN,
     examples: int | None = None,
 ) -> Refinement:
@@ -67,7 +69,7 @@ def refine(
     else:
         found, _ = pair_search(few, found, screen=screen)
         reached = float(value(found))
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             before = reached
             candidate, _ = pair_search(few, polish(found), screen=screen)
             after = float(value(candidate))
