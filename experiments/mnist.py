@@ -212,7 +212,7 @@ def single_examples(layer: Layer, x, test, *, key) -> dict[str, float]:
         square = np.square(singular) / np.square(singular).sum()
         above = np.count_nonzero(square * j.size >= 0.01)  # at least a tenth of the root mean square entry
         own.append((np.searchsorted(np.cumsum(square), 0.99) + 1, 1 - above / j.size))
-        of = rs.evaluate(layer, test[:500], rs.Rotations(right, left.T), key=key, resamples=2)
+        of = rs.evaluate(layer, test[:500], rs.Rotations(right, left.T), scale_inputs=False, key=key, resamples=2)
         others.append((of["edges_99"].value, of[SHARE].value))
     names = [f"{where}_{what}" for where in ("own", "others") for what in ("edges_99", SHARE)]
     return dict(zip(names, np.concatenate([np.mean(own, axis=0), np.mean(others, axis=0)]).tolist(), strict=True))

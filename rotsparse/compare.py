@@ -124,7 +124,7 @@ def compare(
     x_test: Rows,
     bases: dict[str, Rotations],
     *,
-    scale_inputs: bool = False,
+    scale_inputs: bool = True,
     covariance: Matrix | None = None,
     key: PRNGKeyArray,
     resamples: int = 200,

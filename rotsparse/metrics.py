@@ -37,7 +37,7 @@ def evaluate(
     x: Rows,
     rotations: Rotations,
     *,
-    scale_inputs: bool = False,
+    scale_inputs: bool = True,
     covariance: Matrix | None = None,
     gram: Matrix | None = None,
     key: PRNGKeyArray,
@@ -54,10 +54,10 @@ def evaluate(
 
     Averages over examples leave out those whose Jacobian is zero: they have no direction to be sparse in.
 
-    With `scale_inputs` entry (o, i) of `Z` is multiplied by `√(r_i Σ r_iᵀ)`, the standard deviation of rotated input
-    i. `covariance` is Σ, best that of the training inputs; without it that of `x` is taken. `gram` is `E[JᵀJ]` over
-    `x` (`statistics.jacobian_gram`), to save a pass over the examples where several bases are evaluated. The same
-    `key` gives the same resamples of the examples, for every basis.
+    With `scale_inputs`, the default as in a fit, entry (o, i) of `Z` is multiplied by `√(r_i Σ r_iᵀ)`, the standard
+    deviation of rotated input i. `covariance` is Σ, best that of the training inputs; without it that of `x` is taken.
+    `gram` is `E[JᵀJ]` over `x` (`statistics.jacobian_gram`), to save a pass over the examples where several bases are
+    evaluated. The same `key` gives the same resamples of the examples, for every basis.
 
     Raises `ValueError` where shapes do not fit, or the Jacobian is zero for every example.
     """

@@ -36,15 +36,15 @@ def x(rng):
 
 def test_every_basis_has_every_metric(layer, x):
     bases = baselines.all_baselines(layer, x, key=KEY)
-    found = compare(layer, x, bases, key=KEY)
+    found = compare(layer, x, bases, scale_inputs=False, key=KEY)
     assert list(found.metrics) == list(bases)
     assert all(list(of) == list(HIGHER_IS_SPARSER) == list(LABELS) for of in found.metrics.values())
     gap_closed = {"gap_closed": found.metrics["pca"]["gap_closed"]}
-    assert found.metrics["pca"] == evaluate(layer, x, bases["pca"], key=KEY) | gap_closed
-    scaled = compare(layer, x, bases, scale_inputs=True, key=KEY)
+    assert found.metrics["pca"] == evaluate(layer, x, bases["pca"], scale_inputs=False, key=KEY) | gap_closed
+    scaled = compare(layer, x, bases, key=KEY)
     assert all("gap_closed" not in of for of in scaled.metrics.values())
-    assert scaled.metrics["pca"] == evaluate(layer, x, bases["pca"], scale_inputs=True, key=KEY)
-    assert compare(layer, x, bases, key=KEY) == found
+    assert scaled.metrics["pca"] == evaluate(layer, x, bases["pca"], key=KEY)
+    assert compare(layer, x, bases, key=KEY) == scaled
 
 
 def test_gap_closed_runs_from_a_random_basis_to_the_floor(rng):
@@ -52,14 +52,14 @@ def test_gap_closed_runs_from_a_random_basis_to_the_floor(rng):
     layer = Dense(rng.standard_normal((30, 40)).astype(np.float32), activation="identity")
     x = rng.standard_normal((20, 40)).astype(np.float32)
     bases = {"svd": baselines.svd_weights(layer, x), "haar": Rotations.haar(jax.random.key(9), 40, 30)}
-    found = compare(layer, x, bases, key=KEY).metrics
+    found = compare(layer, x, bases, scale_inputs=False, key=KEY).metrics
     assert found["svd"]["gap_closed"].value == pytest.approx(1, abs=1e-3)
     assert found["haar"]["gap_closed"].value == pytest.approx(0, abs=0.05)
 
 
 def test_no_basis_gets_below_the_floor(layer, x):
     bases = baselines.all_baselines(layer, x, key=KEY)
-    gaps = [of["gap_closed"] for of in compare(layer, x, bases, key=KEY).metrics.values()]
+    gaps = [of["gap_closed"] for of in compare(layer, x, bases, scale_inputs=False, key=KEY).metrics.values()]
     assert all(gap.value < 1 and gap.low <= gap.value <= gap.high for gap in gaps)
 
 
@@ -134,7 +134,7 @@ def test_json(layer, x):
 
 
 def test_tables_show_every_basis_and_fit_a_terminal(layer, x):
-    found = compare(layer, x, baselines.all_baselines(layer, x, key=KEY), key=KEY)
+    found = compare(layer, x, baselines.all_baselines(layer, x, key=KEY), scale_inputs=False, key=KEY)
     out = io.StringIO()
     Console(file=out, width=80).print(found.table("bases"))
     text = out.getvalue()

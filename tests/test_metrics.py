@@ -39,7 +39,8 @@ def linear(w):
 def constant_jacobian(w, **options):
     """Values of the metrics of a single Jacobian."""
     x = np.eye(w.shape[1], dtype=np.float32)
-    found = evaluate(linear(w), np.concatenate([x, -x]), Rotations.identity(w.shape[1], w.shape[0]), key=KEY, **options)
+    r = Rotations.identity(w.shape[1], w.shape[0])
+    found = evaluate(linear(w), np.concatenate([x, -x]), r, scale_inputs=False, key=KEY, **options)
     return {name: m.value for name, m in found.items()}
 
 
@@ -82,10 +83,10 @@ def test_the_covariance_of_the_training_inputs_scales_when_it_is_given(layer, x,
     train = (rng.standard_normal((300, 6)) * [0.2, 1, 1, 2, 1, 1]).astype(np.float32)
     sigma = np.cov(train.T, bias=True)
     r = Rotations.haar(KEY, 6, 5)
-    found = evaluate(layer, x, r, scale_inputs=True, covariance=sigma, key=KEY)
+    found = evaluate(layer, x, r, covariance=sigma, key=KEY)
     expected = dense_metrics(layer.jacobian(jnp.asarray(x), r.r_in, r.r_out) * np.std(train @ r.r_in.T, axis=0))
     assert found["hoyer"].value == pytest.approx(expected["hoyer"], rel=1e-5)
-    assert found["hoyer"].value != pytest.approx(evaluate(layer, x, r, scale_inputs=True, key=KEY)["hoyer"].value, 1e-3)
+    assert found["hoyer"].value != pytest.approx(evaluate(layer, x, r, key=KEY)["hoyer"].value, 1e-3)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 54 * 7])
@@ -150,7 +151,7 @@ def test_scale_sign_and_order_do_not_matter(layer, x, rng):
 def test_examples_whose_jacobian_is_zero_count_only_where_that_has_a_meaning():
     layer = Dense(np.array([[1.0, 2.0], [1.0, 2.0]], np.float32))  # open where x₁ + 2 x₂ > 0
     x = np.array([[1, 1], [2, 1], [-1, -1], [-2, -1]], np.float32)
-    found = evaluate(layer, x, Rotations.identity(2, 2), key=KEY)
+    found = evaluate(layer, x, Rotations.identity(2, 2), scale_inputs=False, key=KEY)
     assert found["participation_ratio"].value == pytest.approx(10**2 / (2 * (1 + 16)))
     assert found["fraction_below_0.1_rms"].value == pytest.approx(0.5)
     assert all(np.isfinite(m).all() for m in found.values())
@@ -166,7 +167,7 @@ def test_rotations_of_another_layer_are_refused(layer, x):
     with pytest.raises(ValueError, match=r"r_in should have shape \[6, 6\]"):
         evaluate(layer, x, Rotations.identity(5, 5), key=KEY)
     with pytest.raises(ValueError, match=r"covariance should have shape \[6, 6\]"):
-        evaluate(layer, x, Rotations.identity(6, 5), scale_inputs=True, covariance=np.eye(5), key=KEY)
+        evaluate(layer, x, Rotations.identity(6, 5), covariance=np.eye(5), key=KEY)
 
 
 def test_bootstrap_counts_are_resamples():
@@ -188,10 +189,11 @@ def test_intervals_cover_the_truth(layer, rng):
     """About 95% of test sets should have an interval that holds the value for the population."""
     population = rng.standard_normal((20_000, 6)).astype(np.float32)
     r = Rotations.identity(6, 5)
-    truth = evaluate(layer, population, r, key=KEY, resamples=2)
+    truth = evaluate(layer, population, r, scale_inputs=False, key=KEY, resamples=2)
     held = dict.fromkeys(NAMES, 0)
     for i in range(60):
-        found = evaluate(layer, population[100 * i : 100 * (i + 1)], r, key=jax.random.key(i), resamples=100)
+        x = population[100 * i : 100 * (i + 1)]
+        found = evaluate(layer, x, r, scale_inputs=False, key=jax.random.key(i), resamples=100)
         for name, m in found.items():
             held[name] += m.low <= truth[name].value <= m.high
     # The means; counts of edges are integers with intervals of a few entries.
@@ -211,7 +213,7 @@ def test_known_values_of_a_trained_network():
     x = np.maximum(pixels @ w["layers.0.W"] + w["layers.0.b"], 0)
     layer = Dense(w["layers.1.W"].T, w["layers.1.b"])
     for basis, edges, below in ((baselines.neurons, 6713, 0.46), (baselines.svd_mean_jacobian, 4533, 0.44)):
-        found = evaluate(layer, x, basis(layer, x), key=KEY, resamples=2)
+        found = evaluate(layer, x, basis(layer, x), scale_inputs=False, key=KEY, resamples=2)
         assert found["edges_99"].value == pytest.approx(edges, rel=0.01)
         assert found["fraction_below_0.1_rms"].value == pytest.approx(below, abs=0.01)
 
@@ -224,7 +226,7 @@ def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
     b_in = 2 * rng.standard_normal(64).astype(np.float32)
     layer = MLP(w_in.astype(np.float32), b_in, w_out.astype(np.float32))
     r = basis(layer, x)
-    found = evaluate(layer, x, r, key=KEY)
+    found = evaluate(layer, x, r, scale_inputs=False, key=KEY)
     squares = np.concatenate(list(statistics.jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
     for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
         ordered = -np.sort(-(bootstrap_counts(40, 200, key=KEY).astype(float) @ squares), axis=1)

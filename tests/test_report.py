@@ -37,7 +37,7 @@ def case():
     key = jax.random.key(0)
     solution = find_rotations(layer, x, key=key, restarts=2, steps=20, scale_inputs=False)
     bases = {"learned": solution.rotations} | baselines.all_baselines(layer, x, key=key)
-    comparison = compare(layer, x_test, bases, key=key, resamples=20)
+    comparison = compare(layer, x_test, bases, scale_inputs=False, key=key, resamples=20)
     return SimpleNamespace(layer=layer, x_test=x_test, bases=bases, comparison=comparison, solution=solution)
 
 
