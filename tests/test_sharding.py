@@ -126,7 +126,7 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
         resumed = start(checkpoint=str(copy), every_steps=steps, devices=devices, meshes=[mesh], **options)
         assert ended(resumed)["resumed_at"] >= 10
         # A thousand steps amplify the rounding of sums in another order.
-        np.testing.assert_allclose(result(resumed), alone, rtol=1e-4)
+        np.testing.assert_allclose(np.array(result(resumed)), alone, rtol=1e-4)
 
 
 @pytest.mark.slow
