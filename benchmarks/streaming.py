@@ -11,7 +11,6 @@ minibatches come from the disk. The store is removed at the end, unless `--keep`
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -74,8 +73,9 @@ def forget(folder: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process so far (Linux counts KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident set of this process so far. (`ru_maxrss` includes that of the process that started it.)"""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
 
 def layer_of(width: int) -> rs.MLP:

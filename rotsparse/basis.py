@@ -29,6 +29,7 @@ from rotsparse.solution import Result, Solution
 from rotsparse.solvers import Annealing
 from rotsparse.solvers.activation import fit_activations
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
+from rotsparse.sources import whole
 
 # Examples a step. An example is one row here, not a matrix: more are needed for a gradient of the same quality.
 BATCH_SIZE = 256
@@ -81,11 +82,11 @@ def find_basis(
 
     Returns a `Solution`, never one that is worse, by what it is chosen on, than its start; its `certificate` says what
     each part reached. Same key and inputs, same bits on the same machine. Raises `ValueError` for activations that are
-    not finite floats `[n, d]`, and a start or validation data that do not fit them.
+    not finite floats `[n, d]` or no array, and a start or validation data that do not fit them.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
-    objective = ActivationSparsity(x, measure, space=SPACE, batch_size=batch_size)
+    objective = ActivationSparsity(whole("x", x), measure, space=SPACE, batch_size=batch_size)
     d, dtype = objective.x.shape[1], objective.x.dtype
     first = jnp.eye(d, dtype=dtype) if start is None else jnp.asarray(checks.orthogonal("start", start, d), dtype)
     held_out = None if validation is None else objective.on(checks.activations("validation", validation, d))

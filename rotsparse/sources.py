@@ -316,6 +316,17 @@ def as_source(x: Any) -> Source | None:
     return x
 
 
+def whole(name: str, x: Any) -> Any:
+    """`x`, for steps that need all examples at once: arrays as they are, memory maps too, which are read. Raises
+    `ValueError` for other sources."""
+    if not isinstance(x, np.memmap) and as_source(x) is not None:
+        raise ValueError(
+            f"{name} is {x}, and here every step needs all examples in memory: give an array, such as "
+            "source.part(100_000)"
+        )
+    return np.asarray(x) if isinstance(x, np.memmap) else x
+
+
 def in_memory(x: Any) -> tuple[Any, Source | None]:
     """What of `x` is kept in memory (all of an array, the resident part of a source), and the source, if there is more
     in it. Raises `ValueError` for a source that cannot be used."""

@@ -1,5 +1,7 @@
 """`find_basis`: finds planted directions, loses less energy than principal components, and never makes things worse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,15 @@ def test_bad_input():
         rs.find_basis(x, key=KEY, validation=x[:, :5])
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
         rs.find_basis(x, key=KEY, batch_size=0)
+
+
+def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng):
+    x = rng.standard_normal((50, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    source, mapped = rs.open_source(tmp_path / "x.npy"), np.load(tmp_path / "x.npy", mmap_mode="r")
+    fits: tuple[Any, ...] = (rs.find_basis, rs.fit_activations)
+    for fit in fits:
+        with pytest.raises(ValueError, match=r"source\.part"):
+            fit(source, key=KEY)
+    of_map, of_array = (rs.fit_activations(of, key=KEY, measure=rs.Log(0.1))[0] for of in (mapped, x))
+    np.testing.assert_array_equal(of_map, of_array)

@@ -31,6 +31,7 @@ from rotsparse.solvers import quasi_newton
 from rotsparse.solvers.fixed_point import project, shifted
 from rotsparse.solvers.moments import block_sums
 from rotsparse.solvers.quasi_newton import Search
+from rotsparse.sources import whole
 
 BLOCK = 2048  # examples a block: keeps matrix products busy and their results near the cache
 SUBSAMPLES = (25, 100)  # examples per dimension in the first stages
@@ -100,6 +101,7 @@ def fit_activations(
     them, or fewer than one restart.
     """
     measure = Log(0.1) if measure is None else measure
+    x = whole("x", x)
     x = checks.activations("x", x, jnp.shape(x)[-1] if jnp.ndim(x) else 0)
     d = x.shape[1]
     if validation is not None:
