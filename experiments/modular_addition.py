@@ -31,6 +31,7 @@ from rotsparse.controls import beyond_control
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Subspace
 from rotsparse.objectives import Held, JacobianSparsity, Objective
+from rotsparse.report.names import basis_name
 from rotsparse.runs import new_run
 from rotsparse.statistics import jacobian_moments
 
@@ -335,6 +336,15 @@ def report(networks: dict[str, dict[str, Any]], means: dict[str, dict[str, float
     return "\n".join(lines) + "\n"
 
 
+TITLES = {"ln1": "attention", "ln2": "MLP and skip", "unembed": "unembedding", "sum": "sum of the stages"}
+LABELS = {
+    "learned": "learned, separately",
+    "learned_joint": "learned, shared rotations",
+    "published_lib": "LIB, published",
+    "published_pca": "PCA, published",
+}
+
+
 def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any]]) -> Figure:
     """Edges needed by stage and basis, and every stage's small Jacobian entries beside random weights."""
     methods = sorted(edges["sum"], key=lambda m: edges["sum"][m])
@@ -342,9 +352,10 @@ def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any
     *axes, last = fig.subplots(1, len(edges) + 1)
     colours = ["#d55e00" if m.startswith("learned") else "#8a8a8a" for m in methods]
     for axis, (stage, counts) in zip(axes, edges.items(), strict=True):
-        bars = axis.barh(methods, [counts[m] for m in methods], color=colours)
+        names = [LABELS.get(m) or basis_name(m) for m in methods]
+        bars = axis.barh(names, [counts[m] for m in methods], color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=2)
-        axis.set(title=stage, xscale="log", xlabel="edges needed", xlim=(5, 2e5))
+        axis.set(title=TITLES[stage], xscale="log", xlabel="edges needed", xlim=(5, 2e5))
         axis.invert_yaxis()
         if axis is not axes[0]:
             axis.set_yticklabels([])
@@ -354,8 +365,8 @@ def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any
         found = [[of["controls"][stage][name]["value"] for of in networks.values()] for stage in STAGES]
         at = np.repeat(np.arange(len(STAGES)) + offset, len(networks))
         last.plot(at, np.ravel(found), "o", color=colour, label=name.replace("_", " "))
-    last.set(title="Jacobian entries below 0.1 rms", ylim=(0, 1), xlim=(-0.5, len(STAGES) - 0.5))
-    last.set_xticks(range(len(STAGES)), list(STAGES))
+    last.set(title="entries below 0.1 rms", ylim=(0, 1), xlim=(-0.5, len(STAGES) - 0.5))
+    last.set_xticks(range(len(STAGES)), [TITLES[stage].replace(" ", "\n", 1) for stage in STAGES])
     last.legend(frameon=False, loc="lower left")
     return fig
 
