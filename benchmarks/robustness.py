@@ -73,6 +73,8 @@ def main(config: Config) -> None:
                 errors[name].append(100 * error(r, problem))
         mean = {name: float(np.mean(values)) for name, values in errors.items()}
         results.append({"cell": cell, "eps": chosen, "errors": errors, "seconds": seconds})
+        if config.out:  # after each: all of them take long
+            config.out.write_text(json.dumps(results, indent=2))
         table.add_row(
             cell,
             f"{np.median(chosen):.2g}",
@@ -83,8 +85,6 @@ def main(config: Config) -> None:
             *(f"{seconds[peer]:.2f}" for peer in peers),
         )
     Console(width=150).print(table)
-    if config.out:
-        config.out.write_text(json.dumps(results, indent=2))
 
 
 def held_out(y: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
