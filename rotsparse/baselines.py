@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float, PRNGKeyArray
 from threadpoolctl import threadpool_limits
 
@@ -289,10 +288,9 @@ def _varimax(loadings: Float[np.ndarray, "d k"]) -> Matrix:
 
 
 def _hadamard(d: int) -> Matrix:
-    odd = d
+    odd, sylvester = d, np.ones((1, 1))
     while odd % 2 == 0:
-        odd //= 2
+        odd, sylvester = odd // 2, np.kron([[1, 1], [1, -1]], sylvester) / math.sqrt(2)
     angle = 2 * math.pi / odd * np.outer(np.arange(odd), np.arange(odd))
     hartley = (np.cos(angle) + np.sin(angle)) / math.sqrt(odd)
-    sylvester = scipy.linalg.hadamard(d // odd) / math.sqrt(d // odd)
     return np.kron(sylvester, hartley)
