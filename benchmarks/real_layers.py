@@ -4,9 +4,10 @@ a random start, the one truth that is known about such a layer.
 
 `Log(eps=0.1)`. Every method starts from the neurons, from a random rotation, from the SVD of the mean Jacobian and from
 PCA, and minimises over the same examples; `held-out` is the same objective on other examples. Times include
-compilation; `evaluations` are values with gradients on all examples, or as many examples in minibatches. The peers get
-at least the time that rotsparse took. `--figure` draws, and `--out` keeps, the course of every fit: objective against
-seconds and against evaluations (those of our solvers spread evenly over their steps, after compilation).
+compilation; `evaluations` are values with gradients on all examples, or as many examples in minibatches. CG and
+L-BFGS get the time that rotsparse took, Adam an eighth of its steps, each on all examples. `--figure` draws, and
+`--out` keeps, the course of every fit: objective against seconds and against evaluations (those of our solvers spread
+evenly over their steps, after compilation).
 
 Layers: the second one of the digits network and of the MNIST network (on 150 and on 4000 examples), raw; the MLP with
 its skip of a modular-addition transformer and the first MLPs of stories260K and of MiniLM, with scaled inputs. Those
