@@ -8,6 +8,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from rotsparse.orthogonal import exact_error
+
 # What users hand in: JAX or NumPy arrays.
 Data = Array | np.ndarray
 
@@ -40,8 +42,7 @@ def orthogonal(name: str, value, width: int | None = None) -> Array:
     if r.shape[0] != r.shape[1]:
         raise ValueError(f"{name} should be square, got {list(r.shape)}")
     if not isinstance(r, Tracer):
-        wide = np.asarray(r, np.float64)
-        error = float(np.abs(wide @ wide.T - np.eye(len(wide))).max())
+        error = exact_error(r)
         if error > 1e-3:
             raise ValueError(
                 f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,6 +32,12 @@ def orthogonality_error(r: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
     """Largest absolute entry of `R Rᵀ - I`."""
     gram = matmul(r, jnp.swapaxes(r, -1, -2))
     return jnp.max(jnp.abs(gram - jnp.eye(r.shape[-2], dtype=r.dtype)), axis=(-1, -2))
+
+
+def exact_error(r) -> float:
+    """`orthogonality_error` of one matrix, on the host and in float64."""
+    r = np.asarray(r, np.float64)
+    return float(np.abs(r @ r.T - np.eye(len(r))).max())
 
 
 def worst_error(bases: Mapping[str, Float[Array, "*b k d"]]) -> float:

@@ -58,10 +58,7 @@ class Rotations(eqx.Module):
 
     def orthogonality_error(self) -> float:
         """Largest absolute entry of `R Rᵀ - I` over both sides, computed in float64."""
-        return max(
-            float(np.abs(r @ r.T - np.eye(len(r))).max())
-            for r in (np.asarray(self.r_in, np.float64), np.asarray(self.r_out, np.float64))
-        )
+        return max(orthogonal.exact_error(self.r_in), orthogonal.exact_error(self.r_out))
 
     def save(self, path: str | os.PathLike, metadata: dict | None = None) -> None:
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted

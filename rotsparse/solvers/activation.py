@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rotsparse import checks
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import ActivationSparsity
-from rotsparse.orthogonal import matmul
+from rotsparse.orthogonal import exact_error, matmul
 from rotsparse.solvers import quasi_newton
 from rotsparse.solvers.fixed_point import project, shifted
 from rotsparse.solvers.moments import block_sums
@@ -136,7 +136,7 @@ def fit_activations(
         value=float(search.value),
         eps=float(runs[best].eps),
         gradient_norm=float(np.linalg.norm(search.gradient)) / d,
-        orthogonality_error=_orthogonality_error(search.anchor),
+        orthogonality_error=exact_error(search.anchor),
         steps=sum(int(run.steps) for run in runs),
         converged=bool(runs[best].done),
         improved=start is None or best < restarts,
@@ -269,11 +269,6 @@ def _gather(x, order) -> _Blocks:
 def _haar(rng: np.random.Generator, d: int) -> np.ndarray:
     q, r = np.linalg.qr(rng.standard_normal((d, d)))
     return q * np.sign(np.diagonal(r))
-
-
-def _orthogonality_error(r) -> float:
-    r = np.asarray(r, np.float64)
-    return float(np.abs(r @ r.T - np.eye(len(r))).max())
 
 
 @jax.jit
