@@ -123,7 +123,7 @@ def _judged(solution: Solution, start: Bases, objective: ActivationSparsity, hel
     reached, begun = _values(held_out or objective, (solution.bases, start))
     result = Result.ALL_STEPS if reached < begun else Result.NO_IMPROVEMENT
     if result is Result.NO_IMPROVEMENT:
-        solution = solution.replaced(start, objective, held_out)
+        solution = solution.replaced(start, float(begun), objective, held_out)
         solution = dataclasses.replace(solution, start_value=solution.value)
     return solution if solution.result in BROKEN_OFF else dataclasses.replace(solution, result=result)
 
@@ -158,7 +158,7 @@ def _anneal_twice(objective, start, restarts: int, steps: int, checkpoint, log, 
     values = _values(held_out or objective, candidates)
     best = int(np.argmin(values))
     parts, of_best = [rough, *fine], fine[best] if fine else rough
-    whole = dataclasses.replace(
+    solution = dataclasses.replace(
         of_best,
         result=parts[-1].result,
         detail="; ".join(part.detail for part in parts if part.detail),
@@ -167,7 +167,7 @@ def _anneal_twice(objective, start, restarts: int, steps: int, checkpoint, log, 
         candidate_values=values,
         stats=of_best.stats | {"restart": best, "seconds": sum(part.stats["seconds"] for part in parts)},
     )
-    return whole.replaced(candidates[best], objective, held_out)
+    return solution.replaced(candidates[best], float(values[best]), objective, held_out)
 
 
 def _raise_largest(objective: ActivationSparsity, annealed, held_out, key) -> Iterator[Part]:

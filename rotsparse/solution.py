@@ -108,11 +108,11 @@ class Solution:
         judged = float(eqx.filter_jit((validation or objective).value)(bases))
         if not judged < self.candidate_values.min():
             return dataclasses.replace(self, certificate=certificate)
-        return dataclasses.replace(self.replaced(bases, objective, validation), certificate=certificate)
+        return dataclasses.replace(self.replaced(bases, judged, objective, validation), certificate=certificate)
 
-    def replaced(self, bases: Bases, objective: Objective, validation: Objective | None) -> "Solution":
-        """The solution with these rotations in place of the best ones."""
-        judged = float(eqx.filter_jit((validation or objective).value)(bases))
+    def replaced(self, bases: Bases, judged: float, objective: Objective, validation: Objective | None) -> "Solution":
+        """The solution with these rotations in place of the best ones. `judged`: their value by what is chosen on,
+        `validation` where there is one."""
         value, evident = evidence(objective, bases)
         best = int(np.argmin(self.candidate_values))
         values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
