@@ -51,8 +51,8 @@ def orthogonal(name: str, value, width: int | None = None) -> Array:
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
-    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and not all
-    the same. Raises `ValueError`."""
+    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and, where
+    that is more than one, not all the same. Raises `ValueError`."""
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if value.ndim != 2 or value.shape[1] != width:
         hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
@@ -62,6 +62,11 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     if value.shape[0] < at_least:
         raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
     value = weight(name, value, (None, width))
-    if not isinstance(value, Tracer) and bool((value == value[:1]).all()):
+    if at_least > 1 and not isinstance(value, Tracer) and _constant(np.asarray(value)):
         raise ValueError(f"{name}: all {value.shape[0]} examples are equal (zero variance), so no direction stands out")
     return jnp.asarray(value)
+
+
+def _constant(x: np.ndarray) -> bool:
+    """Whether all examples are the same. NumPy, because JAX would compile three programs for it."""
+    return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())

@@ -34,6 +34,12 @@ def test_all_edges_leave_the_function_as_it_is(block):
     np.testing.assert_allclose(ablation.outputs(x, ablation.edges), layer(x), atol=2e-5)
 
 
+def test_one_example_is_enough_to_ablate(block):
+    layer, x, rotations = block
+    ablation = EdgeAblation(layer, x, rotations)
+    np.testing.assert_allclose(ablation.outputs(x[:1], 20), ablation.outputs(x, 20)[:1], atol=2e-5)
+
+
 def test_no_edges_leave_the_output_at_the_mean_input(block):
     layer, x, rotations = block
     expected = np.broadcast_to(layer(x.mean(axis=0)[None]), (len(x), 5))

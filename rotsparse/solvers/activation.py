@@ -115,7 +115,7 @@ def fit_activations(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     with jax.default_matmul_precision("highest"):
         blocks = _shuffled(x, rng)
-        starts = [jnp.asarray(_haar(rng, d), x.dtype) for _ in range(restarts)]
+        starts = [jnp.asarray(_haar(rng, d).astype(x.dtype)) for _ in range(restarts)]
         if start is not None:
             starts[0] = start
         if validation is None:
