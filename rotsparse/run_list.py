@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -31,7 +30,8 @@ def runs_in(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found = {path.parent for name in (runs.STATUS, runs.CONFIG) for path in folder.rglob(name)}
+    known = {path.parent for name in (runs.STATUS, runs.CONFIG) for path in folder.rglob(name)}
+    found = {path for path in known if runs.is_run(path)}
     # The parts of a run are not runs of their own.
     return [_run(path) for path in sorted(found) if not found & set(path.parents)]
 
@@ -50,9 +50,9 @@ def table(folder: str | Path) -> Table:
 
 
 def _run(folder: Path) -> Run:
-    status = _read(folder / runs.STATUS)
-    config = status.get("config") or _read(folder / runs.CONFIG)
-    metrics = _read(folder / job.METRICS)
+    status = runs.read_object(folder / runs.STATUS)
+    config = status.get("config") or runs.read_object(folder / runs.CONFIG)
+    metrics = runs.read_object(folder / job.METRICS)
     # A folder of a run from before there was a status is complete, or it would not be there.
     state, note = status.get("state", runs.COMPLETE), str(status.get("error", ""))
     results = [layer.get("result") for layer in metrics.get("layers", {"": metrics}).values()]
@@ -82,11 +82,3 @@ def _run(folder: Path) -> Run:
 
 def _finite(checked: list[float | None] | None) -> bool:
     return bool(checked) and None not in checked
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = runs.read_json(path)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -3,7 +3,7 @@
 A run works in the folder `OUT.unfinished` and is moved to `OUT` when it is complete, so one that fails or is
 interrupted leaves no half-written `OUT` and never harms an earlier result. Where it had saved checkpoints the
 unfinished folder stays and the run can be resumed; where it had not, there is nothing to go on with, and it is removed.
-One process at a time works in it.
+A complete run that cannot be moved stays there as well. One process at a time works in the folder.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ def new_run(
     for, as JSON.
 
     With `resume` it is the folder of the earlier run that was interrupted, if there is one. Raises `ValueError` where
-    `out` exists, unless `overwrite` is set and it is a run; where another process works on the same run; where an
-    interrupted run is there and neither `resume` nor `overwrite` is set; and where it was begun with another config.
-    An interruption that leaves checkpoints becomes `Interrupted`, which says how to go on.
+    `out` exists, at the start or at the end, unless `overwrite` is set and it is a run; where another process works on
+    the same run; where an interrupted run is there and neither `resume` nor `overwrite` is set; and where it was begun
+    with another config. An interruption that leaves checkpoints becomes `Interrupted`, which says how to go on.
     """
     out = Path(out)
     work = unfinished(out)
@@ -54,7 +54,7 @@ def new_run(
             _check_target(out, overwrite)
             begun = _begun(work, config or {}, overwrite, resume)
         except BaseException:
-            if not checkpointed(work):
+            if not _kept(work):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         status = {"began": begun, "config": config or {}}
@@ -62,7 +62,6 @@ def new_run(
         try:
             yield work
             write_json(work / STATUS, {"state": COMPLETE, **status})
-            _replace(work, out)
         except BaseException as error:
             if not checkpointed(work):
                 shutil.rmtree(work, ignore_errors=True)
@@ -74,6 +73,7 @@ def new_run(
             if interrupted:
                 raise Interrupted(f"interrupted: to go on, give the same command with --resume ({work})") from None
             raise
+        _move(work, out, overwrite)
         (out / LOCK).unlink(missing_ok=True)
         for folder in list(out.rglob(CHECKPOINTS)):
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,13 +91,29 @@ def checkpointed(work: Path) -> bool:
     return any(work.rglob(f"{CHECKPOINTS}/step-*"))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder. Its status says so; before there was one, its config did: every folder of a
+    Hugging Face model holds a `config.json` too."""
+    status, config = read_object(folder / STATUS), read_object(folder / CONFIG)
+    return status.get("state") in (RUNNING, INTERRUPTED, FAILED, COMPLETE) or {"command", "versions"} <= config.keys()
+
+
+def _kept(work: Path) -> bool:
+    """Whether anything in the folder of an unfinished run is worth keeping."""
+    return checkpointed(work) or _complete(work)
+
+
+def _complete(work: Path) -> bool:
+    return read_object(work / STATUS).get("state") == COMPLETE
+
+
 def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or pass --overwrite to replace it")
-    if not (out / CONFIG).is_file():
-        raise ValueError(f"{out} is not a run folder (it has no {CONFIG}): it will not be replaced")
+    if not is_run(out):
+        raise ValueError(f"{out} is not a run folder (no run wrote a {STATUS} there): it will not be replaced")
 
 
 def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:
@@ -111,6 +127,11 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
             shown = "".join(f"\n  {line}" for line in lines)
             raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")
         return status["began"]
+    if _complete(work) and not overwrite:
+        raise ValueError(
+            f"{work} holds a complete run that could not be moved into place: move it to where you want it, or pass "
+            "--overwrite to begin again"
+        )
     if checkpointed(work) and not overwrite:
         raise ValueError(
             f"{work} holds a run that was interrupted: pass --resume to go on with it, or --overwrite to begin again"
@@ -121,12 +142,17 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
     return datetime.now().isoformat(timespec="seconds")
 
 
-def _replace(work: Path, out: Path) -> None:
-    """Move a finished run into place. The earlier one is moved aside first: two renames, and both folders are whole at
-    every moment."""
+def _move(work: Path, out: Path, overwrite: bool) -> None:
+    """Move a complete run into place. The earlier one is moved aside first: two renames, and both folders are whole at
+    every moment. Raises `ValueError` where something has come up there that is not to be replaced."""
     if not out.exists():
         work.rename(out)
         return
+    if not (overwrite and is_run(out)):
+        raise ValueError(
+            f"{out} appeared while the run was under way and is left alone: the complete run is in {work}, move it to "
+            "where you want it"
+        )
     earlier = out.with_name(f".{out.name}-earlier-{os.getpid()}")
     out.rename(earlier)
     try:
@@ -148,6 +174,15 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one where the file is missing, damaged, or holds something else."""
+    try:
+        content = read_json(path)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def versions() -> dict[str, str]:

@@ -59,6 +59,60 @@ def test_existing_folders_are_not_replaced_unless_told(tmp_path):
     assert content(mine) == {"chapter": "1"}
 
 
+def test_a_model_is_no_run(tmp_path):
+    """Folders of Hugging Face models hold a config.json as well."""
+    model, early = tmp_path / "gpt2", tmp_path / "early"
+    for folder, config in {model: {"model_type": "gpt2"}, early: {"command": "fit", "versions": {}}}.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_text("weights")
+    with pytest.raises(ValueError, match="gpt2 is not a run folder"):
+        write(model, overwrite=True)
+    assert content(model).keys() == {"config.json", "model.safetensors"}
+    assert [run.folder for run in run_list.runs_in(tmp_path)] == [early]
+    write(early, "b", overwrite=True)  # it is a run, from before there was a status
+    (model / "status.json").write_text('{"state": "downloaded"}')
+    with pytest.raises(ValueError, match="gpt2 is not a run folder"):
+        write(model, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_a_run_is_not_harmed(tmp_path, overwrite):
+    """Neither that nor the run: a user's own folder is never replaced, a run only by one that was to overwrite."""
+    out, work = tmp_path / "run", tmp_path / "run.unfinished"
+    with pytest.raises(ValueError, match=f"{out} appeared .* complete run is in {work}"):
+        with runs.new_run(out, overwrite=overwrite) as folder:
+            runs.write_json(folder / "config.json", {"text": "result"})
+            if overwrite:
+                out.mkdir()
+                (out / "chapter").write_text("1")
+            else:
+                (tmp_path / "other").mkdir()
+                write(tmp_path / "other" / "run")
+                (tmp_path / "other" / "run").rename(out)
+    before, result = content(out), content(work)
+    assert json.loads(result["config.json"]) == {"text": "result"}
+    assert [run.state for run in run_list.runs_in(work)] == ["complete"]
+    for again in (False, True):  # asking once more harms neither
+        with pytest.raises(ValueError, match=r"run exists|not a run folder"):
+            write(out, overwrite=overwrite, resume=again)
+    out.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="holds a complete run that could not be moved into place"):
+        write(out)
+    assert content(work) == result and content(tmp_path / "elsewhere") == before
+    write(out, "b", overwrite=True)
+    assert json.loads(content(out)["config.json"]) == {"text": "b"} and not work.exists()
+
+
+def test_a_run_that_appears_is_replaced_where_that_was_asked_for(tmp_path):
+    out = tmp_path / "run"
+    with runs.new_run(out, overwrite=True) as folder:
+        runs.write_json(folder / "config.json", {"text": "new"})
+        write(tmp_path / "other")
+        (tmp_path / "other").rename(out)
+    assert json.loads(content(out)["config.json"]) == {"text": "new"}
+
+
 def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
