@@ -22,6 +22,7 @@ import numpy as np
 
 from rotsparse.files import write_atomically
 from rotsparse.fingerprint import array_digest, digest
+from rotsparse.orbax_noise import silence
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -123,6 +124,7 @@ def _orbax_restore(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.
 def _checkpointer():
     import orbax.checkpoint as ocp  # a third of a second, which only a fit with checkpoints has to spend
 
+    silence()
     # Each process reads and writes on its own: nothing waits for the others.
     own = jax.process_index()
     multiprocessing = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})

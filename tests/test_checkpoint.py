@@ -1,8 +1,10 @@
 """Checkpoints: what is loaded is what was saved, or is not loaded; and whatever goes wrong, earlier ones survive."""
 
+import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from rotsparse import checkpoint, checkpoint_files
+from rotsparse import checkpoint, checkpoint_files, orbax_noise
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.driver import minimize
 from rotsparse.fingerprint import array_digest, difference, fingerprint
@@ -127,7 +129,6 @@ def damage(path, rng):
     return what
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, over damaged files
 @pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_damage_goes_unnoticed(count, tmp_path):
     """Random single-bit flips and truncations of files of the latest checkpoint: every one is reported, and what is
@@ -318,6 +319,33 @@ def test_files_that_may_not_grow(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "earlier checkpoints are intact" in done.stdout
+    assert "Traceback" not in done.stderr  # Orbax has some beside the exception that it raises
+
+
+def test_messages_of_others_are_shown(caplog, monkeypatch):
+    """Only what Orbax says twice is dropped."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    orbax_noise.silence.__wrapped__()
+    raised = "[process=%d] _SignalingThread.run() raised an exception: %s"
+    orphan = "Task exception was never retrieved\nfuture: <Task finished coro=<%s()> exception=ValueError()>"
+    for name, message, *arguments in [
+        ("absl", "a warning"),
+        ("absl", raised, 0, "full"),
+        ("asyncio", orphan, "mine"),
+        ("asyncio", orphan, "orbax.checkpoint.save"),
+    ]:
+        logging.getLogger(name).error(message, *arguments)
+    assert [record.args for record in caplog.records] == [(), ("mine",)]
+
+    class Breaks:
+        def __del__(self):
+            loop = asyncio.new_event_loop()
+            loop.close()
+            loop.call_soon_threadsafe(print)
+
+    Breaks()
+    assert [str(unraisable.exc_value) for unraisable in shown] == ["Event loop is closed"]
 
 
 def test_a_fit_of_other_settings_or_data_is_refused(tmp_path):
