@@ -7,8 +7,8 @@ A layer file holds named arrays, matrices `[out, in]`:
 - `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
 
 Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front, with the ε of `norm_eps`
-(one number; 1e-5 where it is missing); `skip` is the matrix of a skip connection; a folded LayerNorm has its
-`norm_mean_direction`.
+(one number; 1e-5 where it is missing); `skip` is the matrix of a skip connection. What a LayerNorm removes is along
+`norm_mean_direction`, a unit vector (that of equal entries where it is missing); an RMSNorm has none.
 """
 
 import os
@@ -22,7 +22,7 @@ from rotsparse import checks
 from rotsparse.activations import Activation
 from rotsparse.files import write_atomically
 from rotsparse.layers import MLP, Dense, GatedMLP, Layer
-from rotsparse.norms import Norm, layer_norm, rms_norm
+from rotsparse.norms import Norm, layer_norm
 from rotsparse.sources import RESIDENT_BYTES, NpyFile, Source, open_source
 
 # Activations of more bytes (in float32) stay on disk.
@@ -102,8 +102,7 @@ def load_layer(
     common = {name: arrays.pop(name) for name in _COMMON if name in arrays}
     if skip and "skip" in common:
         raise ValueError(f"{path} already holds the matrix of a skip connection: leave out the option")
-    width = arrays[kinds[0]].shape[-1]
-    options = {"activation": activation, "norm": _norm(path, common, norm, width), "skip": common.get("skip", skip)}
+    options = {"activation": activation, "norm": _norm(path, common, norm), "skip": common.get("skip", skip)}
     try:
         match kinds[0]:
             case "w":
@@ -141,21 +140,30 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
     write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
 
 
-def _norm(path, common, kind, width) -> Norm | None:
-    if kind is None:
-        if "norm_scale" in common:
-            raise ValueError(f"{path} holds norm_scale: say which norm it belongs to (rms or layer)")
+def _norm(path, common, kind) -> Norm | None:
+    held = [name for name in common if name.startswith("norm_")]
+    if kind is None and not held:
         return None
-    if "norm_scale" not in common:
-        raise ValueError(f"{path} holds no norm_scale, the scale γ of the {kind} norm")
+    if "norm_scale" not in held:
+        whose = f"no norm_scale, the scale γ of the {kind} norm" if kind else f"{', '.join(held)} but no norm_scale"
+        raise ValueError(f"{path} holds {whose}: add it (ones, if the norm has none), or leave the norm out altogether")
+    if kind is None:
+        raise ValueError(f"{path} holds norm_scale: say which norm it belongs to (rms or layer)")
     eps = np.asarray(common.get("norm_eps", 1e-5))
     if eps.size != 1 or not 0 <= eps.item() < np.inf:
         raise ValueError(f"{path}: norm_eps should be one number that is not negative, got {eps.tolist()}")
+    norm = layer_norm(common["norm_scale"], common.get("norm_bias"), float(eps.item()))
+    direction = common.get("norm_mean_direction")
     match kind:
-        case "rms":
-            return rms_norm(common["norm_scale"], float(eps.item()))
+        case "rms" if direction is not None:
+            raise ValueError(f"{path} holds norm_mean_direction, which an RMSNorm does not have: its norm is layer")
+        case "rms":  # with its bias: folding leaves one where it centred the stream of a LayerNorm
+            return Norm(norm.scale, norm.bias, None, norm.d, norm.eps)
+        case "layer" if direction is None:
+            return norm
         case "layer":
-            norm = layer_norm(common["norm_scale"], common.get("norm_bias"), float(eps.item()))
-            direction = common.get("norm_mean_direction")
-            return norm if direction is None else Norm(norm.scale, norm.bias, direction, width, norm.eps)
+            direction, length = checks.weight("norm_mean_direction", direction, (norm.d,)), np.linalg.norm(direction)
+            if abs(length - 1) > 1e-3:
+                raise ValueError(f"{path}: norm_mean_direction should be a vector of length 1, got length {length:.3g}")
+            return Norm(norm.scale, norm.bias, direction, norm.d, norm.eps)
     raise ValueError(f"unknown norm {kind!r}: expected rms or layer")

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from rotsparse.fold import fold
 from rotsparse.layer_files import load_activations, load_arrays, load_layer, save_layer
 from rotsparse.layers import MLP, Dense, FunctionLayer, GatedMLP
-from rotsparse.norms import layer_norm, rms_norm
+from rotsparse.norms import Norm, layer_norm, rms_norm
 from rotsparse.rotations import Rotations
 
 D, H, OUT = 5, 7, 5
@@ -28,6 +28,7 @@ NORMS = {
     None: lambda: None,
     "rms": lambda: rms_norm(draw(D), eps=0.3),
     "layer": lambda: layer_norm(draw(D), draw(D), eps=0.3),
+    "rms with a bias": lambda: Norm(draw(D), 2 * draw(D), None, D, 0.3),  # what folding leaves of a LayerNorm
 }
 
 
@@ -39,9 +40,16 @@ def test_round_trip(tmp_path, kind, norm, folded):
     if folded:
         layer = fold(layer, Rotations.haar(jax.random.key(0), D, OUT)).layer
     save_layer(tmp_path / "layer.safetensors", layer)
-    loaded = load_layer(tmp_path / "layer.safetensors", "gelu", norm=norm)
+    loaded = load_layer(tmp_path / "layer.safetensors", "gelu", norm=norm and norm.split()[0])
     x = draw(4, D)
     np.testing.assert_allclose(loaded(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_norm_is_not_read_as_another(tmp_path):
+    """A saved LayerNorm says that it is one."""
+    save_layer(tmp_path / "layer.safetensors", LAYERS["mlp"](norm=layer_norm(draw(D))))
+    with pytest.raises(ValueError, match="its norm is layer"):
+        load_layer(tmp_path / "layer.safetensors", "gelu", norm="rms")
 
 
 def test_npz_and_activations(tmp_path):
@@ -99,6 +107,15 @@ def test_unfit_layers(tmp_path):
     layer_error(tmp_path, {"w": w, "norm_scale": draw(D + 1)}, "width", norm="rms")
     bad = {"w": w, "norm_scale": draw(D), "norm_eps": np.array(-1.0)}
     layer_error(tmp_path, bad, "norm_eps should be one number that is not negative, got -1", norm="rms")
+    alone = {"w": w, "norm_bias": draw(D), "norm_eps": np.array(0.1)}
+    layer_error(tmp_path, alone, "holds norm_bias, norm_eps but no norm_scale: add it")
+    layer_error(tmp_path, alone, "holds no norm_scale, the scale γ of the layer norm", norm="layer")
+    direction = {"w": w, "norm_scale": draw(D), "norm_mean_direction": np.full(D, D**-0.5, np.float32)}
+    layer_error(tmp_path, direction, "an RMSNorm does not have: its norm is layer", norm="rms")
+    layer_error(tmp_path, direction | {"norm_scale": draw(D + 1)}, r"shape \[6\].*got \[5\]", norm="layer")
+    longer = direction | {"norm_mean_direction": np.ones(D, np.float32)}
+    layer_error(tmp_path, longer, "a vector of length 1, got length 2.24", norm="layer")
+    layer_error(tmp_path, direction, "unknown norm 'batch': expected rms or layer", norm="batch")
     layer_error(tmp_path, {"w": draw(3, D)}, "skip connection.*expected d_in = d_out, got 5 and 3", skip=True)
     layer_error(tmp_path, {"w": w, "skip": np.eye(D, dtype=np.float32)}, "already holds", skip=True)
 
