@@ -52,7 +52,9 @@ def orthogonalised(a: np.ndarray) -> np.ndarray:
 
 
 def error(r: np.ndarray, problem: Problem) -> float:
-    """`1 - ‖R D‖₄⁴/n` of the nearest orthogonal matrix: zero where every direction is found."""
+    """`1 - ‖R D‖₄⁴/n` of the nearest orthogonal matrix: zero where every direction is found. One for what is no matrix."""
+    if not np.isfinite(r).all():
+        return 1.0
     return float(1 - np.sum((orthogonalised(r) @ problem.dictionary) ** 4) / len(r))
 
 
@@ -84,10 +86,10 @@ def fastica(y, seed):
 
 
 def picard(y, seed):
-    """Picard-O with its default density, tanh."""
+    """Picard-O with its default density, tanh. In float64: in float32 some problems end in NaN."""
     import picard
 
-    found = picard.picard(y.T, ortho=True, extended=False, random_state=seed, fun="tanh")
+    found = picard.picard(y.T.astype(np.float64), ortho=True, extended=False, random_state=seed, fun="tanh")
     whitening, unmixing = found[:2]
     return unmixing @ whitening
 
