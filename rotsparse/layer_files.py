@@ -23,7 +23,7 @@ from rotsparse.activations import Activation
 from rotsparse.files import write_atomically
 from rotsparse.layers import MLP, Dense, GatedMLP, Layer
 from rotsparse.norms import Norm, layer_norm
-from rotsparse.sources import RESIDENT_BYTES, NpyFile, Source, open_source
+from rotsparse.sources import RESIDENT_BYTES, NpyFile, Source
 
 # Activations of more bytes (in float32) stay on disk.
 LOADED_BYTES = RESIDENT_BYTES
@@ -68,11 +68,14 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
 
 def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source:
     """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, and where a `.npy` file or a
-    folder holds more than `LOADED_BYTES` a source. Raises `ValueError` for unfit ones; of a source only the width is
-    looked at."""
+    folder holds more than `LOADED_BYTES` a source. Raises `ValueError` for unfit ones: of a source only the width is
+    looked at, and a folder is compared with its hashes."""
+    from rotsparse.models.store import open_store
+
     path = Path(path)
     if path.is_dir():
-        source = open_source(path)
+        source = open_store(path)
+        source.verify()  # a share of the time of the pass for the covariance that a fit makes anyway
     elif path.suffix == ".npy" and path.is_file() and path.stat().st_size > LOADED_BYTES:
         source = NpyFile(path)
     else:
@@ -149,21 +152,19 @@ def _norm(path, common, kind) -> Norm | None:
         raise ValueError(f"{path} holds {whose}: add it (ones, if the norm has none), or leave the norm out altogether")
     if kind is None:
         raise ValueError(f"{path} holds norm_scale: say which norm it belongs to (rms or layer)")
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"unknown norm {kind!r}: expected rms or layer")
     eps = np.asarray(common.get("norm_eps", 1e-5))
     if eps.size != 1 or not 0 <= eps.item() < np.inf:
         raise ValueError(f"{path}: norm_eps should be one number that is not negative, got {eps.tolist()}")
     norm = layer_norm(common["norm_scale"], common.get("norm_bias"), float(eps.item()))
-    direction = common.get("norm_mean_direction")
-    match kind:
-        case "rms" if direction is not None:
-            raise ValueError(f"{path} holds norm_mean_direction, which an RMSNorm does not have: its norm is layer")
-        case "rms":  # with its bias: folding leaves one where it centred the stream of a LayerNorm
-            return Norm(norm.scale, norm.bias, None, norm.d, norm.eps)
-        case "layer" if direction is None:
-            return norm
-        case "layer":
-            direction, length = checks.weight("norm_mean_direction", direction, (norm.d,)), np.linalg.norm(direction)
-            if abs(length - 1) > 1e-3:
-                raise ValueError(f"{path}: norm_mean_direction should be a vector of length 1, got length {length:.3g}")
-            return Norm(norm.scale, norm.bias, direction, norm.d, norm.eps)
-    raise ValueError(f"unknown norm {kind!r}: expected rms or layer")
+    if "norm_mean_direction" not in held:
+        # An RMSNorm may have a bias: folding leaves one where it centred the stream of a LayerNorm.
+        return norm if kind == "layer" else Norm(norm.scale, norm.bias, None, norm.d, norm.eps)
+    if kind == "rms":
+        raise ValueError(f"{path} holds norm_mean_direction, which an RMSNorm does not have: its norm is layer")
+    direction = checks.weight("norm_mean_direction", common["norm_mean_direction"], (norm.d,))
+    length = float(np.linalg.norm(direction))
+    if abs(length - 1) > 1e-3:
+        raise ValueError(f"{path}: norm_mean_direction should be a vector of length 1, got length {length:.3g}")
+    return Norm(norm.scale, norm.bias, direction, norm.d, norm.eps)

@@ -54,6 +54,19 @@ def test_what_is_small_is_loaded(files, monkeypatch):
     assert all(isinstance(layer_files.open_activations(path, D), sources.Source) for path in ("x.npy", "store"))
 
 
+@pytest.mark.parametrize("loaded_bytes", [0, layer_files.LOADED_BYTES])
+def test_a_damaged_store_is_not_fitted_to(files, rotsparse, monkeypatch, loaded_bytes):
+    """One bit of one number, that leaves it finite, whether the store is loaded or stays on disk."""
+    monkeypatch.setattr(layer_files, "LOADED_BYTES", loaded_bytes)
+    shard = files / "store" / "00002.npy"
+    content = bytearray(shard.read_bytes())
+    content[-4] ^= 1
+    shard.write_bytes(content)
+    code, said = rotsparse(*fit("store", "run"))
+    assert code == 2 and "store/00002.npy is damaged: remove the store and capture again" in said
+    assert not (files / "run").exists()
+
+
 def test_what_stays_on_disk(files, rotsparse, on_disk):
     seen = []
     for activations in ("x.npy", "store"):
