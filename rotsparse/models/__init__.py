@@ -25,6 +25,7 @@ from rotsparse.models.fold import FoldedModel as FoldedModel
 from rotsparse.models.fold import fold_mlp as fold_mlp
 from rotsparse.models.fold import fold_stream as fold_stream
 from rotsparse.models.fold import obstacle as obstacle
+from rotsparse.models.fold import outputs as outputs
 from rotsparse.models.language import cross_entropy as cross_entropy
 from rotsparse.models.language import generate as generate
 from rotsparse.models.layers import mlp_layer as mlp_layer

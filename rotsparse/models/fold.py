@@ -141,9 +141,9 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
         raise ValueError(f"tokens should be [batch, tokens] to check the fold on, got shape {list(tokens.shape)}")
     rounded = folded.astype(original.dtype)
     with jax.enable_x64(True):
-        before = _outputs(exact, tokens)
-        exact_error = np.abs(_outputs(folded, tokens) - before).max()
-        rounded_error = np.abs(_outputs(rounded.astype(np.float64), tokens) - before).max()
+        before = outputs(exact, tokens)
+        exact_error = np.abs(outputs(folded, tokens) - before).max()
+        rounded_error = np.abs(outputs(rounded.astype(np.float64), tokens) - before).max()
     scale = float(np.abs(before).max())
     if not exact_error <= TOLERANCE * scale:
         raise ValueError(
@@ -151,11 +151,12 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
             "Are all weights finite, and of similar size?"
         )
     with jax.enable_x64(original.dtype == np.float64):
-        error = np.abs(_outputs(rounded, tokens) - _outputs(original, tokens)).max()
+        error = np.abs(outputs(rounded, tokens) - outputs(original, tokens)).max()
     return FoldedModel(rounded, float(error), float(rounded_error), float(exact_error), scale)
 
 
-def _outputs(model: Model, tokens: np.ndarray) -> np.ndarray:
-    # Operation by operation: compiling the whole network for one look at it would take longer than the look.
+def outputs(model: Model, tokens: Int[AnyArray, "batch tokens"]) -> Float[np.ndarray, "batch tokens out"]:
+    """What `run` returns, to compare two models by: with matrix products in the full precision of their type, which
+    accelerators round to less unless told. Compiles nothing: compiling a network takes longer than one look at it."""
     with jax.default_matmul_precision("highest"):
         return np.asarray(run(model.params, model.config, tokens)[0])

@@ -2,7 +2,7 @@
 
 Parameters are nested dictionaries of arrays, matrices `[out, in]`, embeddings `[entries, d_model]`:
 
-    embed, positions?, token_types?, embed_norm?, final_norm?, unembed?, unembed_bias?,
+    embed, positions?, token_types?, embed_norm?, final_norm?, unembed?,
     layers: [{attn_norm, attn: {w_q, w_k, w_v, w_o, b_*?, q_norm?, k_norm?}, attn_post_norm?,
               mlp_norm, mlp: {w_in, w_out, b_*?} or {w_gate, w_up, w_down, b_*?}, mlp_post_norm?}]
 
@@ -91,7 +91,6 @@ def expected_shape(config: TransformerConfig, name: str) -> tuple[int | None, ..
     table: dict[str, tuple[int | None, ...]] = {
         "embed": (c.vocab_size, c.d_model),
         "unembed": (c.vocab_size, c.d_model),
-        "unembed_bias": (c.vocab_size,),
         "positions": (c.max_positions, c.d_model),
         "token_types": (None, c.d_model),
         "w_q": (queries, c.d_model),

@@ -29,9 +29,8 @@ def summarize(model: Model) -> dict[str, Any]:
                 "d_in": config.d_model,
                 "d_hidden": config.d_hidden,
                 "d_out": config.d_model,
-                "rotates_when_run": "r_in" in layer["mlp"] or "r_out" in layer["mlp"],
             }
-            for i, layer in enumerate(model.params["layers"])
+            for i in range(config.n_layers)
         ],
         "stream": {
             "foldable": reason is None,

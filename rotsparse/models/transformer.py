@@ -231,8 +231,6 @@ def _output(params, config, x):
     if not config.head:
         return x
     logits = x @ params.get("unembed", params["embed"]).T
-    if "unembed_bias" in params:
-        logits = logits + params["unembed_bias"]
     return _soft_cap(logits, config.logit_softcap)
 
 

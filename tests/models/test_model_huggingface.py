@@ -102,6 +102,15 @@ def test_config_that_does_not_fit(changes, text, tmp_path):
         load_huggingface(tmp_path / "m")
 
 
+@pytest.mark.parametrize(("name", "bias"), [("llama", "lm_head.bias"), ("gpt_neox", "embed_out.bias")])
+def test_a_head_with_a_bias_is_refused(name, bias, tmp_path):
+    """No architecture here has one, so no file's is left out silently."""
+    save_huggingface(tiny(name), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda t: t.update({bias: np.ones(31, np.float32)}))
+    with pytest.raises(ValueError, match=f"does not have: {bias}"):
+        load_huggingface(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
