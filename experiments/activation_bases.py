@@ -7,12 +7,14 @@ Everything is chosen on held-out activations of the kind it was fitted on, by th
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 import rotsparse as rs
+from rotsparse import models
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.solvers.activation import fit_activations
 from rotsparse.substitution import KeepAbove, KeepLargest, substitution
@@ -75,9 +77,16 @@ def fit(
     }
     bases = {name: np.asarray(r) for name, r in found.items()}
     solution = rs.find_basis(x, validation=held_out, key=keys[0], steps=effort.steps, batch_size=effort.batch)
-    bases["ours"] = np.asarray(solution.bases["in"])
+    bases["ours"] = np.asarray(solution.completed().bases["x"])
     lost = {name: substitution(held_out, r, KeepLargest(d // 2)).energy_lost for name, r in bases.items()}
     return bases, {"energy_lost": lost, "reached": solution.certificate}
+
+
+@eqx.filter_jit
+def captured(params, config, tokens, points: tuple[tuple[int, str], ...]) -> list[Float[jax.Array, "b t d"]]:
+    """What a model's activations are at some points `(layer, name)`."""
+    seen = models.run(params, config, tokens, capture=points)[1]
+    return [seen[point] for point in points]
 
 
 def keeper(method: str, held_out: Float[np.ndarray, "n d"], bases: dict[str, Matrix], sparsity: float):

@@ -1,17 +1,36 @@
-"""What every experiment needs: data that may be missing, and one `metrics.json` that says how it came about."""
+"""What every experiment needs: options, data that may be missing, a run folder, and the look of its figures."""
 
+import contextlib
 import dataclasses
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rotsparse.runs import versions, write_json
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from provenance import plain, provenance
+
+from rotsparse.runs import CONFIG, new_run, write_json
 
 DATA = Path(os.environ.get("ROTSPARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 """Where experiments look for data unless `--data` says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment can be told."""
+
+    data: Path = DATA
+    """The folder with the data, for experiments that need any."""
+    out: Path | None = None
+    """The run folder (default: runs/experiments/NAME; of the quick form runs/experiments/NAME-quick)."""
+    quick: bool = False
+    """A smaller form: minutes."""
+    overwrite: bool = False
+    """Replace an earlier run in the same folder."""
+    seed: int = 0
 
 
 def require(paths: Sequence[Path], source: str) -> None:
@@ -23,16 +42,47 @@ def require(paths: Sequence[Path], source: str) -> None:
         sys.exit(0)
 
 
-def write_metrics(out: Path, config: Any, metrics: dict[str, Any]) -> None:
-    """`out/config.json` and `out/metrics.json`: the results, with the configuration (a dataclass), the versions and the
-    commit that produced them."""
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    write_json(out / "config.json", config)
-    write_json(out / "metrics.json", {"config": config, "versions": versions(), "commit": commit(), **metrics})
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An experiment that is running: its folder, and what is known of it before there are results."""
+
+    folder: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def finish(self, metrics: Mapping[str, Any], report: str, **figures: Figure) -> None:
+        """Write `metrics.json`, `report.md` and a PNG file for each figure, and print the report."""
+        write_json(self.folder / "metrics.json", {"config": self.config, **self.provenance, **metrics})
+        (self.folder / "report.md").write_text(report, encoding="utf-8")
+        for name, figure in figures.items():
+            figure.savefig(self.folder / f"{name}.png")
+        print(report)
 
 
-def commit() -> str | None:
-    """The commit of the working tree, marked where it has uncommitted changes; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+@contextlib.contextmanager
+def run(name: str, config: Options) -> Iterator[Run]:
+    """The run folder of an experiment, to be entered before anything is computed: a folder that cannot be written, or
+    that holds another run, is a `ValueError` now and not in hours."""
+    out = config.out or Path("runs/experiments") / (f"{name}-quick" if config.quick else name)
+    asked = plain(config)
+    with new_run(out, config=asked, overwrite=config.overwrite) as folder:
+        write_json(folder / CONFIG, asked)
+        yield Run(folder, asked, provenance())
+
+
+def shown(m: Mapping[str, float], digits: int = 3) -> str:
+    """A measurement and half the width of its interval."""
+    return f"{m['value']:.{digits}f} ±{(m['high'] - m['low']) / 2:.{digits}f}"
+
+
+def style(ax: Axes, title: str | None = None, *, grid: str = "both") -> None:
+    """The look that all figures share. `grid`: along "x", "y" or "both"."""
+    if title is not None:
+        ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis=grid, color="#e6e6e6", lw=0.6)  # pyright: ignore[reportArgumentType]
+
+
+def legend_beside(ax: Axes, *handles_and_labels) -> None:
+    """A legend to the right of the axes."""
+    ax.legend(*handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)

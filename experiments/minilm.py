@@ -22,7 +22,6 @@ from activation_bases import METHODS, STYLES, Effort
 from matplotlib.figure import Figure
 
 from rotsparse import models
-from rotsparse.runs import new_run
 from rotsparse.substitution import substitution
 
 SPARSITY = 0.5
@@ -34,19 +33,15 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Sparse activations of the MLP inputs of MiniLM."""
 
     model: Path = common.DATA / "minilm"
     """A Hugging Face folder of the model."""
     data: Path = common.DATA
     """The folder with text/wt2_valid.txt and text/wt2_test.txt."""
-    out: Path = Path("runs/experiments/minilm")
     quick: bool = False
     """The first and the last layer, fewer tokens and steps: minutes."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     layers: tuple[int, ...] | None = None
     """Default: all of them."""
     sequences: tuple[int, int, int] = (320, 64, 128)
@@ -78,7 +73,7 @@ class Network:
     def inputs(self, tokens, layers: Sequence[int]) -> list[np.ndarray]:
         """The MLP inputs of these layers at the text's own tokens, `[n, d]` each."""
         points = tuple((i, "input") for i in layers)
-        parts = [_captured(self.params, self.model.config, part, points) for part in _batches(tokens)]
+        parts = [activation_bases.captured(self.params, self.model.config, part, points) for part in _batches(tokens)]
         seen = [np.concatenate([np.asarray(x[:, self.inner]) for x in of]) for of in zip(*parts, strict=True)]
         return [x.reshape(-1, x.shape[-1]) for x in seen]
 
@@ -105,12 +100,6 @@ def _sequences(path: Path, tokenizer, count: int, length: int) -> np.ndarray:
 
 def _batches(tokens, size: int = 16) -> list[np.ndarray]:
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
-
-
-@eqx.filter_jit
-def _captured(params, config, tokens, points):
-    seen = models.run(params, config, tokens, capture=points)[1]
-    return [seen[point] for point in points]
 
 
 @eqx.filter_jit
@@ -174,10 +163,8 @@ def figure(metrics: dict[str, Any]) -> Figure:
             ax.plot(layers, values, color=colour, ls=dash, lw=width, marker="o", ms=3, label=label)
         ax.set_yscale("log")
         ax.set_xlabel("layer")
-        ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e6e6e6", lw=0.6)
-    fig.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        common.style(ax, title)
+    common.legend_beside(fig.axes[-1])
     return fig
 
 
@@ -205,13 +192,9 @@ def main(config: Config) -> None:
     texts = [config.data / "text" / name for name in ("wt2_valid.txt", "wt2_test.txt")]
     common.require([config.model / "model.safetensors", config.model / "tokenizer.json", *texts], SOURCE)
     config = quick(config) if config.quick else config
-    network = Network(config)
-    metrics = {"seed": config.seed, **measure(network, config)}
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        common.write_metrics(folder, config, metrics)
-        figure(metrics).savefig(folder / "layers.png")
-        (folder / "report.md").write_text(report(metrics), encoding="utf-8")
-    print(report(metrics))
+    with common.run("minilm", config) as run:
+        metrics = measure(Network(config), config)
+        run.finish(metrics, report(metrics), layers=figure(metrics))
 
 
 if __name__ == "__main__":

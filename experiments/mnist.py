@@ -29,16 +29,15 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import rotsparse as rs
+from rotsparse.benchmark import SHARE
 from rotsparse.controls import random_weights
 from rotsparse.identifiability import identifiability
 from rotsparse.layers import Layer
-from rotsparse.runs import new_run
 from rotsparse.statistics import covariance
 
 SPACES = ("pixels", "hidden 1", "hidden 2", "logits")
 STAGES = {f"{SPACES[i]} → {SPACES[j]}": (i, j) for i, j in ((0, 1), (1, 2), (2, 3), (1, 3), (0, 2), (0, 3))}
 SECOND, BLOCK = "hidden 1 → hidden 2", "hidden 1 → logits"
-SHARE = "fraction_below_0.1_rms"
 SAME = 0.99
 """From this |cos| on two directions are the same."""
 SOURCE = (
@@ -49,17 +48,13 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Rotations of every stage of an MNIST network."""
 
     data: Path = common.DATA
     """The folder with mlp_mnist/model.safetensors and mnist/mnist.npz."""
-    out: Path = Path("runs/experiments/mnist")
     quick: bool = False
     """Fewer images, steps, stages and principal components: two minutes."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     stages: tuple[str, ...] = tuple(STAGES)
     images: tuple[int, int, int] = (20000, 2000, 2000)
     """To fit on, to choose the restart on (both from the training images), and to test on (from the test images)."""
@@ -175,9 +170,9 @@ def study(network: Network, name: str, config: Config) -> tuple[dict[str, Any], 
         "restarts": config.restarts if begin else 2,
         "validation": choose,
     }
-    solution = rs.find_rotations(layer, x, **options)
+    solution = rs.find_rotations(layer, x, **options).completed()
     null = redrawn(layer, jax.random.fold_in(key, 1))
-    found_null = rs.find_rotations(null, x, **options)
+    found_null = rs.find_rotations(null, x, **options).completed()
     bases = {"learned": solution.rotations} | rs.baselines.all_baselines(layer, x, key=jax.random.fold_in(key, 2))
     judged = {"scale_inputs": begin == 0, "covariance": covariance(x)[1], "key": jax.random.fold_in(key, 3)}
     evidence = identifiability(layer, x[:2000], solution, [(null, x[:2000], found_null)], cosine=SAME)
@@ -225,6 +220,8 @@ def chain(network: Network, config: Config) -> dict[str, Any]:
     key = jax.random.key(config.seed + 1)
     for name, joint in {"separate": False, "joint": True}.items():
         found = rs.fit_chain(network.layers, x, test=test, key=key, joint=joint, steps=config.chain_steps)
+        for solution in found.solutions:
+            solution.completed()
         shares = [
             rs.evaluate(layer, of[2], r, scale_inputs=True, covariance=covariance(of[0])[1], key=key)[SHARE]._asdict()
             for layer, of, r in zip(network.layers, network.inputs, found.rotations, strict=True)
@@ -260,9 +257,8 @@ def figure(stages: dict[str, Any]) -> Figure:
     ax.set_xticks(range(len(stages)), [name.replace(" → ", "\n→ ") for name in stages], fontsize=8)
     ax.set_ylabel("share of entries below 0.1 rms")
     ax.set_ylim(0, 1)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#e6e6e6", lw=0.6)
+    common.style(ax, grid="y")
+    common.legend_beside(ax)
     return fig
 
 
@@ -297,8 +293,8 @@ def report(metrics: dict[str, Any]) -> str:
         rows = {"learned": of["metrics"]["learned"], "learned, random weights": of["random_weights"]}
         rows |= {f"best baseline: {best}": rivals[best], "PCA": rivals["pca"], "neurons": rivals["neurons"]}
         for basis, m in rows.items():
-            cells = [_shown(m["edges_99"], 0), _shown(m[SHARE], 3)]
-            lines.append(f"| {name} ({of['entries']}) | {basis} | {' | '.join(cells)} |")
+            cells = f"{common.shown(m['edges_99'], 0)} | {common.shown(m[SHARE])}"
+            lines.append(f"| {name} ({of['entries']}) | {basis} | {cells} |")
     lines += ["", "Single examples (raw): a mean over images of edges@99 and small entries in the image's own singular"]
     lines += ["vectors, of its own Jacobian, and of the other images'; and the learned basis, one for all:", ""]
     for name, of in metrics["stages"].items():
@@ -326,12 +322,8 @@ def report(metrics: dict[str, Any]) -> str:
     ]
     lines += ["the next layer's sparse inputs:", ""]
     for name, of in metrics["chain"].items():
-        lines.append(f"- {name}: " + ", ".join(_shown(m, 3) for m in of[SHARE]) + ". " + " ".join(of["matches"]))
+        lines.append(f"- {name}: " + ", ".join(map(common.shown, of[SHARE])) + ". " + " ".join(of["matches"]))
     return "\n".join(lines) + "\n"
-
-
-def _shown(m: dict[str, float], digits: int) -> str:
-    return f"{m['value']:.{digits}f} ±{(m['high'] - m['low']) / 2:.{digits}f}"
 
 
 def _accuracy(layer: Layer, x, labels) -> float:
@@ -341,21 +333,19 @@ def _accuracy(layer: Layer, x, labels) -> float:
 def main(config: Config) -> None:
     common.require([config.data / "mlp_mnist/model.safetensors", config.data / "mnist/mnist.npz"], SOURCE)
     config = quick(config) if config.quick else config
-    network = Network(config)
-    studies = {name: study(network, name, config) for name in config.stages}
-    metrics = {
-        "accuracy": network.accuracy,
-        "pixels": len(network.frame),
-        "stages": {name: result for name, (result, _) in studies.items()},
-        "chain": chain(network, config),
-    }
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        common.write_metrics(folder, config, metrics)
-        figure(metrics["stages"]).savefig(folder / "small_entries.png")
+    with common.run("mnist", config) as run:
+        network = Network(config)
+        studies = {name: study(network, name, config) for name in config.stages}
+        metrics = {
+            "accuracy": network.accuracy,
+            "pixels": len(network.frame),
+            "stages": {name: result for name, (result, _) in studies.items()},
+            "chain": chain(network, config),
+        }
+        figures = {"small_entries": figure(metrics["stages"])}
         if "pixels → hidden 1" in studies:
-            pictures(network, studies["pixels → hidden 1"][1].rotations).savefig(folder / "directions.png")
-        (folder / "report.md").write_text(report(metrics), encoding="utf-8")
-    print(report(metrics))
+            figures["directions"] = pictures(network, studies["pixels → hidden 1"][1].rotations)
+        run.finish(metrics, report(metrics), **figures)
 
 
 if __name__ == "__main__":

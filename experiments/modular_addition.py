@@ -32,7 +32,6 @@ from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Subspace
 from rotsparse.objectives import Held, JacobianSparsity, Objective
 from rotsparse.report.names import basis_name
-from rotsparse.runs import new_run
 from rotsparse.statistics import jacobian_moments
 
 Spaces = dict[str, Any]
@@ -50,19 +49,15 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Edges that each stage of a modular-addition transformer needs, in every basis."""
 
     data: Path = common.DATA
     """The folder with modular_addition/seed*.safetensors (and published.json)."""
     checkpoint: Path | None = None
     """One such file instead; published.json is looked for beside it."""
-    out: Path = Path("runs/experiments/modular_addition")
     quick: bool = False
     """The first network only, fewer restarts, steps and pairs: a few minutes."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     eps: float = 0.1
     """Scale of the log measure."""
     active_subspace: float = 0.999
@@ -112,7 +107,7 @@ def fit(
         restarts=config.restarts,
         steps=config.steps,
         validation=objective(network.train[n : 2 * n], None),
-    )
+    ).completed()
 
 
 def all_bases(network: Network, config: Config) -> tuple[dict[str, dict[str, Spaces]], dict[str, Any]]:
@@ -380,17 +375,14 @@ def main(config: Config) -> None:
         paths = paths[:1]
     published_file = paths[0].with_name("published.json")
     published = json.loads(published_file.read_text())["seeds"] if published_file.exists() else {}
-    networks = {}
-    for path in paths:
-        networks[path.stem] = study(path, config, published.get(path.stem.removeprefix("seed"), {}))
-        print(f"{path.stem}: {json.dumps(networks[path.stem]['edges_needed'])}", flush=True)
-    means = mean_edges(networks)
-    text = report(networks, means, config)
-    print(text)
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        figure(means, networks).savefig(folder / "edges_needed.png")
-        (folder / "report.md").write_text(text)
-        common.write_metrics(folder, config, {"edges_needed": means, "networks": networks})
+    with common.run("modular_addition", config) as run:
+        networks = {}
+        for path in paths:
+            networks[path.stem] = study(path, config, published.get(path.stem.removeprefix("seed"), {}))
+            print(f"{path.stem}: {json.dumps(networks[path.stem]['edges_needed'])}", flush=True)
+        means = mean_edges(networks)
+        metrics = {"edges_needed": means, "networks": networks}
+        run.finish(metrics, report(networks, means, config), edges_needed=figure(means, networks))
 
 
 if __name__ == "__main__":

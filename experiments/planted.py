@@ -17,16 +17,15 @@ has where the truth is not known, and they should follow the first.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse.alignment import chance_cosine
@@ -34,7 +33,6 @@ from rotsparse.controls import random_weights
 from rotsparse.identifiability import identifiability
 from rotsparse.layers import Layer
 from rotsparse.orthogonal import haar
-from rotsparse.runs import new_run
 
 COSINE, AMARI = 0.999, 1e-3
 """From where on a side counts as recovered exactly."""
@@ -43,17 +41,11 @@ SHARPER = (0.03, 0.01, 0.003)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Recovery of planted rotations under noise, with few examples, and where they are not identifiable."""
 
-    data: Path = common.DATA
-    """Not needed: accepted because all experiments take it."""
-    out: Path = Path("runs/experiments/planted")
     quick: bool = False
     """Fewer cells and steps: two minutes."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     n: int = 32
     """Inputs and outputs."""
     seeds: int = 3
@@ -121,10 +113,10 @@ def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
     """Fit a planted network and its null model; how near is the truth, and what can be known without it?"""
     key = jax.random.key(config.seed + seed)
     options = {"scale_inputs": False, "steps": config.steps, "restarts": config.restarts}
-    solution = rs.find_rotations(planted.layer, planted.x, key=key, **options)
+    solution = rs.find_rotations(planted.layer, planted.x, key=key, **options).completed()
     rotations = sharpened(planted, solution, config, key=key)
     null = random_weights(planted.layer, key=jax.random.fold_in(key, 1))
-    found_null = rs.find_rotations(null, planted.x, key=key, **options)
+    found_null = rs.find_rotations(null, planted.x, key=key, **options).completed()
     report = identifiability(planted.layer, planted.x, solution, [(null, planted.x, found_null)], cosine=0.99)
     sharpest = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(SHARPER[-1]), scale_inputs=False)
     result: dict[str, Any] = {
@@ -156,7 +148,7 @@ def sharpened(planted: Planted, solution: rs.Solution, config: Config, *, key) -
 
         def polish(bases, objective=objective):
             small = rs.Annealing(angle=0.02)
-            return rs.minimize(objective, bases, key=key, solver=small, steps=config.steps // 4).bases
+            return rs.minimize(objective, bases, key=key, solver=small, steps=config.steps // 4).completed().bases
 
         bases = rs.refine(objective.thinned(128), polish(bases), polish).bases
     return rs.Rotations(bases["in"], bases["out"])
@@ -212,10 +204,11 @@ def report(sweeps: dict[str, dict[str, Any]], config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(sweeps: dict[str, dict[str, Any]], path: Path) -> None:
+def figure(sweeps: dict[str, dict[str, Any]]) -> Figure:
     """Distance from the truth beside the agreement of restarts, along every sweep but the exact one."""
     shown = {name: cells for name, cells in sweeps.items() if name != "exact"}
-    fig, axes = plt.subplots(1, len(shown), figsize=(11, 3.2), sharey=True, layout="constrained")
+    fig = Figure(figsize=(11, 3.2), dpi=160, layout="constrained")
+    axes = fig.subplots(1, len(shown), sharey=True)
     titles = {
         "noise": "noise in the weights",
         "samples": "examples",
@@ -226,14 +219,11 @@ def figure(sweeps: dict[str, dict[str, Any]], path: Path) -> None:
             ax.plot(list(cells), [of[side]["cosine"] for of in cells.values()], color=colour, marker="o", label=label)
             again = [of[side]["reproduced"] for of in cells.values()]
             ax.plot(list(cells), again, color=colour, ls="--", marker="s", ms=4, label=f"{label}: restarts agree")
-        ax.set_title(titles[sweep], loc="left", fontsize=10, fontweight="bold")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e6e6e6", lw=0.6)
+        common.style(ax, titles[sweep])
     axes[0].set_ylabel("mean max |cos| with the truth;\nshare of directions found again")
     axes[0].set_ylim(0, 1.03)
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    fig.savefig(path, dpi=160)
-    plt.close(fig)
+    common.legend_beside(axes[-1])
+    return fig
 
 
 def _value(objective: rs.JacobianSparsity, rotations: rs.Rotations) -> float:
@@ -255,12 +245,9 @@ def _haar(config: Config, seed: int, d_in: int, d_out: int) -> rs.Rotations:
 
 def main(config: Config) -> None:
     config = quick(config) if config.quick else config
-    sweeps = study(config)
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        common.write_metrics(folder, config, {"sweeps": sweeps})
-        figure(sweeps, folder / "sweeps.png")
-        (folder / "report.md").write_text(report(sweeps, config), encoding="utf-8")
-    print(report(sweeps, config))
+    with common.run("planted", config) as run:
+        sweeps = study(config)
+        run.finish({"sweeps": sweeps}, report(sweeps, config), sweeps=figure(sweeps))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse import models
+from rotsparse.benchmark import SHARE
 from rotsparse.controls import beyond_control, random_perturbation, random_weights
 from rotsparse.intervals import Interval
-from rotsparse.runs import new_run
 from rotsparse.substitution import substitution
 
 SPARSITIES = (25, 40, 50, 60, 75)
@@ -38,7 +38,6 @@ RULES = {"top_k": "", "threshold": "_threshold"}
 """Which coordinates stay, and what the names of the methods with that rule end in."""
 BLOCK = 32
 """Tokens that are resampled together."""
-SHARE = "fraction_below_0.1_rms"
 END = "<|endoftext|>"
 SOURCE = (
     "The model and its tokenizer are stories260K and tok512 of karpathy/llama2.c (MIT) in llama2.c's legacy format; "
@@ -47,17 +46,13 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Sparse activations and Jacobians of the MLPs of a small language model."""
 
     data: Path = common.DATA
     """The folder with stories260k/stories260K.bin, stories260k/tok512.bin and text/ts_sample.txt."""
-    out: Path = Path("runs/experiments/stories260k")
     quick: bool = False
     """Fewer samples, steps and controls: minutes."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     samples: tuple[int, int, int] = (256, 64, 128)
     """Texts that the model writes to fit on, to choose on, and to test on."""
     length: int = 256
@@ -111,7 +106,7 @@ class Network:
     def inputs(self, tokens) -> list[np.ndarray]:
         """The MLP inputs of every layer, `[n, d]` each."""
         points = tuple((i, "input") for i in range(len(self.layers)))
-        seen = _captured(self.params, self.model.config, tokens, points)
+        seen = activation_bases.captured(self.params, self.model.config, tokens, points)
         return [np.asarray(x).reshape(-1, x.shape[-1]) for x in seen]
 
     def cross_entropy(self, text: str, bases=None, keeps=None, key=None) -> np.ndarray:
@@ -126,11 +121,6 @@ class Network:
         mask = self.texts[text][1][:, 1:]
         rows, columns = np.nonzero(mask)
         return rows * mask.shape[1] + columns // BLOCK
-
-
-@eqx.filter_jit
-def _captured(params, config, tokens, points):
-    return list(models.run(params, config, tokens, capture=points)[1].values())
 
 
 @eqx.filter_jit
@@ -219,7 +209,7 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
         return rs.evaluate(layer, x_test, rotations, scale_inputs=True, covariance=covariance, key=key)[SHARE]
 
     def learn(layer, key):
-        return rs.find_rotations(layer, x, key=key, steps=config.jacobian_steps).rotations
+        return rs.find_rotations(layer, x, key=key, steps=config.jacobian_steps).completed().rotations
 
     b = rs.baselines
     svd = {"svd_weights": b.svd_weights, "svd_mean_jacobian": b.svd_mean_jacobian}
@@ -258,7 +248,7 @@ def curves(delta_ce: dict[str, Any]) -> Figure:
             ax.fill_between(SPARSITIES, np.maximum(values[:, 1], 1e-4), values[:, 2], color=colour, alpha=0.12, lw=0)
         _log_axis(ax, titles[text])
     axes[0].set_ylabel("rise in cross-entropy (nats a token)")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    common.legend_beside(axes[-1])
     return figure
 
 
@@ -267,9 +257,7 @@ def _log_axis(ax: Axes, title: str) -> None:
     ax.set_ylim(bottom=1e-3)
     ax.set_xticks(SPARSITIES)
     ax.set_xlabel("coordinates set to zero, %")
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#e6e6e6", lw=0.6)
+    common.style(ax, title)
 
 
 def small_entries(layers: list[dict[str, Any]]) -> Figure:
@@ -290,13 +278,12 @@ def small_entries(layers: list[dict[str, Any]]) -> Figure:
                 ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, lw=1.2, label=label)
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    ax.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    common.legend_beside(ax, list(unique.values()), list(unique))
     ax.set_xticks(range(len(layers)))
     ax.set_xlabel("layer")
     ax.set_ylabel("share of entries below 0.1 rms")
     ax.set_ylim(bottom=0)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#e6e6e6", lw=0.6)
+    common.style(ax, grid="y")
     return figure
 
 
@@ -308,15 +295,15 @@ def report(metrics: dict[str, Any]) -> str:
         lines += [f"## {text.replace('_', ' ')} (cross-entropy {metrics['cross_entropy'][text]:.3f})", ""]
         lines += ["| zeros | " + " | ".join(METHODS.values()) + " |", "|---:|" + "---:|" * len(METHODS)]
         for s in SPARSITIES:
-            cells = [f"{m['value']:.4f} ±{(m['high'] - m['low']) / 2:.4f}" for m in of[str(s)].values()]
+            cells = [common.shown(m, 4) for m in of[str(s)].values()]
             lines.append(f"| {s}% | " + " | ".join(cells) + " |")
         ratio = metrics["ours_over_pca"][text]
         for rule in RULES:
             half, quarter = (ratio[s][rule] for s in ("50", "25"))
             lines += [
                 "",
-                f"Ours / PCA, both with {rule.replace('_', '-')}: {_shown(half)} at 50% (wanted: at most 0.5), "
-                f"{_shown(quarter)} at 25% (wanted: at most 1).",
+                f"Ours / PCA, both with {rule.replace('_', '-')}: {_range(half)} at 50% (wanted: at most 0.5), "
+                f"{_range(quarter)} at 25% (wanted: at most 1).",
             ]
         lines += [""]
         random = metrics["delta_ce_random_direction"][text]
@@ -339,7 +326,7 @@ def report(metrics: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(m: dict[str, float]) -> str:
+def _range(m: dict[str, float]) -> str:
     return f"{m['value']:.2f} ({m['low']:.2f} to {m['high']:.2f})"
 
 
@@ -347,15 +334,11 @@ def main(config: Config) -> None:
     common.require([config.data / "stories260k" / name for name in ("stories260K.bin", "tok512.bin")], SOURCE)
     common.require([config.data / "text/ts_sample.txt"], SOURCE)
     config = quick(config) if config.quick else config
-    network = Network(config)
-    metrics = {"seed": config.seed, **activations(network, config)}
-    metrics["jacobians"] = jacobians(network, config)
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        common.write_metrics(folder, config, metrics)
-        curves(metrics["delta_ce"]).savefig(folder / "delta_ce.png")
-        small_entries(metrics["jacobians"]).savefig(folder / "jacobians.png")
-        (folder / "report.md").write_text(report(metrics), encoding="utf-8")
-    print(report(metrics))
+    with common.run("stories260k", config) as run:
+        network = Network(config)
+        metrics: dict[str, Any] = {**activations(network, config), "jacobians": jacobians(network, config)}
+        figures = {"delta_ce": curves(metrics["delta_ce"]), "jacobians": small_entries(metrics["jacobians"])}
+        run.finish(metrics, report(metrics), **figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ its squared slope. 1 is a straight line; a direction that only moves on one half
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import common
@@ -23,28 +22,21 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 import rotsparse as rs
+from rotsparse.benchmark import SHARE
 from rotsparse.controls import random_weights
 from rotsparse.identifiability import identifiability
-from rotsparse.runs import new_run
 from rotsparse.statistics import covariance
 
-SHARE = "fraction_below_0.1_rms"
 SHOWN = {"pca": "Principal components", "learned": "Learned directions"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Options):
     """Principal components against learned directions of a network that computes x²."""
 
-    data: Path = common.DATA
-    """Not needed: accepted because all experiments take it."""
-    out: Path = Path("runs/experiments/x_squared")
     quick: bool = False
     """One network: half a minute."""
-    overwrite: bool = True
-    """Replace an earlier run in the same folder."""
-    seed: int = 0
     networks: int = 3
     width: int = 32
     training_steps: int = 5000
@@ -108,9 +100,9 @@ def study(network: Network, config: Config, seed: int) -> tuple[dict[str, Any], 
     key = jax.random.key(seed)
     options = {"restarts": config.restarts, "steps": config.steps, "key": key}
     layer, x = network.layer, network.train
-    solution = rs.find_rotations(layer, x, validation=network.test[::2], **options)
+    solution = rs.find_rotations(layer, x, validation=network.test[::2], **options).completed()
     null = random_weights(layer, key=jax.random.fold_in(key, 1))
-    found_null = rs.find_rotations(null, x, **options)
+    found_null = rs.find_rotations(null, x, **options).completed()
     bases = {"learned": solution.rotations} | rs.baselines.all_baselines(layer, x, key=jax.random.fold_in(key, 2))
     judged = {"scale_inputs": True, "covariance": covariance(x)[1], "key": jax.random.fold_in(key, 3)}
     test = network.test[1::2]  # those between were chosen on
@@ -146,14 +138,12 @@ def figure(networks: list[Network], bases: list[dict[str, rs.Rotations]]) -> Fig
             for number, (z, colour) in enumerate(zip(strongest(network, of[name], 3).T, COLOURS, strict=True)):
                 sign = np.sign(z[np.argmax(np.abs(z))])  # it means nothing: the largest value is drawn upwards
                 ax.plot(network.x, sign * z, color=colour, lw=2, label=("strongest", "second", "third")[number])
-            ax.set_title(f"{title}, network {i}", loc="left", fontsize=9, fontweight="bold")
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(color="#e6e6e6", lw=0.6)
+            common.style(ax, f"{title}, network {i}")
     for ax in axes[-1]:
         ax.set_xlabel("x")
     for ax in axes[:, 0]:
         ax.set_ylabel("activation (unit variance)")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    common.legend_beside(axes[0, -1])
     return fig
 
 
@@ -165,7 +155,7 @@ def report(networks: list[dict[str, Any]]) -> str:
     for i, of in enumerate(networks):
         rivals = {name: m[SHARE]["value"] for name, m in of["metrics"].items() if name != "learned"}
         best = max(rivals, key=rivals.__getitem__)
-        learned, null = _shown(of["metrics"]["learned"][SHARE]), _shown(of["random_weights"][SHARE])
+        learned, null = (common.shown(m[SHARE]) for m in (of["metrics"]["learned"], of["random_weights"]))
         lines.append(
             f"| {i} | {of['error']:.4f} | {learned} | {rivals['pca']:.3f} | {rivals['neurons']:.3f} | "
             f"{best} {rivals[best]:.3f} | {null} |"
@@ -177,21 +167,15 @@ def report(networks: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(m: dict[str, float]) -> str:
-    return f"{m['value']:.3f} ±{(m['high'] - m['low']) / 2:.3f}"
-
-
 def main(config: Config) -> None:
     config = dataclasses.replace(config, networks=1) if config.quick else config
     seeds = range(config.seed, config.seed + config.networks)
-    networks = [train(config, seed) for seed in seeds]
-    studies = [study(network, config, seed) for network, seed in zip(networks, seeds, strict=True)]
-    found = [of for of, _ in studies]
-    with new_run(config.out, overwrite=config.overwrite) as folder:
-        common.write_metrics(folder, config, {"networks": found})
-        figure(networks, [bases for _, bases in studies]).savefig(folder / "directions.png")
-        (folder / "report.md").write_text(report(found), encoding="utf-8")
-    print(report(found))
+    with common.run("x_squared", config) as run:
+        networks = [train(config, seed) for seed in seeds]
+        studies = [study(network, config, seed) for network, seed in zip(networks, seeds, strict=True)]
+        found = [of for of, _ in studies]
+        directions = figure(networks, [bases for _, bases in studies])
+        run.finish({"networks": found}, report(found), directions=directions)
 
 
 if __name__ == "__main__":
