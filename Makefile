@@ -16,8 +16,8 @@ help:
 	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
 	@echo "make test         fast tests          make slow    long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
-	@echo "make bench        all benchmarks (hours; ARGS=--quick: minutes)"
-	@echo "make experiments  all experiments, in their quick form"
+	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
+	@echo "make experiments  all experiments, in their quick form, into runs/experiments/NAME-quick"
 	@echo "make clean        remove .venv, build outputs and caches (runs/ stays)"
 
 # pip is the last thing that venv installs: where it exists, the environment is complete.
@@ -57,16 +57,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The quick form has a folder of its own: its minutes do not replace hours.
+RESULTS := runs/benchmarks$(if $(filter --quick,$(ARGS)),-quick)
+
 bench: $(VENV)/.installed-benchmarks
-	@mkdir -p runs/benchmarks
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py | grep -v summary); do \
 	  echo "== $$script"; \
-	  $(BIN)/python $$script --out runs/benchmarks/$$(basename $$script .py).json $(ARGS); done
-	$(BIN)/python benchmarks/summary.py
+	  $(BIN)/python $$script --out $(RESULTS)/$$(basename $$script .py).json $(ARGS); done
+	$(BIN)/python benchmarks/summary.py --results $(RESULTS)
 
 experiments: $(VENV)/.installed-experiments
 	@set -e; for script in $$(grep -l __main__ experiments/*.py); do \
-	  echo "== $$script"; $(BIN)/python $$script --quick --out runs/experiments/$$(basename $$script .py) $(ARGS); done
+	  echo "== $$script"; $(BIN)/python $$script --quick --overwrite $(ARGS); done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ rotations, the best so far, and two running means). Measured in two ways, in one
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +49,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    results = Results(config)
     if config.quick:
         config = dataclasses.replace(config, seconds=12.0, every=2.0, pairs=1)
     rng = np.random.default_rng(0)
@@ -59,7 +60,8 @@ def main(config: Config) -> None:
     start = {name: jnp.eye(config.width) for name in ("in", "out")}
 
     def fit(steps, checkpoint=None, log=None):
-        return rs.minimize(objective, start, key=jax.random.key(0), steps=steps, checkpoint=checkpoint, log=log)
+        options = {"key": jax.random.key(0), "steps": steps, "checkpoint": checkpoint, "log": log}
+        return rs.minimize(objective, start, **options).completed()
 
     with tempfile.TemporaryDirectory() as folder, recorded_saves() as saves:
         fit(20, log=Path(folder) / "pace")
@@ -104,8 +106,7 @@ def main(config: Config) -> None:
     for name, value in figures.items():
         table.add_row(name, f"{value:.2%}" if name.startswith("once") else f"{value:,.4g}")
     Console().print(table)
-    if config.out is not None:
-        config.out.write_text(json.dumps({name: float(value) for name, value in figures.items()}, indent=2))
+    results.write({"width": config.width, **{name: float(value) for name, value in figures.items()}})
 
 
 @contextlib.contextmanager

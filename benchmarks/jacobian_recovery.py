@@ -8,7 +8,6 @@ times: without compilation, in this process, in turn. `rows` is the share of pla
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -60,16 +60,15 @@ class Problem:
 
 
 def main(config: Config) -> None:
-    results = []
+    results, found = Results(config), []
     for n in (32,) if config.quick else config.sizes:
         for activation in ("relu", "gelu"):
             small = n <= 64
             methods = METHODS if small and not config.quick else {k: METHODS[k] for k in METHODS if k != BEST_OF_8}
             rows = compare(n, activation, 2 if config.quick else config.seeds if small else 1, methods)
             show(n, activation, rows)
-            results += rows
-            if config.out:  # after each: later ones take long
-                config.out.write_text(json.dumps(results, indent=2))
+            found += rows
+            results.write(found)  # after each: later ones take long
 
 
 def planted(n: int, activation: str, seed: int) -> Problem:
@@ -109,7 +108,7 @@ def rotsparse(problem: Problem, budget: float):
 
     def anneal(bases, angle, steps):
         nonlocal compiling
-        solution = rs.minimize(problem.objective, bases, key=KEY, solver=Annealing(angle), steps=steps)
+        solution = rs.minimize(problem.objective, bases, key=KEY, solver=Annealing(angle), steps=steps).completed()
         compiling += solution.stats["compile_seconds"]
         return solution.bases
 
@@ -138,7 +137,7 @@ def fit(objective, problem, solver, *, budget: float, restarts=1):
     """As many steps of a solver as take about `budget` seconds."""
     run = lambda steps: rs.minimize(  # noqa: E731
         objective, problem.start, key=KEY, solver=solver, steps=steps, restarts=restarts
-    )
+    ).completed()
     seconds = lambda solution: solution.stats["seconds"] - solution.stats["compile_seconds"]  # noqa: E731
     solution = run(max(100, int(100 * budget / seconds(run(100)))))
     return solution.bases, seconds(solution)

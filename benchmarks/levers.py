@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _results import Results
 from jacobian_recovery import KEY, planted
 from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse.runs import write_json
 
 
 @dataclasses.dataclass
@@ -34,13 +34,13 @@ class Config:
 
 
 def main(config: Config) -> None:
+    results = Results(config)
     steps = anneal(32, 400) if config.quick else anneal(128, 1500)
     sizes = [(128, 512, 16)] if config.quick else [(128, 512, 16), (768, 3072, 4)]
     gathered = [gather(d, hidden, n, share) for d, hidden, n in sizes for share in (0.1, 0.2, 0.3)]
     show("one budget, spent in different ways", steps)
     show("active neurons gathered", gathered)
-    if config.out:
-        write_json(config.out, {"steps": steps, "gathered": gathered})
+    results.write({"steps": steps, "gathered": gathered})
 
 
 def anneal(n: int, steps: int) -> list[dict]:
@@ -50,7 +50,7 @@ def anneal(n: int, steps: int) -> list[dict]:
     for batch, divisor, factor in [(16, 1, 1), (4, 1, 4), (16, 2, 4), (64, 2, 1), (16, 4, 8)]:
         part = None if divisor == 1 else (n // divisor, n // divisor)
         objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=batch, part=part)
-        fit = rs.minimize(objective, problem.start, key=KEY, steps=steps * factor)
+        fit = rs.minimize(objective, problem.start, key=KEY, steps=steps * factor).completed()
         seconds = fit.stats["seconds"] - fit.stats["compile_seconds"]
         row = {"n": n, "examples": batch, "rows and columns": n // divisor, "steps": steps * factor}
         rows.append(

@@ -7,7 +7,6 @@ with nothing between them (and of one large square product, for reference).
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +51,7 @@ GPU_SHAPES = [*SHAPES, Shape(4096, 14336, True)]
 
 
 def main(config: Config) -> None:
+    results = Results(config)
     shapes = GPU_SHAPES if jax.default_backend() != "cpu" else SHAPES
     shapes = shapes[:1] if config.quick else shapes
     table = Table(title=f"objective and gradient on {jax.devices()[0].device_kind} ({jax.local_device_count()} device)")
@@ -65,12 +66,12 @@ def main(config: Config) -> None:
         "÷ factored autodiff",
     ):
         table.add_column(heading, justify="right")
-    results = []
+    figures = []
     for shape in shapes:
         result = measure(
             shape, config.examples if shape.d < 1000 else max(8, config.examples // 8), 3 if config.quick else 5
         )
-        results.append(result)
+        figures.append(result)
         table.add_row(
             shape.name,
             f"{result['examples_per_second']:.1f}",
@@ -82,8 +83,7 @@ def main(config: Config) -> None:
             f"{result['speedup_over_factored_autodiff']:.1f}×",
         )
     Console().print(table)
-    if config.out:
-        config.out.write_text(json.dumps(results, indent=2))
+    results.write(figures)
 
 
 def measure(shape: Shape, n: int, repeats: int) -> dict:

@@ -10,7 +10,6 @@ into docs/results.md and README.md, between their markers.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy as np
 import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
+from _results import Results, described, read
 from rich.console import Console
 
 from rotsparse.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
 from rotsparse.compare import LABELS, heading, shown
 from rotsparse.intervals import Interval
 from rotsparse.metrics import HIGHER_IS_SPARSER
-from rotsparse.runs import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (SHARE, "edges_99")
@@ -45,8 +44,8 @@ class Config:
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
     out: Path = Path("runs/benchmarks/pca.json")
-    """A JSON file for the figures (where networks of earlier runs of the same form are kept); the tables go beside it,
-    into a Markdown file of the same name."""
+    """A JSON file for the figures (in which networks of earlier runs of the same form are kept, each with its own
+    commit and versions); the tables go beside it, into a Markdown file of the same name."""
     publish: bool = False
     """Write the tables into docs/results.md and README.md."""
     seed: int = 0
@@ -105,13 +104,9 @@ def evidence(networks: dict[str, dict[str, Any]]) -> str:
 
 
 def main(config: Config) -> None:
-    console = Console()
+    console, results = Console(), Results(config)
     config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    plain = json.loads(json.dumps(plain))
-    earlier = json.loads(config.out.read_text()) if config.out.exists() else {"config": {}}
-    same = all(earlier["config"].get(k) == plain[k] for k in ("quick", "seed", "examples", "steps"))
-    found = earlier["networks"] if same else {}
+    found = read(config.out)["results"] if config.out.exists() else {}
     everything = list(cases(config.data, config.minilm, seed=config.seed, quick=config.quick))
     for name, load in everything:
         if config.only and not name.startswith(config.only):
@@ -122,19 +117,22 @@ def main(config: Config) -> None:
             console.print(f"SKIPPED {name}: {missing}", highlight=False)
             continue
         result = run(case, config)
+        result.solution.completed()
         console.print(result.comparison.table(name, seconds=result.seconds))
         console.print(f"{result.conclusion}\n", highlight=False)
-        found[name] = result.to_json()
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"config": plain, "versions": versions(), "networks": found}
-        write_json(config.out, content)
+        # Networks of one file may be of different days and commits.
+        found[name] = result.to_json() | {"provenance": results.provenance}
+        results.write(found)
     networks = {name: found[name] for name, _ in everything if name in found}
-    text = tables(networks, METRICS) + "\n" + evidence(networks)
+    if not networks:
+        return
+    source = f"\n({results.form} form; {described(of['provenance'] for of in networks.values())})\n"
+    text = tables(networks, METRICS) + "\n" + evidence(networks) + source
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
     config.out.with_suffix(".md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
     if config.publish:
         publish(ROOT / "docs/results.md", "pca", text)
-        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]))
+        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]) + source)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ statistical (FastICA from eight starts, the best by its own contrast, is in the 
 """
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import tyro
 from _peers import bernoulli_gaussian, error, fastica, l4, orthogonalised, picard, rotsparse
+from _results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +59,7 @@ METHODS = {
 
 def main(config: Config) -> None:
     warnings.simplefilter("ignore")
+    results = Results(config)
     thetas, ratios, seeds = (THETAS, RATIOS, config.seeds)
     if config.quick:
         thetas, ratios, seeds = (0.1, 0.5), RATIOS[::2], 3
@@ -69,9 +70,8 @@ def main(config: Config) -> None:
             for name, method in METHODS.items():
                 errors[theta][name].append([error(method(q.y, seed), q) for seed, q in enumerate(problems)])
         show(theta, ratios, errors[theta])
-        if config.out:  # after each: all of them take long
-            done = {theta: of for theta, of in errors.items() if of["rotsparse"]}
-            config.out.write_text(json.dumps({"ratios": ratios, "errors": done}, indent=2))
+        done = {theta: of for theta, of in errors.items() if of["rotsparse"]}
+        results.write({"ratios": ratios, "errors": done})  # after each: all of them take long
     if config.figure:
         draw(config.figure, thetas, ratios, errors)
 

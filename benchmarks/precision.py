@@ -10,7 +10,6 @@ demo`, raw Jacobian. Speed is not measured: it takes an accelerator.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from _results import Results
 from jax.extend import core
 from rich.console import Console
 from rich.table import Table
@@ -136,6 +136,7 @@ def errors(exact: Objective, rough: Objective, bases) -> tuple[float, float]:
 
 
 def main(config: Config) -> None:
+    results = Results(config)
     if config.quick:
         config = dataclasses.replace(config, steps=400, seeds=1)
     network = digits.train(0)
@@ -151,7 +152,9 @@ def main(config: Config) -> None:
             bases = {space: haar(jax.random.key(i), d) for i, (space, d) in enumerate(exact.spaces.items())}
             start = {space: jnp.eye(d) for space, d in exact.spaces.items()}
             solutions = [
-                rs.minimize(Rounded(low, bits), start, key=jax.random.key(seed), steps=config.steps, validation=exact)
+                rs.minimize(
+                    Rounded(low, bits), start, key=jax.random.key(seed), steps=config.steps, validation=exact
+                ).completed()
                 for seed in range(config.seeds)
             ]
             reached = np.array([solution.validation_value for solution in solutions])
@@ -164,8 +167,7 @@ def main(config: Config) -> None:
             cells = [f"{error:.1e}" for pair in at for error in pair]
             table.add_row(f"{eps}", name, *cells, f"{reached.min():.4f} to {reached.max():.4f}")
     Console().print(table)
-    if config.out is not None:
-        config.out.write_text(json.dumps(figures, indent=1))
+    results.write(figures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Claim: with ε chosen on held-out examples, `fit_activations` is no worse than the best peer under noise, outliers and
-sparse corruption alike.
+"""Claim: with ε chosen on held-out examples, `fit_activations` is better than the best peer without damage, under noise
+and with outliers, and level with it under sparse corruption (n = 50, 20%: 0.685% against FastICA's 0.678%).
 
 Bernoulli-Gaussian activations, n = 100, p = 40,000, θ = 0.3, with Gaussian noise of standard deviation 0.2 or 0.4, with
 20 or 40% of the examples replaced by Gaussian ones, or with ±1 added to 20 or 40% of the entries. rotsparse fits four
@@ -8,7 +8,6 @@ fifths of the examples at a ladder of ε, takes the ε that does best on the fif
 """
 
 import dataclasses
-import json
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _peers import METHODS, bernoulli_gaussian, error
+from _results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -50,12 +50,13 @@ class Config:
 
 def main(config: Config) -> None:
     warnings.simplefilter("ignore")
+    results = Results(config)
     n, p, seeds = (50, 20_000, 2) if config.quick else (100, 40_000, config.seeds)
     peers = PEERS[:-1] if config.quick else PEERS
     table = Table(title=f"n = {n}, p = {p:,}, θ = 0.3: error in percent, mean of {seeds} problems")
     for heading in ("", "ε chosen", "rotsparse", *peers, "best peer", "seconds", *(f"{peer} s" for peer in peers)):
         table.add_column(heading, justify="right" if heading else "left")
-    results = []
+    cells = []
     for cell, damage in CELLS.items():
         chosen: list[float] = []
         errors: dict[str, list[float]] = {name: [] for name in ("rotsparse", *peers)}
@@ -72,9 +73,8 @@ def main(config: Config) -> None:
                 seconds[name] += (time.perf_counter() - begun) / seeds
                 errors[name].append(100 * error(r, problem))
         mean = {name: float(np.mean(values)) for name, values in errors.items()}
-        results.append({"cell": cell, "eps": chosen, "errors": errors, "seconds": seconds})
-        if config.out:  # after each: all of them take long
-            config.out.write_text(json.dumps(results, indent=2))
+        cells.append({"cell": cell, "eps": chosen, "errors": errors, "seconds": seconds})
+        results.write(cells)  # after each: all of them take long
         table.add_row(
             cell,
             f"{np.median(chosen):.2g}",

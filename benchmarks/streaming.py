@@ -9,7 +9,6 @@ minibatches come from the disk. The store is removed at the end, unless `--keep`
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _results import Results
 from rich.console import Console
 
 import rotsparse as rs
@@ -89,7 +89,7 @@ def step_seconds(objective: JacobianSparsity, config: Config) -> float:
     start = {name: jnp.eye(d) for name, d in objective.spaces.items()}
     # One small look at the end is what judging costs: the fits are compared by their steps.
     judge = objective.thinned(config.batch_size)
-    solution = rs.minimize(objective, start, key=jax.random.key(0), steps=config.steps, validation=judge)
+    solution = rs.minimize(objective, start, key=jax.random.key(0), steps=config.steps, validation=judge).completed()
     assert solution.stats["steps"] == config.steps, solution.result
     return (solution.stats["seconds"] - solution.stats["compile_seconds"]) / config.steps
 
@@ -124,7 +124,7 @@ def measure(source: Source, folder: Path, config: Config, console: Console) -> d
 
 
 def main(config: Config) -> None:
-    console = Console()
+    console, results = Console(), Results(config)
     if config.quick:
         config = dataclasses.replace(config, gigabytes=1.0, steps=1000)
     rows = int(config.gigabytes * 1e9 / (4 * config.width))
@@ -143,8 +143,7 @@ def main(config: Config) -> None:
         f"{figures['in_memory_ms_per_step']:.1f} ms from memory: {figures['speed_ratio']:.0%} of its speed; "
         f"peak resident memory {figures['peak_gigabytes']:.2f} GB"
     )
-    if config.out is not None:
-        config.out.write_text(json.dumps(figures, indent=1))
+    results.write(figures)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """One table of what the other benchmarks measured: `make bench` runs it last.
 
-Reads `runs/benchmarks/NAME.json` of every benchmark that has been run and prints a row for each of its claims;
-`--publish` puts the table into README.md, between its markers. (The PCA benchmark publishes tables of its own.)
+Reads `runs/benchmarks/NAME.json` of every benchmark that has been run and prints its main figures, with the form that
+they are of, and which machines, commits and versions they come from; `--publish` puts the table into README.md, between
+its markers. Every benchmark has rows but `pca.py`, which publishes tables of its own.
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 from _publish import publish
+from _results import described, read
 from phase_transition import RECOVERED, needed
 from rich.console import Console
 from rich.markdown import Markdown
@@ -126,6 +125,41 @@ def layers_at_once(rows: list[dict]) -> Iterator[Row]:
         )
 
 
+def levers(result: dict) -> Iterator[Row]:
+    fits = result["steps"]
+    n, planted = fits[0]["n"], fits[0]["planted"]
+    whole = min((fit for fit in fits if fit["rows and columns"] == n), key=lambda fit: fit["objective"])
+    part = min((fit for fit in fits if fit["rows and columns"] < n), key=lambda fit: fit["objective"])
+    ours, peer = (f"{fit['objective']:.3f} (batches of {fit['examples']})" for fit in (whole, part))
+    said = f"planted {planted:.3f}; {whole['seconds']:.1f} s; {part['seconds']:.1f} s"
+    yield f"planted Jacobians, n = {n}: objective of whole Jacobians a step", ours, f"{peer}, parts of them", said
+    for of in result["gathered"]:
+        name = f"ReLU block, d = {of['d']}, {of['active']:.0%} of the neurons active: gathering them"
+        yield name, f"{of['times as fast']:.2f}× as fast", "1 (all neurons)", ""
+
+
+def precision(figures: dict) -> Iterator[Row]:
+    for name, of in figures.items():
+        eps, kind = name.split()
+        if kind != "highest":
+            ours, exact = (f"{np.mean(f['objective']):.4f}" for f in (of, figures[f"{eps} highest"]))
+            yield f"digits, ε = {eps}: objective reached", f"{ours} ({kind})", f"{exact} (float32)", "products emulated"
+
+
+def checkpointing(figures: dict) -> Iterator[Row]:
+    share, difference = (
+        figures[f"once a minute: {how}"] for how in ("waiting and background", "by the difference of processor time")
+    )
+    said = f"{difference:.1%} of the processor time by the difference"
+    yield f"a checkpoint a minute, width {figures['width']}", f"{share:.1%} of the time", "2% (aim)", said
+
+
+def streaming(figures: dict) -> Iterator[Row]:
+    ours, memory = (f"{figures[f'{where}_ms_per_step']:.1f}" for where in ("streamed", "in_memory"))
+    said = f"{figures['speed_ratio']:.0%} of its speed; peak {figures['peak_gigabytes']:.2f} GB"
+    yield f"a store of {figures['gigabytes']:.0f} GB: ms a step", ours, f"{memory} (from memory)", said
+
+
 BENCHMARKS = (
     activation_recovery,
     phase_transition,
@@ -134,17 +168,26 @@ BENCHMARKS = (
     real_layers,
     objective,
     layers_at_once,
+    levers,
+    precision,
+    checkpointing,
+    streaming,
 )
 
 
 def table(results: Path) -> str:
-    lines = ["| | rotsparse | best peer, or yardstick | |", "|---|---:|---:|---|"]
+    """The Markdown table, and where its figures are from. Raises `ValueError` where there are none."""
+    lines = ["| | rotsparse | best peer, or yardstick | | form |", "|---|---:|---:|---|---|"]
+    provenances = []
     for benchmark in BENCHMARKS:
         path = results / f"{benchmark.__name__}.json"
         if path.is_file():
-            content: Any = json.loads(path.read_text())
-            lines += ["| " + " | ".join(row) + " |" for row in benchmark(content)]
-    return "\n".join(lines) + f"\n\n({os.cpu_count()} CPU cores.)\n"
+            content = read(path)
+            provenances.append(content["provenance"])
+            lines += ["| " + " | ".join([*row, content["form"]]) + " |" for row in benchmark(content["results"])]
+    if not provenances:
+        raise ValueError(f"no results of any benchmark in {results}")
+    return "\n".join(lines) + f"\n\n({described(provenances)})\n"
 
 
 def main(config: Config) -> None:

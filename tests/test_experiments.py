@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse.intervals import Interval
+from rotsparse.solution import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+INTERRUPTED = Result.INTERRUPTED
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,107 @@ def test_missing_data_is_skipped_visibly(tmp_path, capsys):
     assert stopped.value.code == 0
     assert "SKIPPED" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    import x_squared
+
+    monkeypatch.setattr(x_squared, "train", lambda *_: pytest.fail("computed before the folder was there"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        x_squared.main(x_squared.Config(out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="not a run folder"):
+        x_squared.main(x_squared.Config(out=tmp_path / "out", overwrite=True))
+
+
+def test_an_experiment_writes_a_whole_run_folder_and_the_quick_form_its_own(tmp_path, monkeypatch):
+    import common
+
+    monkeypatch.chdir(tmp_path)
+    for config in (common.Options(seed=3), common.Options(seed=4, quick=True)):
+        with common.run("name", config) as run:
+            run.finish({"found": 1}, "# Report\n", drawn=Figure())
+    full, quick = (tmp_path / "runs/experiments" / name for name in ("name", "name-quick"))
+    assert {path.name for path in full.iterdir()} >= {"config.json", "metrics.json", "report.md", "drawn.png"}
+    metrics = json.loads((full / "metrics.json").read_text())
+    assert (metrics["found"], metrics["config"]["seed"]) == (1, 3)
+    assert metrics["versions"]["jax"] == jax.__version__
+    assert {"commit", "cores", "device", "began"} <= metrics.keys()
+    assert json.loads((quick / "config.json").read_text())["quick"]
+    with pytest.raises(ValueError, match="exists"), common.run("name", common.Options()):
+        pass
+    with common.run("name", common.Options(overwrite=True)) as run:
+        run.finish({"found": 2}, "")
+    assert json.loads((full / "metrics.json").read_text())["found"] == 2
+
+
+def test_an_interrupted_fit_is_no_result(tmp_path, monkeypatch):
+    import x_squared
+
+    find_rotations = rs.find_rotations
+    monkeypatch.setattr(
+        rs, "find_rotations", lambda *args, **kw: dataclasses.replace(find_rotations(*args, **kw), result=INTERRUPTED)
+    )
+    config = x_squared.Config(
+        out=tmp_path / "out", networks=1, width=4, training_steps=5, points=16, steps=5, restarts=1
+    )
+    with pytest.raises(KeyboardInterrupt):
+        x_squared.main(config)
+    assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """The options of a benchmark."""
+
+    quick: bool = False
+    seeds: int = 3
+    out: Path | None = None
+
+
+def test_results_of_another_form_are_not_replaced(tmp_path):
+    from _results import Results, read
+
+    out = tmp_path / "new" / "robustness.json"
+    Results(Benchmark(out=out)).write([1])
+    Results(Benchmark(out=out)).write([2])
+    content = read(out)
+    assert (content["results"], content["form"], content["config"]["seeds"]) == ([2], "full", 3)
+    for other, form in {Benchmark(quick=True, out=out): "quick", Benchmark(seeds=2, out=out): "full, seeds=2"}.items():
+        with pytest.raises(ValueError, match=f"not '{form}'"):
+            Results(other)
+    out.write_text("[1]")
+    with pytest.raises(ValueError, match="does not say how"):
+        Results(Benchmark(out=out))
+    Results(Benchmark()).write([1])  # nowhere
+
+
+def test_the_summary_names_forms_machines_and_commits(tmp_path, monkeypatch):
+    import provenance
+    import summary
+    from _results import Results
+
+    cell = {"cell": "clean", "errors": {"rotsparse": [0.1, 0.3], "FastICA": [0.5], "picard": [0.4]}}
+    row = {"d": 32, "loop_s": 2.0, "vmap_s": 1.0}
+    monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
+    Results(Benchmark(out=tmp_path / "robustness.json")).write([cell])
+    monkeypatch.setattr(provenance, "commit", lambda: "b" * 40 + "-dirty")
+    Results(Benchmark(quick=True, out=tmp_path / "layers_at_once.json")).write([row])
+    text = summary.table(tmp_path)
+    assert "| error, clean, % | 0.2 | 0.4 (picard) | ε by held-out examples | full |" in text
+    assert "| twelve layers, d = 32: seconds | 2.00 (loop) | 1.00 (vmap) | 0.50× | quick |" in text
+    assert "commits aaaaaaaaaa, bbbbbbbbbb with uncommitted changes;" in text
+    assert f"jax {jax.__version__}" in text
+    assert f"{provenance.cores()} CPU cores" in text
+    with pytest.raises(ValueError, match="no results"):
+        summary.table(tmp_path / "elsewhere")
+
+
+def test_every_benchmark_has_rows_in_the_summary():
+    import summary
+
+    scripts = {p.stem for p in (ROOT / "benchmarks").glob("[!_]*.py")}
+    assert {benchmark.__name__ for benchmark in summary.BENCHMARKS} == scripts - {"summary", "pca"}
 
 
 def test_blocks_of_layers_are_their_composition(x64, rng):
