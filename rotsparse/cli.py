@@ -1,5 +1,6 @@
 """The `rotsparse` command."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,10 +10,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-# JAX and the library are imported inside the commands, so that `--help` and a mistyped option answer at once.
+from rotsparse.closed_pipe import output_until_closed
+
+# The commands themselves are imported behind `tyro.cli`: figures and baselines take as long to import as all the rest,
+# and `--help` and a mistyped option do not need them.
 
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu", "squared_relu"]
 MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "l4", "hoyer", "top-k"]
+
+
+def _default(what: str) -> Any:
+    """What `--help` says where the default is `None`."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +32,24 @@ class LayerOptions:
     """Layer file (safetensors or .npz) with named arrays, matrices [out, in]: w, b (single layer), or w_in, b_in,
     w_out, b_out (MLP block), or w_gate, w_up, w_down (gated block); norm_scale, norm_bias if a norm is in front."""
     activations: Path
-    """The layer's inputs [examples, d_in] to fit on: .npy, .npz, safetensors, or a folder that `rotsparse capture`
-    wrote, such as activations/4.input. More than 256 MB in a .npy or a folder stay on disk: the fit draws from all of
-    them, and baselines are fitted on at most 8192, evenly spread."""
-    test_activations: Path | None = None
-    """Held-out inputs that every reported number is computed on (of more than 256 MB, on at most 8192). Without them, a
-    fifth of the activations is held out: a random one, of activations that stay on disk the last one."""
+    """The layer's inputs [examples, d_in]: .npy, .npz, safetensors, or a folder that `rotsparse capture` wrote, such as
+    activations/4.input. More than 256 MB in a .npy or a folder stay on disk: a fit draws from all of them, and all else
+    sees at most 8192, evenly spread."""
     activation: Activation = "relu"
     """The nonlinearity."""
-    norm: Literal["rms", "layer"] | None = None
+    norm: Annotated[Literal["rms", "layer"] | None, _default("none")] = None
     """Normalisation in front of the layer."""
     skip: bool = False
     """Whether the layer's input is added to its output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions(LayerOptions):
+    """Which layer, what enters it, and what is measured."""
+
+    test_activations: Annotated[Path | None, _default("a fifth of the activations")] = None
+    """Held-out inputs that every reported number is computed on (of more than 256 MB, on at most 8192). Without them, a
+    fifth of the activations is held out: a random one, of activations that stay on disk the last one."""
     input_scale: Literal["std", "none"] = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
     seed: int = 0
@@ -56,7 +71,7 @@ class Demo:
     """Everything random follows from it."""
     steps: int = 8000
     """Optimisation steps."""
-    examples: int | None = None
+    examples: Annotated[int | None, _default("all")] = None
     """Use only so many images (a quick look)."""
 
 
@@ -66,34 +81,36 @@ class FitOptions:
 
     measure: MeasureName = "log"
     """The sparsity measure that is minimised."""
-    eps: float | None = None
-    """The measure's scale, in units of the rms entry: what counts as zero."""
+    eps: Annotated[float | None, _default("0.1, of hoyer 0.01")] = None
+    """The measure's scale, in units of the rms entry: what counts as zero. l4 and top-k have none."""
+    keep: Annotated[float | None, _default("0.5")] = None
+    """With top-k: the share of the entries that may be large."""
     solver: Literal["auto", "annealing", "adam"] = "auto"
     """annealing: many cheap steps of a prescribed angle that shrinks to zero. auto: annealing, then searches over pairs
     of directions where they pay. adam: Adam with a cosine decay."""
-    steps: int | None = None
-    """Optimisation steps: 4000 (more find better optima), for adam 400, unless given."""
+    steps: Annotated[int | None, _default("4000, for adam 400")] = None
+    """Optimisation steps: more find better optima."""
     restarts: int = 2
     """Independent starts (the first from the neurons, the others random), fitted at once; how well they agree is
     reported."""
-    batch_size: int | None = None
-    """Examples a step: 16, for adam all, unless given."""
+    batch_size: Annotated[int | None, _default("16, for adam all")] = None
+    """Examples a step."""
     learning_rate: float = 0.2
     """Adam's rate at the start."""
     max_step: float = 0.4
     """For annealing and adam: the largest angle that one step may turn, in radians."""
-    active_subspace: float | None = None
+    active_subspace: Annotated[float | None, _default("rotate all")] = None
     """Rotate only the directions that hold this share of the variance, e.g. 0.999."""
     tie: bool = False
     """One rotation for both sides (a residual stream)."""
-    hold: tuple[Literal["in", "out"], ...] = ()
+    hold: Annotated[tuple[Literal["in", "out"], ...], _default("none")] = ()
     """Sides that stay in the neuron basis."""
-    patience: int | None = None
+    patience: Annotated[int | None, _default("take all steps")] = None
     """With adam: stop after this many steps without improvement."""
     precision: Literal["highest", "tensorfloat32", "bfloat16"] = "highest"
     """Of the large matrix products, where the device has units for it. Rotations are always orthogonalised in full."""
-    devices: int | None = None
-    """How many devices (of this host) to spread restarts and examples over. All that there are, unless given."""
+    devices: Annotated[int | None, _default("all")] = None
+    """How many devices (of this host) to spread restarts and examples over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +137,27 @@ class Fit:
     Example: rotsparse fit --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp
     """
 
-    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
+    layer: tyro.conf.OmitArgPrefixes[EvaluationOptions]
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
-    start: Path | None = None
-    """Rotations (a run's rotations.safetensors) to start from."""
+    start: Annotated[Path | None, _default("the neurons")] = None
+    """Rotations to start from: a run folder, or its rotations.safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """Compare rotations that you have with every baseline, on held-out activations. Nothing is fitted.
 
-    Example: rotsparse compare --layer mlp.npz --activations x.npy --rotations runs/mlp/rotations.safetensors
+    Example: rotsparse compare --layer mlp.npz --activations x.npy --rotations runs/mlp runs/mlp-longer
     """
 
-    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
-    rotations: tuple[Path, ...] = ()
-    """Rotations files; each is named after its run folder."""
-    out: Path | None = None
+    layer: tyro.conf.OmitArgPrefixes[EvaluationOptions]
+    rotations: Annotated[tuple[Path, ...], _default("the baselines alone")] = ()
+    """Run folders, or rotations files; each is named after its folder."""
+    out: Annotated[Path | None, _default("written nowhere")] = None
     """A JSON file to write the table to."""
+    overwrite: bool = False
+    """Replace an earlier file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +168,9 @@ class Benchmark:
     Example: rotsparse benchmark --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp-benchmark
     """
 
-    layer: tyro.conf.OmitArgPrefixes[LayerOptions]
+    layer: tyro.conf.OmitArgPrefixes[EvaluationOptions]
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
-    out: Path | None = None
+    out: Annotated[Path | None, _default("written nowhere")] = None
     """The run folder to write (table.md, metrics.json, rotations.safetensors)."""
     overwrite: bool = False
     """Replace an earlier run."""
@@ -167,9 +186,9 @@ class Fold:
 
     layer: tyro.conf.OmitArgPrefixes[LayerOptions]
     rotations: Path
-    """A run's rotations.safetensors."""
+    """A run folder, or its rotations.safetensors."""
     out: Path
-    """The layer file to write (safetensors)."""
+    """The layer file to write (.safetensors)."""
     overwrite: bool = False
     """Replace an earlier file."""
 
@@ -182,7 +201,7 @@ class Report:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder."""
+    """A run folder; of fit-model, with all its layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +232,12 @@ class TextOptions:
 
     model: Path
     """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
-    text: Path | None = None
+    text: Annotated[Path | None, _default("--tokens")] = None
     """A UTF-8 text file."""
-    tokens: Path | None = None
+    tokens: Annotated[Path | None, _default("--text")] = None
     """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]."""
-    tokenizer: Path | None = None
-    """The tokenizer: a tokenizer.json, or llama2.c's .bin. Without it, the tokenizer.json in the model's folder."""
+    tokenizer: Annotated[Path | None, _default("the tokenizer.json in the model's folder")] = None
+    """The tokenizer: a tokenizer.json, or llama2.c's .bin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +260,7 @@ class Capture:
     """Tokens of a sequence."""
     keep: float = 1.0
     """The share of each sequence's tokens to keep, drawn at random."""
-    sequences: int | None = None
+    sequences: Annotated[int | None, _default("all")] = None
     """At most this many sequences."""
     batch: int = 8
     """Sequences that the model reads at once."""
@@ -303,6 +322,11 @@ class FoldModel:
 def main() -> None:
     """Entry point. Exit codes: 0 success, 1 the fit went wrong, 2 bad input or files that cannot be written (with a
     message), 75 interrupted and can be resumed (EX_TEMPFAIL: try again), 130 interrupted with nothing to go on with."""
+    with output_until_closed():
+        sys.exit(_main())
+
+
+def _main() -> int:
     command = tyro.cli(
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Fit, tyro.conf.subcommand("fit")]
@@ -323,17 +347,20 @@ def main() -> None:
     from rotsparse.interrupt import Interrupted, handled, terminated
 
     try:
-        with handled(signal.SIGTERM, terminated):
-            sys.exit(commands.run(command))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(handled(signal.SIGTERM, terminated))
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the entry point leaves it
+                stack.enter_context(handled(signal.SIGINT, signal.default_int_handler))
+            return commands.run(command)
     except (ValueError, OSError) as error:
         print(f"rotsparse: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Interrupted as interruption:
         print(f"rotsparse: {interruption}", file=sys.stderr)
-        sys.exit(75)
+        return 75
     except KeyboardInterrupt:
         print("rotsparse: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        return 130
 
 
 def _cache_compilations() -> None:

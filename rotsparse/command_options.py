@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,23 @@ from rotsparse.run_log import RunLog
 from rotsparse.sharding import device_mesh
 from rotsparse.solvers import Annealing, Riemannian
 
+# Measures that ignore their scale.
+SCALELESS = ("l4", "top-k")
+
 
 def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]:
     """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
-    for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step", "eps"):
+    for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step"):
         check_positive(name, getattr(options, name))
-    largest = 1 if options.solver == "adam" else 0.5
-    if options.max_step > largest:
-        raise ValueError(f"--max-step is an angle in radians: expected at most {largest}, got {options.max_step}")
+    if options.max_step > 0.5:
+        raise ValueError(f"--max-step is an angle in radians: expected at most 0.5, got {options.max_step}")
     solvers = {
         "auto": lambda: None,
         "annealing": lambda: Annealing(angle=options.max_step),
         "adam": lambda: Riemannian(optax.adam(options.learning_rate), max_step=options.max_step),
     }
     return {
-        "measure": measures.by_name(options.measure, options.eps),
+        "measure": _measure(options),
         "scale_inputs": input_scale == "std",
         "solver": solvers[options.solver](),
         "steps": options.steps or (400 if options.solver == "adam" else STEPS),
@@ -44,6 +48,18 @@ def fit_arguments(options: "cli.FitOptions", input_scale: str) -> dict[str, Any]
         "progress": True,
         "mesh": mesh(options.devices, options.restarts),
     }
+
+
+def _measure(options: "cli.FitOptions") -> measures.Measure:
+    """The measure with the options that it has. Raises `ValueError` for one that it does not have."""
+    check_positive("eps", options.eps)
+    if options.eps is not None and options.measure in SCALELESS:
+        raise ValueError(f"--measure {options.measure} has no scale: leave out --eps")
+    if options.keep is None:
+        return measures.by_name(options.measure, options.eps)
+    if options.measure != "top-k":
+        raise ValueError(f"--keep belongs to --measure top-k, and the measure is {options.measure}: leave it out")
+    return measures.TopK(options.keep)
 
 
 def mesh(count: int | None, restarts: int) -> Mesh | None:
@@ -73,12 +89,37 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for a seed that no generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {seed}")
+
+
+def spelled(options: Any) -> str:
+    """A group of options as one would type them, those that differ from their defaults."""
+    words = []
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [name, *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
+
+
 def plain(command) -> dict[str, Any]:
-    """A command's options as JSON, those of its groups among the others."""
+    """A command's options as JSON, those of its groups among the others. Paths are absolute, so that they can be used
+    from another folder."""
     options: dict[str, Any] = {}
     for name, value in dataclasses.asdict(command).items():
         options |= value if isinstance(value, dict) else {name: value}
-    return {
-        k: str(v) if isinstance(v, Path) else [str(p) for p in v] if isinstance(v, tuple) else v
-        for k, v in options.items()
-    }
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return os.path.abspath(value)
+        case tuple():
+            return [_plain(v) for v in value]
+        case _:
+            return value

@@ -1,6 +1,10 @@
 """What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from rich.console import Console
 from rotsparse import baselines, checks, cli, digits, job, measures, model_commands, run_list, runs
 from rotsparse.activations import ACTIVATIONS
 from rotsparse.benchmark import benchmark
-from rotsparse.command_options import fit_arguments, plain, records
+from rotsparse.command_options import check_seed, fit_arguments, plain, records, spelled
 from rotsparse.compare import compare
 from rotsparse.fold import fold as fold_layer
 from rotsparse.layer_files import load_layer, open_activations, save_layer
@@ -20,9 +24,14 @@ from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Solution
 from rotsparse.sources import RowRange, Source, in_memory
-from rotsparse.statistics import covariance
+from rotsparse.statistics import covariance, evenly_spaced
 
 console = Console()
+
+ROTATIONS, TABLE = "rotations.safetensors", "table.md"
+
+# A fold is checked on at most so many examples.
+CHECKED_EXAMPLES = 8192
 
 
 def run(command: Any) -> int:
@@ -56,6 +65,7 @@ def run(command: Any) -> int:
 
 def demo(command: "cli.Demo") -> int:
     """`rotsparse demo`."""
+    check_seed(command.seed)
     with runs.new_run(command.out, overwrite=command.overwrite) as folder:
         console.print("training a 64-64-64-10 ReLU network on handwritten digits ...")
         network = digits.train(command.seed)
@@ -92,7 +102,7 @@ def fit(command: "cli.Fit") -> int:
     """`rotsparse fit`."""
     layer, train, test = _inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
-    options |= {"start": None if command.start is None else Rotations.load(command.start)[0]}
+    options |= {"start": None if command.start is None else _rotations(command.start)}
     config, run = {"command": "fit", **plain(command)}, command.run
     with runs.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         options |= records(run, folder)
@@ -100,18 +110,32 @@ def fit(command: "cli.Fit") -> int:
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )
     console.print(f"report: {run.out / 'report.html'}")
+    known = {field.name: getattr(command.layer, field.name) for field in dataclasses.fields(cli.LayerOptions)}
+    rest = f"--rotations {shlex.quote(str(run.out))} --out {shlex.quote(str(run.out / 'folded.safetensors'))}"
+    console.print(
+        f"to write the layer in these coordinates: rotsparse fold {spelled(cli.LayerOptions(**known))} {rest}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return 0 if job.succeeded(solution) else 1
 
 
 def comparison(command: "cli.Compare") -> int:
     """`rotsparse compare`."""
     layer, train, test = _inputs(command.layer)
+    if command.out is not None:
+        _new_file(command.out, command.overwrite)
     train, _ = in_memory(train)
     key = jax.random.key(command.layer.seed)
-    bases = {path.parent.name or path.stem: Rotations.load(path)[0] for path in command.rotations}
-    if len(bases) < len(command.rotations):
-        raise ValueError("two rotations files are in folders of the same name: rename one")
-    bases |= baselines.all_baselines(layer, train, key=jax.random.fold_in(key, 2))
+    key_baselines = jax.random.fold_in(key, 2)
+    given = _named(command.rotations)
+    for name in given.keys() & baselines.methods(layer, key=key_baselines).keys():
+        raise ValueError(
+            f"{given[name]} would be called {name!r} after its folder, as a baseline is: rename the folder"
+        )
+    bases = {name: _rotations(path) for name, path in given.items()}
+    bases |= baselines.all_baselines(layer, train, key=key_baselines)
     table = compare(
         layer,
         test,
@@ -140,17 +164,21 @@ def benchmarked(command: "cli.Benchmark") -> int:
         if folder:
             runs.write_json(folder / runs.CONFIG, {"command": "benchmark", **plain(command)})
             runs.write_json(folder / job.METRICS, {"versions": runs.versions(), **found.to_json()})
-            (folder / "table.md").write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
-            found.solution.rotations.save(folder / "rotations.safetensors", {"seed": command.layer.seed})
+            (folder / TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            found.solution.rotations.save(folder / ROTATIONS, {"seed": command.layer.seed})
     return 0 if job.succeeded(found.solution) else 1
 
 
 def fold(command: "cli.Fold") -> int:
     """`rotsparse fold`."""
-    if command.out.exists() and not command.overwrite:
-        raise ValueError(f"{command.out} exists: choose another file, or pass --overwrite to replace it")
-    layer, _, test = _inputs(command.layer)
-    folded = fold_layer(layer, Rotations.load(command.rotations)[0], test)
+    if command.out.suffix != ".safetensors":
+        raise ValueError(
+            f"--out {command.out}: a layer is written as safetensors, so give a name that ends in .safetensors"
+        )
+    layer, rotations = _layer(command.layer), _rotations(command.rotations)
+    x = _part(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
+    _new_file(command.out, command.overwrite)
+    folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
     console.print(
         f"wrote {command.out}: the same function in rotated coordinates, to {folded.error:.1e} "
@@ -162,15 +190,40 @@ def fold(command: "cli.Fold") -> int:
 
 def redraw(command: "cli.Report") -> int:
     """`rotsparse report`: everything but the fit is computed again, from the files that the run's config names."""
-    config, metrics = runs.read_json(command.run / runs.CONFIG), runs.read_json(command.run / job.METRICS)
-    solution = Solution.load(command.run / job.SOLUTION)
+    config = runs.read_json(command.run / runs.CONFIG)
+    match config.get("command"):
+        case "demo" | "fit":
+            _redraw(command.run, config)
+        case "fit-model" if "layer_number" in config:
+            _redraw(command.run, config)
+        case "fit-model":
+            for part in model_commands.parts(command.run):
+                console.rule(part.name)
+                _redraw(part, runs.read_json(part / runs.CONFIG))
+        case "benchmark":
+            raise ValueError(f"a benchmark has no page to draw: its table is {command.run / TABLE}")
+        case _:
+            raise ValueError(
+                f"{command.run / runs.CONFIG} was not written by a run of rotsparse: there is nothing to draw"
+            )
+    return 0
+
+
+def _redraw(run: Path, config: dict[str, Any]) -> None:
+    """The figures and the page of one fit."""
+    metrics = runs.read_json(run / job.METRICS)
+    solution = Solution.load(run / job.SOLUTION)
     # The files of a demo and of a model's layer lie in the run; those of a fit are where the user had them.
-    base = Path() if config["command"] == "fit" else command.run
-    files = {name: base / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
-    rest = {name: config[name] for name in ("activation", "norm", "skip", "input_scale", "seed") if name in config}
-    layer, train, test = _inputs(cli.LayerOptions(**files, **rest))
+    files = {name: run / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
+    for name, path in files.items():
+        if not path.exists():
+            raise ValueError(f"{path}, which {run / runs.CONFIG} names as {name!r}, does not exist: where is it now?")
+    rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
+    # The layers of a model are written with the matrix of their skip connection.
+    skip = config["command"] == "fit" and config["skip"]
+    layer, train, test = _inputs(cli.EvaluationOptions(**files, **rest, skip=skip))
     job.write_comparison(
-        command.run,
+        run,
         layer,
         train,
         test,
@@ -181,13 +234,50 @@ def redraw(command: "cli.Report") -> int:
         function_error=metrics["function_error"],
         console=console,
     )
-    console.print(f"report: {command.run / 'report.html'}")
-    return 0
+    console.print(f"report: {run / 'report.html'}")
 
 
-def _inputs(options: "cli.LayerOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
+def _new_file(path: Path, overwrite: bool) -> None:
+    """Make the folder of a file that is to be written. Raises `ValueError` where the file is there already."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another file, or pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _rotations(path: Path) -> Rotations:
+    """The rotations in a file, or in a run folder. Raises `ValueError`."""
+    if path.is_dir() and not (path / ROTATIONS).exists():
+        parts = model_commands.parts(path)
+        advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
+        raise ValueError(f"{path} holds no {ROTATIONS}{advice}")
+    return Rotations.load(path / ROTATIONS if path.is_dir() else path)[0]
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Rotations under the names of their folders, and of as many folders above as it takes to tell them apart; several
+    files of one folder under their own names, too. Raises `ValueError` where one is given twice."""
+    files = [Path(os.path.abspath(path / ROTATIONS if path.is_dir() else path)) for path in paths]
+    places = [file.parent.parts for file in files]
+    if len(set(places)) < len(places):
+        places = [file.with_suffix("").parts for file in files]
+    if len(set(places)) < len(places):
+        raise ValueError(f"--rotations names the same rotations twice: {', '.join(map(str, paths))}")
+    depth = 1
+    while len({place[-depth:] for place in places}) < len(places):
+        depth += 1
+    return {"/".join(place[-depth:]): path for place, path in zip(places, paths, strict=True)}
+
+
+def _layer(options: "cli.LayerOptions") -> Layer:
+    return load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
+
+
+def _inputs(options: "cli.EvaluationOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
     """The layer, the activations to fit on, and the held-out ones (of those that stay on disk, a part)."""
-    layer = load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
+    check_seed(options.seed)
+    layer = _layer(options)
     x = open_activations(options.activations, layer.d_in)
     if options.test_activations is not None:
         return layer, x, _part(options.test_activations, open_activations(options.test_activations, layer.d_in))

@@ -1,7 +1,11 @@
 """What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import itertools
+import shlex
 import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,12 +14,19 @@ from rich.table import Table
 
 from rotsparse import cli, job, models, runs
 from rotsparse.alignment import mean_max_cosine
-from rotsparse.command_options import check_positive, fit_arguments, plain, records
+from rotsparse.command_options import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.files import write_atomically
+from rotsparse.interrupt import Interrupted
 from rotsparse.layer_files import save_layer
 from rotsparse.models.files import new_folder
 from rotsparse.report.names import basis_name
 from rotsparse.rotations import Rotations
 from rotsparse.solution import Result
+from rotsparse.statistics import evenly_spaced
+
+TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
+COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")
+CONTROL = "Whether a layer is sparser than the same layer with random weights:"
 
 # A fold is checked on so many sequences of so many tokens.
 CHECKED_SEQUENCES, CHECKED_LENGTH = 4, 128
@@ -48,21 +59,25 @@ def capture(command: "cli.Capture", console: Console) -> int:
     """`rotsparse capture`."""
     model = models.load_model(command.source.model)
     layers = _layer_numbers(command.layers, model)
+    check_seed(command.seed)
     for name in ("sequences", "batch"):
         check_positive(name, getattr(command, name))
-    stores = models.capture(
-        model,
-        _source(command.source, model),
-        [(layer, site) for layer in layers for site in command.sites],
-        command.out,
-        length=command.length,
-        keep=command.keep,
-        sequences=command.sequences,
-        batch=command.batch,
-        seed=command.seed,
-        dtype=np.dtype(command.dtype).type,
-        progress=True,
-    )
+    try:
+        stores = models.capture(
+            model,
+            _source(command.source, model),
+            [(layer, site) for layer in layers for site in command.sites],
+            command.out,
+            length=command.length,
+            keep=command.keep,
+            sequences=command.sequences,
+            batch=command.batch,
+            seed=command.seed,
+            dtype=np.dtype(command.dtype).type,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: to go on, give the same command again") from None
     for store in stores:
         console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
     return 0
@@ -73,6 +88,7 @@ def fit(command: "cli.FitModel", console: Console) -> int:
     model = models.load_model(command.model)
     arguments = fit_arguments(command.fit, command.input_scale)
     check_positive("examples", command.examples)
+    check_seed(command.seed)
     if command.skip and command.site != "residual":
         raise ValueError("--skip adds the stream in front of the norm: it needs --site residual")
     # Everything that can be wrong with the input is found before the first fit.
@@ -89,7 +105,7 @@ def fit(command: "cli.FitModel", console: Console) -> int:
         "activations": "activations.npy",
         "test_activations": "test_activations.npy",
     }
-    results, table = {}, Table("layer", "entries with 99%", "neurons", "best baseline", "result")
+    results = {}
     config, run = {"command": "fit-model", **plain(command)}, command.run
     with runs.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         for i, layer, train, test in work:
@@ -97,7 +113,6 @@ def fit(command: "cli.FitModel", console: Console) -> int:
             part = folder / f"layer-{i}"
             if (part / job.METRICS).exists():  # the last file of a layer: it was done before an interruption
                 results[i] = runs.read_json(part / job.METRICS)
-                table.add_row(str(i), *_sizes(results[i]["metrics"]), results[i]["result"])
                 continue
             part.mkdir(exist_ok=True)
             # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
@@ -106,14 +121,27 @@ def fit(command: "cli.FitModel", console: Console) -> int:
             np.save(part / layer_config["test_activations"], test)
             own = config | layer_config | {"layer_number": i}
             fit = arguments | records(run, part)
-            solution = job.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
+            job.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = runs.read_json(part / job.METRICS)
-            table.add_row(str(i), *_sizes(results[i]["metrics"]), solution.result.name)
         runs.write_json(folder / runs.CONFIG, config | {"versions": runs.versions(), "model": str(command.model)})
         runs.write_json(folder / job.METRICS, {"layers": results})
+        rows = _summary(results)
+        control = _control(command, run.out / f"layer-{work[0][0]}", layer_config)
+        text = f"{TITLE}:\n\n{_markdown([COLUMNS, *rows])}\n\n{CONTROL}\n\n    {control}\n"
+        write_atomically(folder / "table.md", text.encode())
+    table = Table(*COLUMNS, title=TITLE)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(f"a report for each layer: {run.out}/layer-*/report.html")
+    console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
+
+
+def parts(run: Path) -> list[Path]:
+    """The folders of a fit-model run's layers, in their order."""
+    found = {path.parent for path in run.glob(f"layer-[0-9]*/{job.METRICS}")}
+    return sorted(found, key=lambda path: int(path.name.removeprefix("layer-")))
 
 
 def fold(command: "cli.FoldModel", console: Console) -> int:
@@ -188,11 +216,35 @@ def _outputs(model: models.Model, tokens) -> np.ndarray:
     return np.asarray(models.run(model.params, model.config, tokens)[0])
 
 
-def _sizes(metrics) -> list[str]:
-    """Entries that hold 99%, in the learned, the neuron, and the best other basis."""
-    edges = {basis: of["edges_99"]["value"] for basis, of in metrics.items()}
-    best = min((basis for basis in edges if basis != "learned"), key=edges.__getitem__)
-    return [f"{edges['learned']:,.0f}", f"{edges['neurons']:,.0f}", f"{edges[best]:,.0f} ({basis_name(best)})"]
+def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
+    """A row a layer: the entries that hold 99% in the learned, the neuron, and the best other basis; the share of
+    directions that other restarts found again; and how the fit ended."""
+    rows = []
+    for i, result in results.items():
+        edges = {basis: of["edges_99"]["value"] for basis, of in result["metrics"].items()}
+        best = min((basis for basis in edges if basis != "learned"), key=edges.__getitem__)
+        again = [f"{space} {of['reproduced']:.0%}" for space, of in (result["agreement"] or {}).items()]
+        sizes = f"{edges['learned']:,.0f}", f"{edges['neurons']:,.0f}", f"{edges[best]:,.0f} ({basis_name(best)})"
+        rows.append([str(i), *sizes, ", ".join(again) or "one start", result["result"]])
+    return rows
+
+
+def _markdown(rows: Iterable[Iterable[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
+
+
+def _control(command: "cli.FitModel", folder: Path, files: Mapping[str, Any]) -> str:
+    """How to ask whether a layer of a run is sparser than chance."""
+    layer = cli.EvaluationOptions(
+        **{name: folder / files[name] for name in ("layer", "activations", "test_activations")},
+        activation=files["activation"],
+        norm=files["norm"],
+        input_scale=command.input_scale,
+        seed=command.seed,
+    )
+    out = shlex.quote(f"{folder}-benchmark")
+    return " ".join(filter(None, ["rotsparse benchmark", spelled(layer), spelled(command.fit), "--out", out]))
 
 
 def _layer_numbers(text: str, model: models.Model) -> list[int]:
@@ -249,6 +301,6 @@ def _examples(
     if total < 10:
         raise ValueError(f"{store.folder}: {total} examples are too few to hold a fifth of them out, give at least 10")
     held_out, border = total // 5, len(store) - len(store) // 5
-    train, test = range(border), range(border, len(store))
-    every = lambda rows, n: rows[:: max(1, len(rows) // n)][:n]  # noqa: E731
-    return store.read(every(train, total - held_out)), store.read(every(test, held_out))
+    parts = (np.arange(border), total - held_out), (np.arange(border, len(store)), held_out)
+    train, test = (store.read(np.asarray(evenly_spaced(rows, count))) for rows, count in parts)
+    return train, test
