@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rotsparse.checks import activations, weight
 from rotsparse.layers import Layer
 from rotsparse.rotations import Rotations
-from rotsparse.statistics import Rows, chunks, jacobians
+from rotsparse.statistics import Rows, apply, chunks, jacobians
 
 Score = Callable[[Float[Array, "n d_out"]], float]
 """What a stage's outputs are worth to the network, larger is better: see `accuracy` and `log_likelihood`."""
@@ -133,7 +133,7 @@ class EdgeAblation:
         """
         if not tolerance >= 0:
             raise ValueError(f"tolerance is how far the score may fall: expected a number ≥ 0, got {tolerance}")
-        enough = score(self.layer(jnp.asarray(x))) - tolerance
+        enough = score(apply(self.layer, jnp.asarray(x))) - tolerance
         return fewest(lambda kept: score(self.outputs(x, kept)) >= enough, self.edges, near=near)
 
 

@@ -227,7 +227,7 @@ def _inputs(name: str, layers: tuple[Layer, ...], x) -> list:
                 "between them, these are the same"
             )
         before = inputs[-1]
-        inputs.append(layer(before) if source is None else Mapped(before, functools.partial(apply, layer)))
+        inputs.append(apply(layer, before) if source is None else Mapped(before, functools.partial(apply, layer)))
     return inputs
 
 
@@ -255,9 +255,10 @@ def _used(term: JacobianSparsity, bases: Bases) -> tuple[np.ndarray, np.ndarray]
     def squares(x, weights):
         return jnp.einsum("n,noi->oi", weights, jnp.square(term.layer.jacobian(x, r_in, r_out)))
 
-    energy = np.asarray(chunked_sum(squares, term.x, term.chunk), np.float64)
+    with jax.default_matmul_precision("highest"):
+        energy = np.asarray(chunked_sum(squares, term.x, term.chunk), np.float64)
     if term.covariance is not None:
-        energy = energy * np.einsum("ij,jk,ik->i", r_in, term.covariance, r_in)
+        energy = energy * np.einsum("ij,ij->i", np.asarray(r_in) @ np.asarray(term.covariance), r_in)
     by_side = (np.asarray(r_in), energy.sum(axis=0)), (np.asarray(r_out), energy.sum(axis=1))
     of_in, of_out = (r[share > USED * share.mean()] for r, share in by_side)
     return of_in, of_out

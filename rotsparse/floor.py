@@ -12,6 +12,7 @@ the rotation.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
@@ -41,4 +42,5 @@ def _floor(layer, x, measure, rms):
         diagonal = diagonal.at[:, jnp.arange(rank), jnp.arange(rank)].set(singular)
         return jnp.sum(weights * measure.example_value(diagonal))
 
-    return chunked_sum(chunk_sum, x, chunk_size(layer)) / len(x)
+    with jax.default_matmul_precision("highest"):
+        return chunked_sum(chunk_sum, x, chunk_size(layer)) / len(x)

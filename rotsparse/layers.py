@@ -106,7 +106,9 @@ class MLP(Layer):
         return self if self.w_out is None else _replace(self, active=_worth_gathering(self, x))
 
     def _gates(self, x):
-        return [derivative(self.activation, _affine(self.w_in, self.b_in, _normed(self.norm, x)))]
+        # In full whatever the objective's precision is: which neurons are active must not depend on who asks.
+        with jax.default_matmul_precision("highest"):
+            return [derivative(self.activation, _affine(self.w_in, self.b_in, _normed(self.norm, x)))]
 
     def rotate(self, r_in, r_out):
         w_out = np.eye(self.d_out, dtype=self.w_in.dtype) if self.w_out is None else self.w_out
@@ -185,9 +187,10 @@ class GatedMLP(Layer):
         return _replace(self, active=_worth_gathering(self, x))
 
     def _gates(self, x):
-        u = _normed(self.norm, x)
-        value, slope = value_and_derivative(self.activation, _affine(self.w_gate, self.b_gate, u))
-        return [slope * _affine(self.w_up, self.b_up, u), value]
+        with jax.default_matmul_precision("highest"):  # as in MLP
+            u = _normed(self.norm, x)
+            value, slope = value_and_derivative(self.activation, _affine(self.w_gate, self.b_gate, u))
+            return [slope * _affine(self.w_up, self.b_up, u), value]
 
     def rotate(self, r_in, r_out):
         rotated = self

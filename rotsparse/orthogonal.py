@@ -6,6 +6,7 @@ matrix computed in tf32 or bf16 is orthogonal to three digits, and the function 
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ Retraction = Callable[[Float[Array, "d d"], Float[Array, "d d"]], Float[Array, "
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """`a @ b` in full precision on every backend."""
+    """`a @ b` in full precision on every backend. NumPy arrays, which may be float64 without `jax_enable_x64`, stay
+    NumPy."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return cast(Array, a @ b)
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 

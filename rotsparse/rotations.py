@@ -42,11 +42,11 @@ class Rotations(eqx.Module):
 
     def apply_in(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_in"]:
         """`R_in x` of every example."""
-        return x @ self.r_in.T
+        return orthogonal.matmul(x, self.r_in.T)
 
     def apply_out(self, y: Float[Array, "*n d_out"]) -> Float[Array, "*n d_out"]:
         """`R_out y` of every example."""
-        return y @ self.r_out.T
+        return orthogonal.matmul(y, self.r_out.T)
 
     def inverse(self) -> "Rotations":
         """The rotations that undo these: `R⁻¹ = Rᵀ`."""
@@ -54,7 +54,7 @@ class Rotations(eqx.Module):
 
     def compose(self, first: "Rotations") -> "Rotations":
         """Apply `first`, then these: `R = R_self R_first` on both sides."""
-        return Rotations(self.r_in @ first.r_in, self.r_out @ first.r_out)
+        return Rotations(*map(orthogonal.matmul, (self.r_in, self.r_out), (first.r_in, first.r_out)))
 
     def orthogonality_error(self) -> float:
         """Largest absolute entry of `R Rᵀ - I` over both sides, computed in float64."""

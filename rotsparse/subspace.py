@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from rotsparse.layers import Layer, Subspace
 from rotsparse.objectives import Bases, JacobianSparsity
-from rotsparse.statistics import covariance
+from rotsparse.orthogonal import matmul
+from rotsparse.statistics import apply, covariance
 
 
 class ActiveSubspace:
@@ -24,7 +25,7 @@ class ActiveSubspace:
         if not 0 < energy <= 1:
             raise ValueError(f"active_subspace is a share of the variance: expected a number in (0, 1], got {energy}")
         self.pca, self.kept = {}, {}
-        for space, data in {"in": x, "out": layer(x)}.items():
+        for space, data in {"in": x, "out": apply(layer, x)}.items():
             variances, directions = np.linalg.eigh(np.asarray(covariance(data)[1], np.float64))
             variances, directions = np.maximum(variances[::-1], 0), directions.T[::-1]
             share = np.cumsum(variances) / variances.sum()
@@ -38,7 +39,5 @@ class ActiveSubspace:
 
     def lift(self, bases: Bases) -> Bases:
         """Rotations of the active directions as rotations of the whole spaces."""
-        return {
-            space: jnp.concatenate([bases[space] @ directions[: self.kept[space]], directions[self.kept[space] :]])
-            for space, directions in self.pca.items()
-        }
+        parts = {space: jnp.split(directions, [self.kept[space]]) for space, directions in self.pca.items()}
+        return {space: jnp.concatenate([matmul(bases[space], kept), rest]) for space, (kept, rest) in parts.items()}
