@@ -62,9 +62,19 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     if value.shape[0] < at_least:
         raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
     value = weight(name, value, (None, width))
-    if at_least > 1 and not isinstance(value, Tracer) and _constant(np.asarray(value)):
-        raise ValueError(f"{name}: all {value.shape[0]} examples are equal (zero variance), so no direction stands out")
-    return jnp.asarray(value)
+    with np.errstate(over="ignore"):  # from float64: looked at below
+        x = jnp.asarray(value)
+    if isinstance(x, Tracer):
+        return x
+    host = np.asarray(x)
+    if x.dtype != value.dtype and not np.isfinite(host).all():
+        largest = np.abs(value).max()
+        raise ValueError(f"{name} has entries of up to {largest:.2g}, beyond the range of {x.dtype}: scale them down")
+    if at_least > 1 and _constant(host):
+        raise ValueError(
+            f"{name}: all {len(host)} examples are equal (zero variance) in {x.dtype}, so no direction stands out"
+        )
+    return x
 
 
 def _constant(x: np.ndarray) -> bool:

@@ -225,6 +225,16 @@ def test_bad_input(rng):
         JacobianSparsity(layer, np.where(x > 1, np.nan, x), log)
     with pytest.raises(ValueError, match="zero variance"):
         JacobianSparsity(layer, np.ones_like(x), log)
+    with pytest.raises(ValueError, match=r"beyond the range of float32"):
+        JacobianSparsity(layer, 1e39 * x.astype(np.float64), log)
+    with pytest.raises(ValueError, match="zero variance"):  # ... in the precision that is computed with
+        JacobianSparsity(layer, 1e9 + x.astype(np.float64), log)
+    dead = Dense(np.ones((4, D), np.float32), np.full(4, -1e3, np.float32))
+    with pytest.raises(ValueError, match="Jacobian is zero for every example"):
+        JacobianSparsity(dead, x, log)
+    far = Dense(np.full((4, D), 1e30, np.float32))
+    with pytest.raises(ValueError, match="overflows float32"):
+        JacobianSparsity(far, x, log)
     with pytest.raises(ValueError, match="float32 or float64, got float16"):
         ActivationSparsity(x.astype(np.float16), log)
     with pytest.raises(ValueError, match="float32 or float64, got int64"):

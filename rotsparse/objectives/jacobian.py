@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse import checks
@@ -77,7 +78,7 @@ class JacobianSparsity(OnExamples):
         # Of examples that are not in memory some may activate more neurons than any of these.
         self.layer = layer = layer.gathered(self.x) if self.source is None else layer
         self.measure = with_eps(measure, measure.eps, self.x.dtype)
-        self.gram = jnp.asarray(jacobian_gram(layer, self.x), self.x.dtype)
+        self.gram = _checked_gram(layer, self.x)
         self.covariance = None
         if scale_inputs:
             moments = moments_of(self.x, self.source) if moments is None else moments
@@ -103,7 +104,7 @@ class JacobianSparsity(OnExamples):
             self,
             layer=subspace,
             part=part,
-            gram=jnp.asarray(jacobian_gram(subspace, self.x), self.x.dtype),
+            gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             chunk=chunk_size(subspace, CHUNK_BYTES),
         )
@@ -186,3 +187,17 @@ class JacobianSparsity(OnExamples):
         variance = jnp.maximum(jnp.diagonal(sigma), 0)
         variance += VARIANCE_FLOOR * jnp.trace(self.covariance) / self.layer.d_in
         return jnp.sqrt(variance * entries / jnp.sum(variance * gain)), variance, gain, sigma, gram
+
+
+def _checked_gram(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "d_in d_in"]:
+    """`E[JᵀJ]`. Raises `ValueError` where no Jacobian could be divided by its root mean square."""
+    gram = jacobian_gram(layer, x)
+    mean = np.trace(gram)
+    if mean == 0:
+        raise ValueError("the layer's Jacobian is zero for every example: nothing moves, so nothing can be sparse")
+    if not mean < np.finfo(x.dtype).max:
+        raise ValueError(
+            f"the layer's Jacobian overflows {x.dtype} on these activations: look for entries of x or weights that are "
+            "far too large, or for a function of your own that returns NaN"
+        )
+    return jnp.asarray(gram, x.dtype)
