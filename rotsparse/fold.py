@@ -50,7 +50,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = N
             f"the rotations have widths {widths[0]} and {widths[1]}, the layer {layer.d_in} and {layer.d_out}"
         )
     x = np.random.default_rng(0).standard_normal((64, layer.d_in), np.float32) if x is None else np.asarray(x)
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(layer) if isinstance(leaf, np.ndarray | jax.Array)] or [x.dtype]
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(layer) if eqx.is_inexact_array(leaf)] or [x.dtype]
     dtype = np.result_type(*dtypes)
     x = np.asarray(checks.weight("x", x, (None, layer.d_in)), dtype)
 
@@ -79,5 +79,5 @@ def _orthogonalized(r: Array) -> np.ndarray:
 
 
 def _cast(layer, dtype):
-    """The layer with NumPy weights of that type (functions and constants that they close over stay)."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype) if eqx.is_array_like(leaf) else leaf, layer)
+    """The layer with NumPy weights of that type (indices, functions and constants that they close over stay)."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype) if eqx.is_inexact_array_like(leaf) else leaf, layer)

@@ -58,7 +58,7 @@ def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
 
 def evenly_spaced(x: Rows, count: int) -> Rows:
     """At most `count` of the rows, evenly spaced."""
-    return x[:: -(-len(x) // count)]
+    return x if count >= len(x) else x[np.arange(count) * len(x) // count]
 
 
 @dataclasses.dataclass(frozen=True)

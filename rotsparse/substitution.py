@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rotsparse.checks import activations, weight
+from rotsparse.checks import activations, orthogonal
 from rotsparse.layers import Layer
 from rotsparse.statistics import CHUNK_BYTES, Rows, apply, chunks
 
@@ -115,7 +115,7 @@ def relative_error(y: Rows, y_hat: Rows) -> float:
 
 def _checked(x, r):
     x = activations("x", x, np.shape(x)[-1] if np.ndim(x) else 0, at_least=1)
-    return x, jnp.asarray(weight("r", r, (x.shape[1], x.shape[1])), x.dtype)
+    return x, jnp.asarray(orthogonal("r", r, x.shape[1]), x.dtype)
 
 
 def _substitute(x, r, keep):

@@ -70,6 +70,8 @@ def test_output_error_and_loss(x, rng):
 def test_bad_input(x):
     with pytest.raises(ValueError, match="r should have shape"):
         substitution(x, np.eye(7, dtype=np.float32), KeepLargest(1))
+    with pytest.raises(ValueError, match="r is not orthogonal"):
+        substitution(x, 2 * R, KeepLargest(1))
     with pytest.raises(ValueError, match="9 cannot be kept"):
         substitution(x, R, KeepLargest(9))
     with pytest.raises(ValueError, match="share of zeros"):

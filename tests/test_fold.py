@@ -1,5 +1,6 @@
 """`fold`: the function is the same, in float32 and in float64, whatever the layer."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_precision_is_that_of_the_weights():
     )
     assert folded.layer.w_in.dtype == np.float64
     assert folded.error < 1e-12
+
+
+def test_indices_of_a_users_layer_stay_integers():
+    class Shuffled(eqx.Module):
+        order: np.ndarray
+
+        def __call__(self, x):
+            return jax.numpy.tanh(x)[self.order]
+
+    layer = FunctionLayer(Shuffled(np.random.default_rng(0).permutation(D).astype(np.int32)), D, D)
+    folded = fold(layer, Rotations.haar(jax.random.key(0), D, D))
+    assert folded.error < 1e-5
 
 
 def test_bad_input():

@@ -169,6 +169,11 @@ def test_top_k_is_the_energy_outside_the_largest_entries(rng, keep, dtype):
     np.testing.assert_allclose(TopK(keep=keep).example_slope(jnp.asarray(z)), gradient)
 
 
+def test_top_k_keeps_as_many_of_equal_entries_as_it_says():
+    z = jnp.asarray([[[1.0, -1.0, 1.0, 1.0]], [[2.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
+    np.testing.assert_allclose(TopK(0.5).example_value(z), [0.5, 0.25, 0], rtol=1e-6)
+
+
 def test_top_k_is_concave_in_the_squares(rng):
     a, b = np.square(rng.standard_normal((2, 50, 12)))
     value = lambda square: np.asarray(TopK().example_value(jnp.sqrt(square)))  # noqa: E731

@@ -18,6 +18,7 @@ from rotsparse.statistics import (
     chunk_size,
     chunks,
     covariance,
+    evenly_spaced,
     jacobian_gram,
     jacobian_moments,
     stream_moments,
@@ -36,6 +37,14 @@ def test_chunks_hold_every_row_once_and_have_one_shape(n):
     parts = list(chunks(x, 7))
     np.testing.assert_array_equal(np.concatenate([np.asarray(c)[:count] for c, count in parts]), x)
     assert {c.shape for c, _ in parts} == {(min(7, n), 2)}
+
+
+@pytest.mark.parametrize(("rows", "count"), [(401, 400), (7200, 4000), (10, 3), (5, 5), (3, 9), (1, 1)])
+def test_evenly_spaced_rows_are_as_many_as_asked_and_span_all(rows, count):
+    taken = np.asarray(evenly_spaced(np.arange(rows), count))
+    assert len(taken) == min(rows, count) and taken[0] == 0
+    gaps = np.diff([*taken, rows])
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
 
 
 def test_covariance_with_a_mean_far_larger_than_the_spread(rng, monkeypatch):
