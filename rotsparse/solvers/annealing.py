@@ -19,8 +19,8 @@ class Annealing(Solver):
     """`R <- polar((I - U min(1, θ_t/‖U‖₂)) R)`, `θ_t = angle · (1 - t)`, with t from 0 to 1 over the run.
 
     U is the relative gradient's running mean divided by the root of its running mean square, entry by entry (the
-    direction of Adam: Kingma & Ba 2015). Its entries are of size one, so `‖U‖₂` is all but always above `θ_t` and every
-    step turns by `θ_t` radians.
+    direction of Adam: Kingma & Ba 2015). Its entries are of size one, so `‖U‖₂` is all but always above `θ_t` and a
+    step turns its fastest plane by nearly `θ_t` radians (an upper bound stands for `‖U‖₂`, so by no more).
 
     Meant for minibatches of about 16 examples (the objective's `batch_size`). Most of the objective falls while `θ_t`
     is between 0.3 and 0.1: for better optima take more steps, and to improve on a good start without leaving it take an

@@ -1,4 +1,4 @@
-"""What a solver is: a state, and a step. The driver in `fit.py` owns the loop, the restarts and the stopping."""
+"""What a solver is: a state, and a step. The driver in `driver.py` owns the loop, the restarts and the stopping."""
 
 import abc
 from typing import Any

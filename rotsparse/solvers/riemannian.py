@@ -43,7 +43,9 @@ class Riemannian(Solver):
 
     `optimizer` is any optax transformation; its updates are multiplied by `decay` of the share of the run that is done.
     `max_step` bounds the spectral norm of a step, in radians. `eps`, when given, replaces the measure's scale over the
-    run (see `geometric`). Raises `ValueError` for a `max_step` beyond one radian: the retraction would lose accuracy.
+    run (see `geometric`).
+
+    Raises `ValueError` for a `max_step` outside (0, 0.5]: beyond, the retraction loses accuracy.
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True, default=optax.adam(0.2))
@@ -53,8 +55,8 @@ class Riemannian(Solver):
     eps: Schedule | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if not 0 < self.max_step <= 1:
-            raise ValueError(f"max_step is an angle in radians: expected a number in (0, 1], got {self.max_step}")
+        if not 0 < self.max_step <= 0.5:
+            raise ValueError(f"max_step is an angle in radians: expected a number in (0, 0.5], got {self.max_step}")
 
     def init(self, bases):
         return self.optimizer.init(jax.tree.map(jnp.zeros_like, bases))
