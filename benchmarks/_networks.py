@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotsparse import digits
+from rotsparse.benchmark import REDRAWS
 from rotsparse.layers import Layer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -70,7 +71,8 @@ def _mnist(data: Path, seed: int, stage: str, options) -> Case:
 
     _require(data / "mlp_mnist/model.safetensors", data / "mnist/mnist.npz", source=mnist.SOURCE)
     layer, (train, _, test) = mnist.Network(mnist.Config(data=data)).stage(stage)
-    return Case(layer, train, test, options | {"null": mnist.redrawn(layer, jax.random.key(seed + 1))})
+    keys = jax.random.split(jax.random.key(seed + 1), REDRAWS)
+    return Case(layer, train, test, options | {"nulls": [mnist.redrawn(layer, key) for key in keys]})
 
 
 def _modular_addition(data: Path, number: int) -> Case:

@@ -52,7 +52,7 @@ def orthogonalised(a: np.ndarray) -> np.ndarray:
 
 
 def error(r: np.ndarray, problem: Problem) -> float:
-    """`1 - ‖R D‖₄⁴/n` of the nearest orthogonal matrix: zero where every direction is found. One for what is no matrix."""
+    """`1 - ‖R D‖₄⁴/n` of the nearest orthogonal matrix: zero where every direction is found. One for NaN."""
     if not np.isfinite(r).all():
         return 1.0
     return float(1 - np.sum((orthogonalised(r) @ problem.dictionary) ** 4) / len(r))

@@ -21,6 +21,9 @@ from rotsparse.statistics import Rows, chunks
 
 _ROWS = 1024
 
+# Outputs that vary by less than this share of the outputs' root mean square deviation count as varying by as much.
+NULL_SPREAD = 1e-4
+
 GAIN = 1.1
 """A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
 name, however sure. Odds, because shares of nearly one (of directions that hardly vary) leave no room for factors."""
@@ -49,15 +52,33 @@ def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
     return layer
 
 
+def another_redraw(controls: Sequence[Interval]) -> Interval:
+    """The mean of some null models that differ in their draw, and where one more of them would lie: the 95% prediction
+    interval `mean ± t s √(1 + 1/k)` (Student's t with k - 1 degrees of freedom), and no less than what the intervals of
+    the k controls cover. A single control has its own interval only, which is too narrow: it knows examples, not draws.
+    """
+    values = np.array([control.value for control in controls])
+    low, high = min(control.low for control in controls), max(control.high for control in controls)
+    mean, k = float(values.mean()), len(values)
+    if k > 1:
+        from scipy.special import stdtrit  # here, because it takes a tenth of a second
+
+        reach = float(stdtrit(k - 1, 0.975) * values.std(ddof=1) * np.sqrt(1 + 1 / k))
+        low, high = min(low, mean - reach), max(high, mean + reach)
+    return Interval(mean, low, high)
+
+
 def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
     """Whether the share of small entries says that a layer has learned structure, and the conclusion in words: its
-    learned basis against those of its null models (the same fit with random weights)."""
-    low, high = min(c.low for c in controls), max(c.high for c in controls)
-    mean = float(np.mean([c.value for c in controls]))
-    structure = learned.low > high and learned.value * (1 - mean) > GAIN * mean * (1 - learned.value)
-    compared = "above" if learned.low > high else "below" if learned.high < low else "within"
+    learned basis against those of its null models (the same fit with random weights; three of them or more, because
+    two draws of random weights differ, too)."""
+    null = another_redraw(controls)
+    odds = null.value * (1 - learned.value), learned.value * (1 - null.value)
+    structure = learned.low > null.high and odds[1] > GAIN * odds[0]
+    compared = "above" if learned.low > null.high else "below" if learned.high < null.low else "within"
+    range_of = f"the range of {len(controls)} redraws" if len(controls) > 1 else "the interval of the one redraw"
     return structure, (
-        f"{learned.value:.3f} of the entries are small, {mean:.3f} with random weights ({compared} their range): "
+        f"{learned.value:.3f} of the entries are small, {null.value:.3f} with random weights ({compared} {range_of}): "
         + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
     )
 
@@ -87,7 +108,8 @@ def finite_effects(
     layer: Layer, x: Rows, rotations: Rotations, *, size: float = 1.0, threshold: float = 0.1
 ) -> Float[np.ndarray, "d_out d_in"]:
     """Which rotated outputs move when one rotated input does: entry (o, i) is the share of examples in which output o
-    moves by more than `threshold` of its own standard deviation when input i moves by `size` of its own.
+    moves by more than `threshold` of its own standard deviation when input i moves by `size` of its own (outputs that
+    hardly vary at all, by less than 1e-4 of the outputs' rms deviation, count as varying by that).
 
     Both signs of the move are taken, in equal parts. The sum over a column is the mean number of outputs that input i
     moves: locality as it is meant, for finite changes. Cost: `2 n d_in` evaluations of the layer.
@@ -103,7 +125,10 @@ def finite_effects(
     r_in, r_out = jnp.asarray(rotations.r_in, x.dtype), jnp.asarray(rotations.r_out, x.dtype)
     y = np.concatenate([np.asarray(_rotated(layer, rows, r_out))[:n] for rows, n in chunks(x, _ROWS)])
     steps = size * np.std(np.asarray(x, np.float64) @ np.asarray(r_in, np.float64).T, axis=0)
-    enough = jnp.asarray(threshold * y.std(axis=0, dtype=np.float64), x.dtype)
+    # Of a direction that never varies, rounding errors would be more than its standard deviation.
+    spread = y.std(axis=0, dtype=np.float64)
+    spread = np.maximum(spread, NULL_SPREAD * np.sqrt(np.mean(np.square(spread))))
+    enough = jnp.asarray(threshold * spread, x.dtype)
     moves = jnp.asarray(steps[:, None] * np.asarray(r_in), x.dtype)
     moved = np.zeros((layer.d_out, layer.d_in))
     for rows, count in chunks(x, _ROWS):

@@ -9,7 +9,7 @@ import pytest
 
 import rotsparse as rs
 from rotsparse import baselines
-from rotsparse.benchmark import CONTROL, LEARNED, benchmark
+from rotsparse.benchmark import CONTROL, LEARNED, SHARE, benchmark
 from rotsparse.orthogonal import haar
 
 KEY = jax.random.key(0)
@@ -34,9 +34,10 @@ def test_structure_that_is_there_is_found_and_that_of_the_control_is_not(planted
     found = benchmark(layer, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL, restarts=2)
     of = found.comparison.metrics
     assert list(of) == [LEARNED, *baselines.all_baselines(layer, x, key=KEY)]
+    assert len(found.controls) == 3
     assert found.control is not None and found.control.keys() == of[LEARNED].keys()
     assert of[LEARNED]["hoyer"].low > max(m["hoyer"].high for name, m in of.items() if name != LEARNED)
-    assert of[LEARNED]["hoyer"].low > found.control["hoyer"].high
+    assert of[LEARNED][SHARE].low > found.control[SHARE].high
     assert "sparse structure that was learned" in found.conclusion
     assert found.seconds.keys() == {*of, CONTROL} and all(s >= 0 for s in found.seconds.values())
     assert found.reproduced is not None and found.reproduced.keys() == {"in", "out"}
@@ -58,7 +59,7 @@ def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
     layer, x = planted
     function = rs.FunctionLayer(function=lambda v: layer(v), d_in=8, d_out=8)
     options = {**ANNEAL, "steps": 20, "key": KEY}
-    plain, controlled = (benchmark(function, x[:50], x[50:90], null=null, **options) for null in (None, layer))
+    plain, controlled = (benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, [layer]))
     assert plain.control is None and CONTROL not in plain.seconds
     assert controlled.control is not None
     assert "random weights" not in plain.conclusion

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from rotsparse.controls import beyond_control, finite_effects, random_perturbation, random_weights, shuffled_inputs
+from rotsparse.controls import (
+    another_redraw,
+    beyond_control,
+    finite_effects,
+    random_perturbation,
+    random_weights,
+    shuffled_inputs,
+)
 from rotsparse.identifiability import identifiability
 from rotsparse.intervals import Interval
 
@@ -61,6 +68,17 @@ def test_finite_effects_of_a_diagonal_layer_are_diagonal(rng):
     assert np.diagonal(effects).min() > 0.9
     mixed = finite_effects(layer, x, rs.Rotations.haar(jax.random.key(2), 5, 5))
     assert mixed.sum(axis=0).mean() > 3
+
+
+def test_rounding_errors_are_no_effects(rng):
+    """Two of six outputs never vary: nothing moves them, in their own basis."""
+    w_out = rng.standard_normal((6, 4)) @ rng.standard_normal((4, 10))
+    layer = rs.MLP(rng.standard_normal((10, 5)).astype(np.float32), None, w_out.astype(np.float32))
+    x = rng.standard_normal((200, 5)).astype(np.float32)
+    directions = np.linalg.svd(w_out)[0].T.astype(np.float32)
+    effects = finite_effects(layer, x, rs.Rotations(np.eye(5, dtype=np.float32), directions))
+    assert effects[:4].max() > 0.5
+    np.testing.assert_array_equal(effects[4:], 0)
 
 
 def test_finite_effects_count_by_the_definition(rng):
@@ -142,3 +160,17 @@ def test_structure_is_more_than_the_control_and_worth_the_name(learned, control,
     found, words = beyond_control(Interval(*learned), [Interval(*control)])
     assert found == structure
     assert words.endswith("learned" if structure else "beyond chance")
+
+
+def test_redraws_that_differ_say_less_than_their_examples():
+    """Three controls with narrow intervals around 0.17, 0.21 and 0.18: a fourth at 0.24 would be no surprise."""
+    controls = [Interval(v, v - 0.003, v + 0.003) for v in (0.17, 0.21, 0.18)]
+    null = another_redraw(controls)
+    values = np.array([0.17, 0.21, 0.18])
+    assert null.value == pytest.approx(values.mean())
+    assert null.high - null.value == pytest.approx(4.3027 * values.std(ddof=1) * np.sqrt(4 / 3), rel=1e-4)
+    assert not beyond_control(Interval(0.24, 0.237, 0.243), controls)[0]
+    assert beyond_control(Interval(0.24, 0.237, 0.243), controls[:1])[0]  # one redraw cannot know
+    assert another_redraw(controls[:1]) == controls[0]
+    same = [Interval(0.2, 0.15, 0.25)] * 3
+    assert another_redraw(same) == pytest.approx(same[0])
