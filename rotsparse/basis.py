@@ -21,6 +21,7 @@ from rotsparse import checks
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
 from rotsparse.driver import STEPS, minimize
+from rotsparse.interrupt import Interrupted
 from rotsparse.measures import GemanMcClure, Measure, TopK
 from rotsparse.objectives import ActivationSparsity, Bases
 from rotsparse.orthogonal import matmul
@@ -41,7 +42,7 @@ SMALL_ANGLE = 0.1
 # Steps of the power method after annealing.
 RAISES = 60
 
-SPACE = "in"
+SPACE = "x"
 
 # How a part of a fit ends that nothing may follow.
 BROKEN_OFF = (Result.INTERRUPTED, Result.NON_FINITE)
@@ -64,7 +65,7 @@ def find_basis(
     checkpoint: Checkpoints | str | os.PathLike | None = None,
     log: RunLog | str | os.PathLike | None = None,
 ) -> Solution:
-    """The rotation R, `solution.bases["in"]`, that makes activations sparse: minimises `E_x mean_i S(z_i)`,
+    """The rotation R, `solution.bases["x"]`, that makes activations sparse: minimises `E_x mean_i S(z_i)`,
     `z = R x / rms(x)`.
 
     - `x`: activations, `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. Not centred: to skip a coordinate is
@@ -107,13 +108,18 @@ def _finished(solution: Solution, objective: ActivationSparsity, held_out, key) 
     finish = _raise_largest if isinstance(objective.measure, TopK) else _fixed_point
     annealed, said = float(np.min(solution.candidate_values)), []
     result = solution.result
-    for name, found, result in finish(objective, solution.bases[SPACE], held_out, key):
-        before = float(np.min(solution.candidate_values))
-        solution = solution.improved({SPACE: found}, objective, held_out, "")
-        reached = float(np.min(solution.candidate_values))
-        said += [f"{name} {reached:.6g}"] if reached < before else []
-        if result in BROKEN_OFF:
-            break
+    try:
+        for name, found, result in finish(objective, solution.bases[SPACE], held_out, key):
+            before = float(np.min(solution.candidate_values))
+            solution = solution.improved({SPACE: found}, objective, held_out, "")
+            reached = float(np.min(solution.candidate_values))
+            said += [f"{name} {reached:.6g}"] if reached < before else []
+            if result in BROKEN_OFF:
+                break
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        result = Result.INTERRUPTED
     said = ", ".join([f"annealing reached {annealed:.6g}", *said])
     return dataclasses.replace(solution, result=result, certificate=said)
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rotsparse.checkpoint import Checkpoints, Session
 from rotsparse.fingerprint import fingerprint
 from rotsparse.fit_state import FitState
-from rotsparse.interrupt import StopSignals
+from rotsparse.interrupt import Interrupted, StopSignals
 from rotsparse.objectives import Bases, Objective
 from rotsparse.orthogonal import haar
 from rotsparse.progress import Progress
@@ -92,8 +92,7 @@ def minimize(
     chunk = min(steps, max(MIN_CHUNK, -(-steps // CHUNKS)))
     if stepped.fetched_bytes:  # of which two chunks are in memory, and one on the devices
         chunk = max(1, min(chunk, FETCHED_BYTES // (restarts * stepped.fetched_bytes)))
-    # Steps from one check to the next. A value costs half of a value with its gradient.
-    check_every = chunk * math.ceil(0.5 / (CHECKING * chunk * objective.batch_share))
+    check_every = _check_every(chunk, objective, objective if validation is None else validation, patience)
     state = FitState.first(solver, starts, steps, 3 + steps // check_every, devices)
 
     with contextlib.ExitStack() as stack:
@@ -126,6 +125,14 @@ def minimize(
     remarks += [] if session is None else session.warnings
     state = dataclasses.replace(state, best=devices.gather(state.best))
     return _solution(state, starts, objective, validation, result, "; ".join(remarks), stats)
+
+
+def _check_every(chunk: int, objective: Objective, judged: Objective, patience: int | None) -> int:
+    """Steps from one check to the next, in whole chunks: few enough that one falls into each window of `patience`, and
+    as many as keep the cost of checks down (a value costs half of a value with its gradient)."""
+    cost = 0.5 * judged.work / (objective.work * objective.batch_share)  # of a check, in steps
+    every = chunk * math.ceil(cost / (CHECKING * chunk))
+    return every if patience is None else min(every, chunk * max(1, patience // chunk))
 
 
 class _Fit:
@@ -212,7 +219,8 @@ def _run(
                 count = min(count, left)
             due = session is not None and session.due(done)
             count, due, stopped = _agreed(count, due, stop.requested)
-            converged = patience is not None and done % fit.chunk == 0 and done - state.best_step.max() >= patience
+            checked = state.checked_at[state.checks - 1] == done
+            converged = patience is not None and checked and done - state.best_step.max() >= patience
             if session is not None and (due or stopped or finished or converged):
                 session.save(done, state, state.lowest)
             if stopped:
@@ -227,6 +235,8 @@ def _run(
                 failed = done + int(np.argmin(finite.all(axis=0)))
                 restart = int(np.argmin(finite[:, failed - done]))
                 detail = f"the objective at step {failed}, restart {restart}"
+                if not checked:  # the rotations before this slice are still sound, and better than those looked at
+                    state = fit.judge(state)
                 return dataclasses.replace(state, step=np.asarray(failed + 1)), Result.NON_FINITE, detail
             done = int(moved.step)
             state = dataclasses.replace(moved, seconds=np.asarray(time.perf_counter() - begun))
@@ -250,6 +260,8 @@ def _run(
     except ValueError:  # examples that cannot be read: what was done until then is kept
         if session is not None and jax.process_count() == 1:
             session.save(int(state.step), state, state.lowest)
+        raise
+    except Interrupted:  # SIGTERM, where `stop` does not listen to it: there is nowhere to save, and no time to go on
         raise
     except KeyboardInterrupt:  # where `stop` could not catch it, or a second one
         if session is not None:

@@ -7,6 +7,9 @@ from rotsparse.layers import MLP, Layer
 from rotsparse.report.names import basis_name
 from rotsparse.solution import SAME, Solution
 
+# Objectives of restarts that differ by less than this share count as equally good.
+ABOUT_AS_SPARSE = 0.02
+
 
 def finding(comparison: Comparison, layer: Layer) -> str:
     """One sentence: how many entries are left, and how many are practically zero."""
@@ -52,10 +55,18 @@ def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[st
         ]
         said.append(f"Other restarts find {' and '.join(parts)} again (|cos| > {SAME}).")
         undetermined = [_side(space) for space, again in reproduced.items() if again.mean() < 0.5]
-        if undetermined:
+        least = float(np.min(solution.candidate_values))
+        behind = (float(np.max(solution.candidate_values)) - least) / max(abs(least), 1e-12)
+        if undetermined and behind < ABOUT_AS_SPARSE:
             said.append(
-                f"Most {' and '.join(undetermined)} directions are not determined by these data: another start "
-                "gives other ones that are about as sparse, so do not read meaning into single ones."
+                f"Most {' and '.join(undetermined)} directions are not determined by these data: other starts give "
+                f"other ones that are as sparse (objectives within {behind:.1%}): do not read meaning into single ones."
+            )
+        elif undetermined:
+            said.append(
+                f"Whether these data determine the {' and '.join(undetermined)} directions is open: not all starts "
+                f"came as low as the best (up to {behind:.0%} above it). Take more steps, and meanwhile do not read "
+                "meaning into single ones."
             )
     return said
 

@@ -1,7 +1,10 @@
 """`find_rotations`: fit the rotations of one layer."""
 
+import contextlib
+import dataclasses
 import math
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from rotsparse import checks, pairs
 from rotsparse.checkpoint import Checkpoints
 from rotsparse.checks import Data
 from rotsparse.driver import STEPS, minimize
+from rotsparse.interrupt import Interrupted, handled, terminated
 from rotsparse.layers import Layer
 from rotsparse.measures import Log, Measure
 from rotsparse.objectives import Held, JacobianSparsity
@@ -78,7 +82,7 @@ def find_rotations(
     - `start`: where the first restart begins (default: the neuron basis); the others begin at Haar-random rotations.
     - `active_subspace`: when given (e.g. 0.999), only directions that hold this share of the variance of inputs and of
       outputs are rotated, starting from their principal components. Where the variance sits in few directions this is
-      much faster and finds better optima.
+      much faster and finds better optima. The solution's values are those of the entries between these directions.
     - `solver`: by default `Annealing()` (large steps that shrink, along noisy gradients; more `steps` find better
       optima), followed by searches over pairs of directions for as long as they pay, and the certificate that they
       leave (see `refine`; layers of more than 256×256 go without). `Riemannian(optax.adam(0.1))` takes any optax
@@ -141,21 +145,20 @@ def find_rotations(
 
     options: dict[str, Any] = {"key": key, "restarts": restarts, "solver": solver, "steps": steps}
     options |= {"patience": patience, "progress": progress, "checkpoint": checkpoint, "log": log, "mesh": mesh}
-    fit = _anneal_and_refine if complete else minimize
     if active_subspace is None:
+        fit = _anneal_and_refine if complete and layer.d_in * layer.d_out <= LARGEST_SEARCH else minimize
         if not hold:
             return fit(objective, first, validation=held_out, **options)
         held = {name: first[name] for name in hold}
         free_held_out = None if held_out is None else Held(held_out, held)
-        solution = fit(Held(objective, held), first, validation=free_held_out, **options)
-        return solution.extended(lambda bases: held | bases, objective, held_out)
+        return fit(Held(objective, held), first, validation=free_held_out, **options).lifted(lambda bases: held | bases)
     if start is not None or tie or hold:
         raise ValueError("active_subspace starts from principal components: it goes with neither start, tie nor hold")
     subspace = ActiveSubspace(layer, objective.x, active_subspace)
     small, small_held_out = subspace.restrict(objective), None if held_out is None else subspace.restrict(held_out)
     components = {name: jnp.eye(d, dtype=dtype) for name, d in small.spaces.items()}
-    solution = fit(small, components, validation=small_held_out, **options)
-    return solution.extended(subspace.lift, objective, held_out)
+    fit = _anneal_and_refine if complete and math.prod(small.spaces.values()) <= LARGEST_SEARCH else minimize
+    return fit(small, components, validation=small_held_out, **options).lifted(subspace.lift)
 
 
 def kept_moments(x, checkpoint, name: str = "moments") -> Moments | None:
@@ -169,16 +172,24 @@ def kept_moments(x, checkpoint, name: str = "moments") -> Moments | None:
     return stream_moments(source, folder / f"{name}.npz")
 
 
-def _anneal_and_refine(objective, start, *, validation, key, steps, **options) -> Solution:
+def _anneal_and_refine(objective, start, *, validation, key, steps, checkpoint, **options) -> Solution:
     """`minimize`, then `refine`: the whole default strategy."""
-    solution = minimize(objective, start, validation=validation, key=key, steps=steps, **options)
-    entries = math.prod(solution.bases[name].shape[0] for name in solution.bases)
-    if pairs.obstacle(objective) is not None or entries > LARGEST_SEARCH or solution.result is not Result.ALL_STEPS:
+    solution = minimize(objective, start, validation=validation, key=key, steps=steps, checkpoint=checkpoint, **options)
+    if pairs.obstacle(objective) is not None or solution.result is not Result.ALL_STEPS:
         return solution
     polish_key = jax.random.fold_in(key, 2)
 
     def polish(bases):
-        return minimize(objective, bases, key=polish_key, solver=Annealing(angle=0.1), steps=-(-steps // 4)).bases
+        solver, count = Annealing(angle=0.1), -(-steps // 4)
+        return minimize(objective, bases, key=polish_key, solver=solver, steps=count).completed().bases
 
-    refined = refine(objective.thinned(SEARCH_EXAMPLES), solution.bases, polish)
+    # As within `minimize`: with checkpoints, SIGTERM ends the fit and not the process.
+    listening = contextlib.nullcontext() if checkpoint is None else handled(signal.SIGTERM, terminated)
+    try:
+        with listening:
+            refined = refine(objective.thinned(SEARCH_EXAMPLES), solution.bases, polish)
+    except KeyboardInterrupt as interruption:
+        if isinstance(interruption, Interrupted) and checkpoint is None:
+            raise
+        return dataclasses.replace(solution, result=Result.INTERRUPTED, detail="in the pair searches")
     return solution.improved(refined.bases, objective, validation, str(refined))

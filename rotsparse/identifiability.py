@@ -101,9 +101,8 @@ def identifiability(
     partners = _partners(layer, x, solution)
     null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
     sides = {}
-    for name in agreement:
-        null_partners = np.concatenate([found[name][_fitted(s, name)] for s, found in null])
-        fitted = _fitted(solution, name)
+    for name, fitted in solution.fitted().items():
+        null_partners = np.concatenate([found[name][s.fitted()[name]] for s, found in null])
         if fitted.any():
             sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), fitted)
     return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
@@ -114,12 +113,6 @@ def _partners(layer, x, solution):
     importance = EdgeAblation(layer, x, solution.rotations).importance
     both = {"in": _participation(importance.T), "out": _participation(importance)}
     return both if "out" in solution.bases else {"in": (both["in"] + both["out"]) / 2}
-
-
-def _fitted(solution, name):
-    """Which rows are not the same, to the last bit, in all restarts."""
-    first, *others = (np.asarray(candidate[name]) for candidate in solution.candidates)
-    return np.any([first != other for other in others], axis=(0, 2))
 
 
 def _participation(rows):

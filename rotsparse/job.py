@@ -56,9 +56,10 @@ def run(
     scale_inputs = fit.get("scale_inputs", True)
     solution = find_rotations(layer, train, key=key, **fit)
     console.print(solution.summary(), highlight=False)
-    if solution.result is Result.INTERRUPTED:
-        raise KeyboardInterrupt
-    lowest = None if scale_inputs else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
+    solution.completed()
+    # It bounds the objective of whole Jacobians, unscaled.
+    whole = not scale_inputs and fit.get("active_subspace") is None
+    lowest = None if not whole else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
     folded = fold(layer, solution.rotations, test)
 
     solution.save(folder / SOLUTION)
@@ -99,7 +100,7 @@ def run(
         console.print(remark, highlight=False)
     console.print(
         f"Function unchanged to {folded.error:.1e} (outputs have root mean square {folded.scale:.2g}); "
-        f"‖RRᵀ-I‖ = {solution.stats['orthogonality_error']:.1e}.",
+        f"‖RRᵀ-I‖ = {solution.rotations.orthogonality_error():.1e}.",
         highlight=False,
     )
     return solution
@@ -154,12 +155,16 @@ def write_comparison(
 
 
 def _agreement(solution: Solution) -> dict[str, Any] | None:
-    """For every space, the share of directions that every other restart found again, and the |cos| of each."""
+    """For every space, how many directions were fitted, the share of them that every other restart found again, and the
+    |cos| of each direction of the space."""
     reproduced = solution.reproduced()
     if reproduced is None:
         return None
     cosines = solution.agreement()
-    return {space: {"reproduced": again.mean(), "cosines": cosines[space]} for space, again in reproduced.items()}
+    return {
+        space: {"fitted": len(again), "reproduced": again.mean(), "cosines": cosines[space]}
+        for space, again in reproduced.items()
+    }
 
 
 def succeeded(solution: Solution) -> bool:

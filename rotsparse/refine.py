@@ -35,12 +35,8 @@ class Refinement:
     gain: float
 
     def __str__(self) -> str:
-        verdict = (
-            "pairs were mixed up behind barriers, as in planted networks"
-            if self.first_gain >= WORTH
-            else "no barriers between pairs, as in most trained layers"
-        )
-        return f"pair searches gained {self.gain:.2%} ({verdict}); {self.certificate}"
+        looks = "one look, hardly anything to gain" if self.first_gain < WORTH else f"{self.first_gain:.2%} at first"
+        return f"pair searches gained {self.gain:.2%} ({looks}); {self.certificate}"
 
 
 def refine(

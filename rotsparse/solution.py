@@ -83,22 +83,25 @@ class Solution:
 
     @property
     def rotations(self) -> Rotations:
-        """The rotations of the layer that `find_rotations` fitted. A tied fit has one space for both sides."""
+        """The rotations of the layer that `find_rotations` fitted. A tied fit has one space for both sides. Raises
+        `ValueError` for other fits: those of activations have one rotation, those of chains many."""
+        if "in" not in self.bases:
+            raise ValueError(
+                f"this fit is not one of a layer: its rotations are solution.bases[{next(iter(self.bases))!r}], ... To "
+                "fold a basis R of a layer's inputs into it, take Rotations(R, np.eye(layer.d_out, dtype=R.dtype))"
+            )
         return Rotations(self.bases["in"], self.bases.get("out", self.bases["in"]))
 
-    def extended(
-        self, lift: Callable[[Bases], Bases], objective: Objective, validation: Objective | None
-    ) -> "Solution":
-        """The solution of a part of a problem (some spaces, some directions) as one of the whole: `lift` completes its
-        rotations, and `objective` and `validation` value them."""
-        bases = lift(self.bases)
-        return dataclasses.replace(
-            self,
-            bases=bases,
-            value=float(eqx.filter_jit(objective.value)(bases)),
-            validation_value=None if validation is None else float(eqx.filter_jit(validation.value)(bases)),
-            candidates=tuple(lift(candidate) for candidate in self.candidates),
-        )
+    def completed(self) -> "Solution":
+        """This solution, for whom half a fit is of no use. Raises `KeyboardInterrupt` where the fit was interrupted."""
+        if self.result is Result.INTERRUPTED:
+            raise KeyboardInterrupt
+        return self
+
+    def lifted(self, lift: Callable[[Bases], Bases]) -> "Solution":
+        """The solution of a part of a problem (some spaces, some directions) with the rotations of the whole, which
+        `lift` makes of those of the part. All values stay those of the part."""
+        return dataclasses.replace(self, bases=lift(self.bases), candidates=tuple(map(lift, self.candidates)))
 
     def improved(
         self, bases: Bases, objective: Objective, validation: Objective | None, certificate: str
@@ -142,12 +145,23 @@ class Solution:
             for name, r in self.candidates[best].items()
         }
 
+    def fitted(self) -> dict[str, np.ndarray]:
+        """For every space, which directions the restarts turned: those that are the same to the last bit in all of them
+        were held, or lie outside the active subspace."""
+        first, *others = self.candidates
+        return {
+            space: np.any([np.asarray(r) != np.asarray(other[space]) for other in others], axis=(0, 2))
+            for space, r in first.items()
+        }
+
     def reproduced(self) -> dict[str, np.ndarray] | None:
-        """For every space, which directions every other restart found again (`|cos| > SAME`); `None` after a single
-        restart."""
+        """For every space, which of its `fitted` directions every other restart found again (`|cos| > SAME`); `None`
+        after a single restart."""
         if len(self.candidates) == 1:
             return None
-        return {space: cosines.min(axis=0) > SAME for space, cosines in self.agreement().items()}
+        fitted = self.fitted()
+        again = {space: cosines.min(axis=0) > SAME for space, cosines in self.agreement().items()}
+        return {space: found[fitted[space]] for space, found in again.items() if fitted[space].any()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything to one `.npz` file. Atomic."""

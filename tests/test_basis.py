@@ -39,7 +39,7 @@ def energy_lost(x, r, keep):
 def test_planted_directions_are_found(measure):
     x, dictionary = planted()
     solution = rs.find_basis(x, key=KEY, measure=measure, steps=600)
-    cosines = np.abs(np.asarray(solution.bases["in"]) @ dictionary.T).max(axis=0)
+    cosines = np.abs(np.asarray(solution.bases["x"]) @ dictionary.T).max(axis=0)
     assert cosines.min() > 0.99
     if isinstance(measure, rs.Log):
         assert "fixed point and quasi-Newton steps" in solution.certificate
@@ -50,14 +50,14 @@ def test_it_loses_less_energy_than_principal_components(activations):
     train_x, test_x = activations
     solution = rs.find_basis(train_x, key=KEY, validation=test_x[:200], steps=1500)
     _, components = np.linalg.eigh(train_x.T @ train_x)
-    bases = solution.bases["in"], components.T, np.eye(64)
+    bases = solution.bases["x"], components.T, np.eye(64)
     ours, pca, none = (energy_lost(train_x, r, 0.5) for r in bases)
     assert ours < 0.85 * pca < 0.1 * none
     # 1,437 examples for 2,016 angles: on others it is at least no worse than the baseline it was chosen against.
     ours, pca, none = (energy_lost(test_x[200:], r, 0.5) for r in bases)
     assert ours < 1.05 * pca < 0.1 * none
     # The objective is that energy.
-    assert energy_lost(train_x, solution.bases["in"], 0.5) == pytest.approx(solution.value, rel=1e-3)
+    assert energy_lost(train_x, solution.bases["x"], 0.5) == pytest.approx(solution.value, rel=1e-3)
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def half_zero(rng):
 def test_top_k_finds_the_basis_in_which_half_is_zero(half_zero):
     x, basis = half_zero
     solution = rs.find_basis(x[:2000], key=KEY, validation=x[2000:], steps=1000)
-    assert energy_lost(x[2000:], solution.bases["in"], 0.5) < 1e-3
-    assert np.abs(np.asarray(solution.bases["in"]) @ basis.T).max(axis=1).min() > 0.999
+    assert energy_lost(x[2000:], solution.bases["x"], 0.5) < 1e-3
+    assert np.abs(np.asarray(solution.bases["x"]) @ basis.T).max(axis=1).min() > 0.999
 
 
 def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
@@ -92,7 +92,7 @@ def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
 def test_a_good_start_is_kept_where_nothing_better_is_found():
     x, _ = planted()
     best = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=600)
-    again = rs.find_basis(x, key=jax.random.key(1), measure=rs.Log(0.1), start=best.bases["in"], steps=20)
+    again = rs.find_basis(x, key=jax.random.key(1), measure=rs.Log(0.1), start=best.bases["x"], steps=20)
     assert again.value <= best.value + 1e-6
 
 
@@ -103,7 +103,7 @@ def test_an_optimal_start_is_returned_and_the_result_says_so(rng, held_out):
     x, validation = x[:500].astype(np.float32), x[500:].astype(np.float32)
     solution = rs.find_basis(x, key=KEY, steps=40, restarts=2, validation=validation if held_out else None)
     assert solution.result is Result.NO_IMPROVEMENT
-    np.testing.assert_array_equal(solution.bases["in"], np.eye(8))
+    np.testing.assert_array_equal(solution.bases["x"], np.eye(8))
     assert solution.value == solution.start_value == solution.candidate_values.min() == 0
 
 
@@ -126,13 +126,13 @@ def test_an_objective_that_overflows_in_the_second_part_is_reported(rng):
     x = rng.choice([-1.0, 1.0], (500, 8)).astype(np.float32)
     solution = rs.find_basis(x, key=KEY, measure=Overflowing(), steps=40, restarts=2)
     assert solution.result is Result.NON_FINITE and "the objective" in solution.detail
-    np.testing.assert_array_equal(solution.bases["in"], np.eye(8))  # the last good rotation
+    np.testing.assert_array_equal(solution.bases["x"], np.eye(8))  # the last good rotation
     assert solution.value == solution.start_value and np.isfinite(solution.value)
 
 
 def test_same_key_same_bits():
     x, _ = planted(n=500)
-    one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["in"] for _ in range(2))
+    one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["x"] for _ in range(2))
     np.testing.assert_array_equal(one, other)
 
 
@@ -150,8 +150,8 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
         patch.setattr("rotsparse.basis.minimize", stopped)
         fit(checkpoint=tmp_path)
     resumed = fit(checkpoint=tmp_path)
-    np.testing.assert_array_equal(resumed.bases["in"], whole.bases["in"])
-    assert len(resumed.candidates) == 2 and resumed.agreement()["in"].shape == (1, 12)
+    np.testing.assert_array_equal(resumed.bases["x"], whole.bases["x"])
+    assert len(resumed.candidates) == 2 and resumed.agreement()["x"].shape == (1, 12)
     assert resumed.value < resumed.start_value
 
 
@@ -177,3 +177,9 @@ def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng):
             fit(source, key=KEY)
     of_map, of_array = (rs.fit_activations(of, key=KEY, measure=rs.Log(0.1))[0] for of in (mapped, x))
     np.testing.assert_array_equal(of_map, of_array)
+
+
+def test_a_basis_is_no_pair_of_rotations():
+    x, _ = planted(n=50)
+    with pytest.raises(ValueError, match=r"solution.bases\['x'\].*Rotations\(R, np.eye"):
+        rs.find_basis(x, key=KEY, steps=5).rotations  # noqa: B018

@@ -59,6 +59,11 @@ class Objective(eqx.Module):
     def batch_share(self) -> float:
         """The share of the examples that `sample` draws: what a step costs, relative to `value` on all of them."""
 
+    @property
+    def work(self) -> float:
+        """What `value` on all examples costs, in a unit that objectives of one kind on other examples share."""
+        return 1.0
+
     @abc.abstractmethod
     def with_eps(self, eps: float | Array) -> "Objective":
         """The same objective with the measure's scale replaced."""

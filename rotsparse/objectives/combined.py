@@ -55,6 +55,10 @@ class WeightedSum(Objective):
         return replace_fields(self, terms=tuple(term.thinned(examples) for term in self.terms))
 
     @property
+    def work(self):
+        return sum(term.work for term in self.terms)
+
+    @property
     def batch_share(self):
         return sum(term.batch_share for term in self.terms) / len(self.terms)
 
@@ -103,6 +107,10 @@ class Held(Objective):
     @property
     def batch_share(self):
         return self.objective.batch_share
+
+    @property
+    def work(self):
+        return self.objective.work
 
     def with_eps(self, eps):
         return Held(self.objective.with_eps(eps), self.held)

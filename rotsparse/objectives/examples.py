@@ -77,6 +77,10 @@ class OnExamples(Objective):
     def batch_share(self):
         return 1.0 if self.batch_size is None else min(1.0, self.batch_size / len(self.x))
 
+    @property
+    def work(self):
+        return float(len(self.x))
+
     def with_eps(self, eps):
         return replace_fields(self, measure=with_eps(self.measure, eps, self.x.dtype))
 
