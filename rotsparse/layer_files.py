@@ -120,7 +120,18 @@ def load_layer(
                     )
                 return GatedMLP(**arrays, **options)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}{_advice(arrays)}") from None
+
+
+def _advice(arrays: dict[str, np.ndarray]) -> str:
+    """What may be the matter with arrays whose shapes do not fit each other."""
+    if "w_in" in arrays and "b_out" in arrays and "w_out" not in arrays:
+        return "; there is no w_out: is it missing?"
+    for matrix, bias in (("w", "b"), ("w_in", "b_in"), ("w_gate", "b_gate"), ("w_up", "b_up"), ("w_down", "b_down")):
+        shape = np.shape(arrays.get(matrix, 0))
+        if len(shape) == 2 and shape[0] != shape[1] and np.shape(arrays.get(bias, 0)) == shape[1:]:
+            return f"; {matrix} is {list(shape)}: is it transposed?"
+    return ""
 
 
 def save_layer(path: str | os.PathLike, layer: Layer) -> None:

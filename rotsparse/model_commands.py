@@ -140,8 +140,8 @@ def fit(command: "cli.FitModel", console: Console) -> int:
 
 def parts(run: Path) -> list[Path]:
     """The folders of a fit-model run's layers, in their order."""
-    found = {path.parent for path in run.glob(f"layer-[0-9]*/{job.METRICS}")}
-    return sorted(found, key=lambda path: int(path.name.removeprefix("layer-")))
+    numbers = (path.parent.name.removeprefix("layer-") for path in run.glob(f"layer-*/{job.METRICS}"))
+    return [run / f"layer-{i}" for i in sorted(int(number) for number in numbers if number.isdecimal())]
 
 
 def fold(command: "cli.FoldModel", console: Console) -> int:
@@ -243,7 +243,7 @@ def _control(command: "cli.FitModel", folder: Path, files: Mapping[str, Any]) ->
         input_scale=command.input_scale,
         seed=command.seed,
     )
-    out = shlex.quote(f"{folder}-benchmark")
+    out = shlex.quote(f"{folder.parent}-{folder.name}-benchmark")
     return " ".join(filter(None, ["rotsparse benchmark", spelled(layer), spelled(command.fit), "--out", out]))
 
 

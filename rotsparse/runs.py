@@ -110,10 +110,12 @@ def _complete(work: Path) -> bool:
 def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
+    if not is_run(out):
+        raise ValueError(
+            f"{out} is not a run folder (no run wrote a {STATUS} there): it will not be replaced, choose another name"
+        )
     if not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or pass --overwrite to replace it")
-    if not is_run(out):
-        raise ValueError(f"{out} is not a run folder (no run wrote a {STATUS} there): it will not be replaced")
 
 
 def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:

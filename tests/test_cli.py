@@ -2,13 +2,20 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rotsparse import measures
+from rotsparse.cli import FitOptions
+from rotsparse.closed_pipe import output_until_closed
+from rotsparse.command_options import fit_arguments
 from rotsparse.layer_files import load_layer
 from rotsparse.rotations import Rotations
 
@@ -75,8 +82,11 @@ def test_an_existing_run_is_kept_unless_told(files, rotsparse, monkeypatch):
     assert not [p for p in files.iterdir() if p.name.startswith((".run", "another"))]
 
 
-def test_fold_and_compare_and_report(files, rotsparse):
-    assert rotsparse(*FIT)[0] == 0
+def test_fold_and_compare_and_report(files, rotsparse, monkeypatch):
+    code, said = rotsparse(*FIT)
+    assert code == 0
+    advised = shlex.split(said[said.index("rotsparse fold ") :])
+    assert rotsparse(*advised[1:])[0] == 0 and load_layer("run/folded.safetensors", "relu").d_out == 4
     inputs = ("--layer", "layer.npz", "--activations", "x.npy", "--rotations", "run/rotations.safetensors")
     code, said = rotsparse("fold", *inputs, "--out", "folded.safetensors")
     assert code == 0 and "same function" in said
@@ -96,8 +106,80 @@ def test_fold_and_compare_and_report(files, rotsparse):
 
     page = (files / "run" / "report.html").read_bytes()
     (files / "run" / "report.html").unlink()
-    assert rotsparse("report", "run")[0] == 0
+    (files / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert rotsparse("report", "../run")[0] == 0
     assert len((files / "run" / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.05)
+    (files / "x.npy").unlink()
+    code, said = rotsparse("report", "../run")
+    assert code == 2 and f"{files / 'x.npy'}, which ../run/config.json names as 'activations', does not exist" in said
+
+
+@pytest.fixture
+def found(files):
+    """Functions of a folder and a seed: rotations saved there."""
+
+    def save(folder, seed):
+        (files / folder).mkdir(parents=True)
+        Rotations.haar(jax.random.key(seed), D, 4).save(files / folder / "rotations.safetensors")
+
+    return save
+
+
+COMPARE = ("compare", "--layer", "layer.npz", "--activations", "x.npy", "--rotations")
+
+
+def test_compare_keeps_rotations_apart_by_their_folders(files, rotsparse, found):
+    for seed, folder in enumerate(("a/layer-0", "b/layer-0", "b/layer-1", "pca")):
+        found(folder, seed)
+    out = ("--out", "new/table.json")
+    paths = ("a/layer-0", "b/layer-0/rotations.safetensors", "b/layer-1")
+    assert rotsparse(*COMPARE, *paths, *out)[0] == 0
+    table = json.loads((files / "new/table.json").read_text())["metrics"]
+    assert {"a/layer-0", "b/layer-0", "b/layer-1", "pca"} <= table.keys()
+    assert len({table[name]["hoyer"]["value"] for name in ("a/layer-0", "b/layer-0", "b/layer-1", "haar")}) == 4
+    for arguments, message in (
+        (("a/layer-0", *out), "new/table.json exists: choose another file, or pass --overwrite"),
+        (("pca",), "pca would be called 'pca' after its folder, as a baseline is"),
+        (("a/layer-0", "a/layer-0/rotations.safetensors"), "the same rotations twice"),
+        (("a",), "a holds no rotations.safetensors"),
+    ):
+        code, said = rotsparse(*COMPARE, *arguments)
+        assert code == 2 and message in said, arguments
+
+
+def test_fold_needs_no_held_out_examples_and_makes_its_folder(files, rotsparse, found):
+    found("run", 0)
+    np.save("few.npy", np.load("x.npy")[:3])
+    fold = ("fold", "--layer", "layer.npz", "--activations", "few.npy", "--rotations", "run", "--out")
+    assert rotsparse(*fold, "new/folded.safetensors")[0] == 0
+    assert load_layer("new/folded.safetensors", "relu").d_in == D
+    code, said = rotsparse(*fold, "folded.npz")
+    assert code == 2 and "ends in .safetensors" in said and not (files / "folded.npz").exists()
+
+
+@pytest.mark.parametrize("command", ["benchmark", "capture"])
+def test_report_says_what_has_no_page(files, rotsparse, command):
+    (files / "run").mkdir()
+    (files / "run/config.json").write_text(json.dumps({"command": command, "versions": {}}))
+    code, said = rotsparse("report", "run")
+    assert code == 2 and ("its table is run/table.md" if command == "benchmark" else "nothing to draw") in said
+
+
+def test_the_measure_has_the_options_that_were_given():
+    of = lambda **options: fit_arguments(FitOptions(**options), "std")["measure"]  # noqa: E731
+    assert of(measure="top-k", keep=0.3).keep == 0.3
+    assert of(measure="top-k").keep == 0.5 and of(measure="log", eps=0.2).eps == 0.2
+    assert isinstance(of(measure="l4"), measures.L4)
+
+
+@pytest.mark.parametrize(
+    "command",
+    "demo fit compare benchmark fold report runs inspect capture fit-model fold-model".split(),
+)
+def test_help_says_what_an_option_is_when_it_is_not_given(rotsparse, command):
+    code, said = rotsparse(command, "--help")
+    assert code == 0 and "default: None" not in said
 
 
 def test_demo_at_small_size(files, rotsparse):
@@ -131,6 +213,13 @@ def bad(*options, **replaced):
         (bad("--test-activations", "wide.npy"), "should have shape [examples, 6]"),
         (bad("--activation", "step"), "step"),
         (bad("--measure", "l2"), "l2"),
+        (bad("--measure", "l4", "--eps", "0.2"), "--measure l4 has no scale"),
+        (bad("--keep", "0.3"), "--keep belongs to --measure top-k, and the measure is log"),
+        (bad("--measure", "top-k", "--keep", "3"), "keep is a share of the entries"),
+        (bad("--seed", "-1"), "--seed should be a whole number from 0"),
+        (bad(out="x.npy"), "x.npy is not a run folder"),
+        (bad(layer="transposed.npz"), "w_in is [6, 9]: is it transposed?"),
+        (bad(layer="no_w_out.npz"), "there is no w_out: is it missing?"),
         (bad("--eps", "-1"), "--eps should be greater than zero, got -1"),
         (bad("--learning-rate", "0"), "--learning-rate should be greater than zero"),
         (bad("--max-step", "2"), "--max-step is an angle in radians"),
@@ -148,6 +237,9 @@ def bad(*options, **replaced):
 )
 def test_bad_input_is_explained(files, rotsparse, arguments, message):
     x = np.load("x.npy")
+    layer = dict(np.load("layer.npz"))
+    np.savez("transposed.npz", **layer | {"w_in": layer["w_in"].T})
+    np.savez("no_w_out.npz", w_in=layer["w_in"], b_in=layer["b_in"], b_out=np.ones(4, np.float32))
     np.save("wide.npy", np.ones((9, D + 1), np.float32))
     np.save("nan.npy", np.where(x > 2, np.nan, x))
     np.save("constant.npy", np.ones_like(x))
@@ -167,7 +259,7 @@ def test_the_command_itself(files):
     """One real process: the entry point, its help, and its exit code."""
 
     def run(*arguments):
-        command = [sys.executable, "-c", "from rotsparse.cli import main; main()", *arguments]
+        command = [sys.executable, "-c", "from rotsparse_command import main; main()", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
 
     shown = run("--help")
@@ -178,3 +270,31 @@ def test_the_command_itself(files):
     failed = run("fit", "--layer", "nowhere.npz", "--activations", "x.npy", "--out", "run")
     assert failed.returncode == 2
     assert failed.stderr.strip() == "rotsparse: error: nowhere.npz does not exist"
+
+
+def test_ctrl_c_before_the_command_begins_ends_it_without_a_word(files):
+    """Pressed while JAX is imported."""
+    pressed = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from rotsparse_command import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", pressed, "runs", "."], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_command_whose_output_nobody_reads_goes_on(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        with output_until_closed():
+            for _ in range(3):
+                print("x" * 100_000)  # more than a buffer holds
+                print("y", flush=True)
+        assert sys.stdout is closed

@@ -49,7 +49,12 @@ def test_from_capture_to_a_folded_model(rotsparse, model, tmp_path):
         np.testing.assert_array_equal(np.load(part / "activations.npy"), x[:320])
         np.testing.assert_array_equal(np.load(part / "test_activations.npy"), x[320:])
     assert json.loads((tmp_path / "run/metrics.json").read_text())["layers"].keys() == {"0", "1"}
-    assert rotsparse("report", "run/layer-1")[0] == 0
+    table = (tmp_path / "run/table.md").read_text()
+    assert "| 0 |" in table and "| 1 |" in table and "rotsparse benchmark --layer run/layer-0/layer.safetensors" in said
+    for i in range(2):
+        (tmp_path / f"run/layer-{i}/report.html").unlink()
+    assert rotsparse("report", "run/layer-1")[0] == 0 and (tmp_path / "run/layer-1/report.html").exists()
+    assert rotsparse("report", "run")[0] == 0 and (tmp_path / "run/layer-0/report.html").exists()
 
     tokens = np.load("tokens.npy")[:128].reshape(4, 32)
     before = run(model.params, model.config, tokens)[0]
@@ -75,6 +80,7 @@ def test_a_hugging_face_model_whose_stream_must_keep_its_mean(rotsparse, tmp_pat
     assert rotsparse("capture", *source, "--out", "store", "--sites", "residual", "--length", 16)[0] == 0
     fit = ("fit-model", "--model", "gpt2", "--store", "store", "--layers", 1, "--site", "residual", "--skip", "--tie")
     assert rotsparse(*fit, "--steps", 20, "--out", "run")[0] == 0
+    assert rotsparse("report", "run")[0] == 0
     rotations = "run/layer-1/rotations.safetensors"
     code, said = rotsparse("fold-model", *source, "--rotations", rotations, "--out", "folded")
     assert code == 0 and "rotations that keep its direction" in said
@@ -130,6 +136,13 @@ def test_a_store_of_another_model_is_refused(rotsparse, model):
     save_model(tiny_llama2c(1), "other.bin")
     code, said = rotsparse("fit-model", "--model", "other.bin", "--store", "store", "--out", "run")
     assert code == 2 and "come from another model" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_capture_that_is_stopped_says_that_the_same_command_goes_on(rotsparse, model, monkeypatch, number):
+    monkeypatch.setattr("rotsparse.models.capture", lambda *a, **k: os.kill(os.getpid(), number))
+    code, said = rotsparse(*CAPTURE)
+    assert code == 75 and "interrupted: to go on, give the same command again" in said
 
 
 def test_fit_model_goes_on_with_the_layer_it_was_stopped_in(rotsparse, model, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
     assert code == 2 and "steps: 60 then, 80 now" in said
     np.save("y.npy", np.load("x.npy"))
     code, said = rotsparse(*fit(60, "--resume", "--activations", "y.npy"))
-    assert code == 2 and "activations: x.npy then, y.npy now" in said
+    assert code == 2 and f"activations: {files / 'x.npy'} then, {files / 'y.npy'} now" in said
     intact = np.load("x.npy")
     np.save("x.npy", intact + np.float32(1))
     code, said = rotsparse(*fit(60, "--resume"))
