@@ -97,19 +97,31 @@ def show(theta, ratios, errors) -> None:
     Console(width=140).print(table)
 
 
+# Several of the curves coincide: wide ones lie below, dashed ones on top.
+STYLES = {
+    "rotsparse": {"color": "#0072b2", "linewidth": 3},
+    "rotsparse, one start": {"color": "#56b4e9", "linestyle": "--"},
+    "FastICA": {"color": "#d55e00", "linewidth": 4, "alpha": 0.4},
+    "FastICA, best of 8": {"color": "#d55e00"},
+    "picard": {"color": "black", "linestyle": ":"},
+    "L4 (MSP)": {"color": "#999999"},
+}
+
+
 def draw(path: Path, thetas, ratios, errors) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(thetas), 3), layout="constrained")
+    figure = Figure(figsize=(2.8 * len(thetas), 3.2), layout="constrained")
     axes = figure.subplots(1, len(thetas), sharey=True, squeeze=False)[0]
     for axis, theta in zip(axes, thetas, strict=True):
         for name, values in errors[theta].items():
             shares = np.mean(np.array(values) < RECOVERED, axis=1)
-            axis.semilogx(ratios, shares, label=name, linewidth=2.5 if name == "rotsparse" else 1.2)
+            axis.semilogx(ratios, shares, label=name, **STYLES[name])
         axis.set(title=f"θ = {theta}", xlabel="examples / dimension", xticks=ratios[::2], xticklabels=ratios[::2])
         axis.minorticks_off()
-    axes[0].set_ylabel("share recovered")
-    axes[0].legend(fontsize="small")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("share of problems recovered")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.savefig(path, dpi=150)
 
 

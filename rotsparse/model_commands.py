@@ -167,7 +167,7 @@ def fold(command: "cli.FoldModel", console: Console) -> int:
     command.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_from = command.source.model if model.format == "huggingface" else None
     models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
-    difference = np.abs(_outputs(models.load_model(command.out), tokens) - _outputs(model, tokens)).max()
+    difference = np.abs(models.outputs(models.load_model(command.out), tokens) - models.outputs(model, tokens)).max()
     console.print(
         f"wrote {command.out}: the stream is in rotated coordinates\n"
         f"on {tokens.size} tokens, outputs of up to {folded.scale:.3g} differ by up to {folded.error:.1e} "
@@ -194,7 +194,7 @@ def _fold_mlps(command: "cli.FoldModel", model: models.Model, tokens, console: C
     for i, path in files.items():
         steps.append(models.fold_mlp(folded, i, Rotations.load(path)[0], tokens))
         folded = steps[-1].model
-    before, after = (_outputs(m, tokens) for m in (model, folded))
+    before, after = (models.outputs(m, tokens) for m in (model, folded))
     with new_folder(command.out) as folder:
         for i, path in files.items():
             part = folder / f"layer-{i}"
@@ -210,10 +210,6 @@ def _fold_mlps(command: "cli.FoldModel", model: models.Model, tokens, console: C
         soft_wrap=True,
     )
     return 0
-
-
-def _outputs(model: models.Model, tokens) -> np.ndarray:
-    return np.asarray(models.run(model.params, model.config, tokens)[0])
 
 
 def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
@@ -297,6 +293,7 @@ def _examples(
     """Captured activations to fit on, and the held-out ones: evenly spaced in the first four fifths and in the rest.
     Neighbouring tokens are much alike, so held-out ones come from text of their own."""
     store = models.open_store(command.store / f"{layer}.{command.site}", model)
+    store.verify()
     total = min(command.examples, len(store))
     if total < 10:
         raise ValueError(f"{store.folder}: {total} examples are too few to hold a fifth of them out, give at least 10")

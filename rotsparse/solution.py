@@ -17,7 +17,7 @@ import optax
 from rotsparse.alignment import match
 from rotsparse.files import write_atomically
 from rotsparse.objectives import Bases, Objective
-from rotsparse.orthogonal import worst_error
+from rotsparse.orthogonal import exact_error
 from rotsparse.rotations import Rotations
 
 # A direction counts as the same where its match has a larger |cos|.
@@ -217,7 +217,7 @@ def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float
     value, grads = _value_and_grad(objective, bases)
     return float(value), {
         "gradient_norm": float(optax.tree.norm(grads)),
-        "orthogonality_error": worst_error(bases),
+        "orthogonality_error": max(map(exact_error, bases.values())),
     }
 
 

@@ -254,7 +254,7 @@ def test_page_says_what_was_measured(case, folder):
     assert "1.2e-07" in text and f"{case.solution.rotations.orthogonality_error():.2e}" in text
     for cosines in case.solution.agreement().values():
         again = np.count_nonzero(cosines.min(axis=0) > 0.99)
-        assert f"{again} of {cosines.shape[1]} directions found again; mean |cos| {cosines.mean():.2f}" in text
+        assert f"{again} of {cosines.shape[1]} fitted directions found again; mean |cos| {cosines.mean():.2f}" in text
     assert "1.2.3" in text
 
 
@@ -264,6 +264,21 @@ def test_page_marks_the_best_basis_of_every_metric(case, folder):
     rows = [re.findall(r"<td( class=\"best\")?>", row) for row in body.split("<tr")[2:]]
     marked = [[basis for basis, row in zip(case.bases, rows, strict=True) if row[i]] for i in range(len(rows[0]))]
     assert marked == [[case.comparison.best(metric)] for metric in case.comparison.metrics["learned"]]
+
+
+def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
+    """Not of the directions outside of an active subspace, nor of a side that is held: those agree in any case."""
+    for restricted in ({"active_subspace": 0.6}, {"hold": ("out",)}):
+        fit: dict = {"restarts": 2, "steps": 5, "scale_inputs": False, **restricted}
+        solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), **fit)
+        write_report(tmp_path, **vars(case) | {"solution": solution}, scale_inputs=False, config={}, finding="None.")
+        text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+        sides = {side: mask for side, mask in solution.fitted().items() if mask.any()}
+        assert "in" in sides and sum(mask.sum() for mask in sides.values()) < 11
+        for side, mask in sides.items():
+            mean = solution.agreement()[side][:, mask].mean()
+            assert f"of {mask.sum()} fitted directions found again; mean |cos| {mean:.2f}" in text
+        assert text.count("directions found again") == len(sides)
 
 
 def test_report_of_a_single_start_with_scaled_inputs(case, tmp_path):

@@ -155,13 +155,14 @@ def _agreement(solution: Solution) -> str:
     reproduced = solution.reproduced()
     if reproduced is None:
         return ""
+    fitted, agreement = solution.fitted(), solution.agreement()
     rows = []
-    for space, cosines in solution.agreement().items():
-        d, again = cosines.shape[1], int(reproduced[space].sum())
-        chance = chance_cosine(d, key=jax.random.key(0), draws=5).value
+    for space, again in reproduced.items():
+        cosines = agreement[space][:, fitted[space]]
+        chance = chance_cosine(len(again), key=jax.random.key(0), draws=5).value
         side = {"in": "inputs", "out": "outputs"}.get(space, space)
         mean = f"mean |cos| {cosines.mean():.2f} (chance {chance:.2f})"
-        rows.append((side, f"{again} of {d} directions found again; {mean}"))
+        rows.append((side, f"{int(again.sum())} of {len(again)} fitted directions found again; {mean}"))
     return (
         f'<h2>Do the restarts agree?</h2><table class="facts">{_rows(rows)}</table>'
         f'<p class="note">{len(solution.candidates)} restarts from different starts. A direction is found again where '
