@@ -163,7 +163,7 @@ class _Fit:
             assert done // self.chunk == self._fetched_chunk
             self._fetched = self._devices.batches(next(self._ahead))
         bases, solver_state, values = self._slice(*self._slice_arguments(state, done, end))
-        values = np.asarray(self._devices.gather(values))[:, :count]
+        values = np.asarray(self.gather(values))[:, :count]
         # In place: what lies behind `step` is not part of the state yet.
         state.objective[:, done:end] = values
         return dataclasses.replace(state, bases=bases, solver=solver_state, step=np.asarray(end)), values
@@ -171,7 +171,11 @@ class _Fit:
     def judge(self, state: FitState) -> FitState:
         """The state with the objective checked."""
         values = self._values(self._devices, self._judged_layout, self._judged_on, state.bases)
-        return state.judged(np.asarray(self._devices.gather(values)))
+        return state.judged(np.asarray(self.gather(values)))
+
+    def gather(self, values):
+        """Arrays that every process can read."""
+        return self._devices.gather(values)
 
     def close(self) -> None:
         """End the reading ahead."""
@@ -230,21 +234,15 @@ def _run(
 
             slice_begun = time.perf_counter()
             moved, values = fit.advance(state, count)
-            finite = np.isfinite(values)
-            if not finite.all():
-                failed = done + int(np.argmin(finite.all(axis=0)))
-                restart = int(np.argmin(finite[:, failed - done]))
-                detail = f"the objective at step {failed}, restart {restart}"
-                if not checked:  # the rotations before this slice are still sound, and better than those looked at
-                    state = fit.judge(state)
-                return dataclasses.replace(state, step=np.asarray(failed + 1)), Result.NON_FINITE, detail
+            error = moved.orthogonality_error
+            if not (np.isfinite(values).all() and np.isfinite(error)):
+                return _before_failure(fit, state, moved, values)
             done = int(moved.step)
             state = dataclasses.replace(moved, seconds=np.asarray(time.perf_counter() - begun))
             per_step = (time.perf_counter() - slice_begun) / count
             check = done % check_every == 0 or done == fit.steps
             if check:
                 state = fit.judge(state)
-            error = state.orthogonality_error
             if writer is not None:
                 last = state.last_check if check else None
                 writer.write(
@@ -267,6 +265,29 @@ def _run(
         if session is not None:
             session.save(int(state.step), state, state.lowest)
         return state, Result.INTERRUPTED, ""
+
+
+def _before_failure(
+    fit: _Fit, state: FitState, moved: FitState, values: Float[np.ndarray, "restarts count"]
+) -> tuple[FitState, Result, str]:
+    """What `_run` returns where the steps of a slice, from `state` to `moved`, led to NaN: the last sound rotations,
+    looked at. They are those before the objective was not finite, or one step earlier: wherever the slice began."""
+    begun, finite = int(state.step), np.isfinite(values)
+    if finite.all():  # the rotations after the last step are not
+        failed = int(moved.step)
+        every = [np.asarray(r).reshape(len(values), -1) for r in fit.gather(moved.bases).values()]
+        sound = np.isfinite(np.concatenate(every, axis=1)).all(axis=1)
+    else:
+        failed = begun + int(np.argmin(finite.all(axis=0)))
+        sound = finite[:, failed - begun]
+    detail = f"the objective at step {failed}, restart {int(np.argmin(sound))}"
+    for step in (failed, failed - 1):
+        last = fit.advance(state, step - begun)[0] if step > begun else state
+        if np.isfinite(last.orthogonality_error):
+            break
+    if last.checked_at[last.checks - 1] != last.step:
+        last = fit.judge(last)
+    return dataclasses.replace(last, step=np.asarray(min(failed + 1, fit.steps))), Result.NON_FINITE, detail
 
 
 def _solution(
