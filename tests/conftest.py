@@ -1,5 +1,6 @@
 """Fixtures shared by all tests, and how hypothesis runs here."""
 
+import signal
 import sys
 
 import jax
@@ -18,6 +19,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("rotsparse")
+
+# Shells start background jobs with Ctrl-C ignored, which processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -54,10 +54,12 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_computed(tmp
 
     monkeypatch.setattr(x_squared, "train", lambda *_: pytest.fail("computed before the folder was there"))
     (tmp_path / "out").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not a run folder"):
+            x_squared.main(x_squared.Config(out=tmp_path / "out", overwrite=overwrite))
+    (tmp_path / "out" / "status.json").write_text('{"state": "complete"}')
     with pytest.raises(ValueError, match="exists"):
         x_squared.main(x_squared.Config(out=tmp_path / "out"))
-    with pytest.raises(ValueError, match="not a run folder"):
-        x_squared.main(x_squared.Config(out=tmp_path / "out", overwrite=True))
 
 
 def test_an_experiment_writes_a_whole_run_folder_and_the_quick_form_its_own(tmp_path, monkeypatch):
