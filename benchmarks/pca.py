@@ -96,7 +96,8 @@ def evidence(networks: dict[str, dict[str, Any]]) -> str:
             best = max(of["metrics"], key=lambda basis: sign * of["metrics"][basis][metric]["value"])
             if best != LEARNED:
                 behind.append(f"{LABELS[metric]} ({best.replace('_', ' ')})")
-        again = ", ".join(f"{share:.0%}" for share in of["reproduced"].values())
+        # A side of which nothing was fitted (a single active direction) has no share.
+        again = ", ".join(f"{of['reproduced'][s]:.0%}" if s in of["reproduced"] else "–" for s in ("in", "out"))
         row = [name, again, f"{of['seconds'][LEARNED]:.1f}", f"{seconds['pca']:.1f}"]
         row += [f"{slowest.replace('_', ' ')} {seconds[slowest]:.1f}", ", ".join(behind) or "nothing"]
         lines.append("| " + " | ".join(row) + " |")

@@ -63,7 +63,7 @@ class Benchmark:
             shares = [control[SHARE] for control in self.controls]
             words = beyond_control(self.comparison.metrics[LEARNED][SHARE], shares)[1]
             said.append(f"{words[0].upper()}{words[1:]}.")
-        if self.reproduced is not None:
+        if self.reproduced:
             shares = " and ".join(f"{share:.0%} of the '{side}' directions" for side, share in self.reproduced.items())
             said.append(f"Other starts find {shares} again.")
         return " ".join(said)

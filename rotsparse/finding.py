@@ -49,7 +49,7 @@ def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[st
             "discovery: the nonlinearity pins the outputs of a single layer to its neurons, and finding them again is "
             "a check of the method."
         )
-    if reproduced is not None:
+    if reproduced:
         parts = [
             f"{int(again.sum())} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
         ]

@@ -158,7 +158,7 @@ def _agreement(solution: Solution) -> dict[str, Any] | None:
     """For every space, how many directions were fitted, the share of them that every other restart found again, and the
     |cos| of each direction of the space."""
     reproduced = solution.reproduced()
-    if reproduced is None:
+    if not reproduced:
         return None
     cosines = solution.agreement()
     return {

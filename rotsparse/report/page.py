@@ -153,7 +153,7 @@ def _fit_facts(solution: Solution, floor: float | None, function_error: float | 
 def _agreement(solution: Solution) -> str:
     """How many directions of each side the other restarts found again, beside what chance would give."""
     reproduced = solution.reproduced()
-    if reproduced is None:
+    if not reproduced:
         return ""
     fitted, agreement = solution.fitted(), solution.agreement()
     rows = []
