@@ -30,8 +30,12 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
         raise ValueError(
             f"{name} should be float32 or float64, got {value.dtype}: convert it first, e.g. with .astype('float32')"
         )
-    if not isinstance(value, Tracer) and not bool(np.isfinite(value).all()):
-        raise ValueError(f"{name} contains NaN or infinity: check where it comes from")
+    if not isinstance(value, Tracer) and not (finite := np.isfinite(value)).all():
+        first = np.unravel_index(int(np.argmin(finite)), finite.shape)
+        raise ValueError(
+            f"{name} contains NaN or infinity ({finite.size - np.count_nonzero(finite):,} of {finite.size:,} entries, "
+            f"the first at {[int(i) for i in first]}): check where it comes from"
+        )
     return cast(Array, value)  # a NumPy array serves wherever an Array does
 
 

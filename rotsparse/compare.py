@@ -17,7 +17,7 @@ from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Layer
 from rotsparse.measures import GemanMcClure, Measure
 from rotsparse.metrics import HIGHER_IS_SPARSER, Matrix, evaluate
-from rotsparse.rotations import Rotations
+from rotsparse.rotations import Rotations, checked
 from rotsparse.statistics import Rows, jacobian_gram, jacobians
 from rotsparse.statistics import covariance as input_covariance
 
@@ -144,6 +144,7 @@ def compare(
     """
     if not bases:
         raise ValueError("compare needs at least one basis, got none")
+    bases = {name: checked(f"bases[{name!r}]", r) for name, r in bases.items()}
     x = activations("x_test", x_test, layer.d_in)
     gram = jacobian_gram(layer, x)
     if scale_inputs and covariance is None:

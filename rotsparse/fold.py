@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from rotsparse import checks
 from rotsparse.checks import Data
 from rotsparse.layers import Layer
-from rotsparse.rotations import Rotations
+from rotsparse.rotations import Rotations, checked
 
 # A fold whose outputs differ by more than this share of their own size is no rounding error.
 TOLERANCE = 1e-3
@@ -44,6 +44,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = N
 
     Raises `ValueError` where the rotations do not fit the layer, or the function changed by more than `TOLERANCE`.
     """
+    rotations = checked("rotations", rotations)
     widths = (rotations.r_in.shape[0], rotations.r_out.shape[0])
     if widths != (layer.d_in, layer.d_out):
         raise ValueError(

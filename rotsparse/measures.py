@@ -15,6 +15,7 @@ the Hurley-Rickard criteria of a sparsity measure each one meets, and why: `docs
 import abc
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -320,6 +321,13 @@ MEASURES: dict[str, Callable[..., Measure]] = {
     "hoyer": Hoyer,
     "top-k": TopK,
 }
+
+
+def checked(measure: Any) -> Measure:
+    """The measure, if it is one. Raises `ValueError`."""
+    if isinstance(measure, Measure):
+        return measure
+    raise ValueError(f"measure should be one such as rs.Log(0.1) or rs.TopK(0.5), got {measure!r}")
 
 
 def with_eps(measure: Measure, eps: float | Array, dtype: DTypeLike | None = None) -> Measure:

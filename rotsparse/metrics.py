@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rotsparse.checks import activations, weight
 from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.layers import Layer
-from rotsparse.rotations import Rotations
+from rotsparse.rotations import Rotations, checked
 from rotsparse.statistics import Rows, jacobian_gram, jacobians
 from rotsparse.statistics import covariance as input_covariance
 
@@ -61,7 +61,7 @@ def evaluate(
 
     Raises `ValueError` where shapes do not fit, or the Jacobian is zero for every example.
     """
-    x = activations("x", x, layer.d_in)
+    x, rotations = activations("x", x, layer.d_in), checked("rotations", rotations)
     r_in = _sized("r_in", rotations.r_in, layer.d_in)
     r_out = _sized("r_out", rotations.r_out, layer.d_out)
     if scale_inputs:

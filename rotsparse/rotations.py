@@ -87,3 +87,11 @@ class Rotations(eqx.Module):
             raise ValueError(f"{path}: its metadata is not JSON ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def checked(name: str, value) -> Rotations:
+    """`value`, if it is a pair of rotations. Raises `ValueError`."""
+    if isinstance(value, Rotations):
+        return value
+    advice = f": take its .rotations, {name}.rotations" if hasattr(type(value), "rotations") else ""
+    raise ValueError(f"{name} should be Rotations, got {type(value).__name__}{advice}")

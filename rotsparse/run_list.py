@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from rotsparse import job, runs
 from rotsparse.lock import held
@@ -40,7 +40,7 @@ def table(folder: str | Path) -> Table:
     """The runs in a folder as a table to print."""
     found = runs_in(folder)
     title = None if found else f"no runs in {folder}"
-    shown = Table("run", "command", "state", "steps", "best value", "", title=title)
+    shown = Table(Column("run", overflow="fold"), "command", "state", "steps", "best value", "note", title=title)
     for run in found:
         steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
         value = "" if math.isnan(run.value) else f"{run.value:.4f}"

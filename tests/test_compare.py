@@ -11,12 +11,15 @@ from rich.console import Console
 
 from rotsparse import baselines
 from rotsparse.compare import LABELS, Comparison, _floor_of_examples, compare
+from rotsparse.fit import find_rotations
 from rotsparse.floor import floor
+from rotsparse.fold import fold
 from rotsparse.intervals import Interval
 from rotsparse.layers import MLP, Dense, FunctionLayer
 from rotsparse.measures import GemanMcClure
 from rotsparse.metrics import HIGHER_IS_SPARSER, evaluate
 from rotsparse.rotations import Rotations
+from rotsparse.solvers import Annealing
 
 KEY = jax.random.key(0)
 
@@ -152,3 +155,15 @@ def test_bad_inputs_are_named(layer, x):
         compare(layer, x, {}, key=KEY)
     with pytest.raises(ValueError, match="x_test should have shape"):
         compare(layer, x[:, :5], {"neurons": Rotations.identity(6, 5)}, key=KEY)
+
+
+def test_what_is_no_pair_of_rotations_is_named(rng):
+    layer = Dense(rng.standard_normal((4, 3)).astype(np.float32))
+    x = rng.standard_normal((40, 3)).astype(np.float32)
+    solution = find_rotations(layer, x, key=jax.random.key(0), steps=2, solver=Annealing())
+    with pytest.raises(ValueError, match=r"bases\['mine'\] should be Rotations, got Solution: take its .rotations"):
+        compare(layer, x, {"mine": solution}, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="rotations should be Rotations, got ndarray"):
+        fold(layer, np.eye(3), x)
+    with pytest.raises(ValueError, match=r"such as rs.Log\(0.1\).*got 'log'"):
+        find_rotations(layer, x, key=jax.random.key(0), measure="log")

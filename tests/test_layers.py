@@ -345,7 +345,7 @@ BAD = [
     ({"kind": "gated", "b_gate": W[0]}, "b_gate should have shape [4] (matrices are [out, in]), got [3]"),
     ({"kind": "gated", "b_up": W[0]}, "b_up should have shape [4] (matrices are [out, in]), got [3]"),
     ({"kind": "gated", "b_down": W[:, 0]}, "b_down should have shape [3] (matrices are [out, in]), got [4]"),
-    ({"kind": "dense", "w": NAN}, "w_in contains NaN or infinity: check where it comes from"),
+    ({"kind": "dense", "w": NAN}, "w_in contains NaN or infinity (3 of 12 entries, the first at [0, 0])"),
     ({"kind": "dense", "b": np.array([0, np.inf, 0, 0], "f4")}, "b_in contains NaN or infinity"),
     ({"kind": "dense", "w": W.astype(int)}, "w_in should be float32 or float64, got int64: convert it first"),
     ({"kind": "dense", "w": W.astype("f2")}, "w_in should be float32 or float64, got float16: convert it first"),

@@ -168,12 +168,19 @@ class StoreWriter:
         found = {name: value for name, value in begun.items() if name not in _PROGRESS}
         if wanted["model"] != found["model"]:
             raise ValueError(f"{self.folder} holds activations of another model: choose another folder")
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
+        # What was asked for comes before what follows from it.
+        (before, now), derived = map(_flat, (found, wanted)), "sequences_per_shard"
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name == derived, name)):
+            if before.get(name) != now.get(name):
                 raise ValueError(
-                    f"{self.folder} was begun with {name} = {found.get(name)!r}, not {wanted.get(name)!r}: choose "
+                    f"{self.folder} was begun with {name} = {before.get(name)!r}, not {now.get(name)!r}: choose "
                     "another folder, or the same settings to go on"
                 )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the settings of what gave the tokens among the others."""
+    return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
 class _GrowingArray:

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from rotsparse import checks
 from rotsparse.checks import Data
-from rotsparse.measures import Measure, with_eps
+from rotsparse.measures import Measure, checked, with_eps
 from rotsparse.objectives.examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
 from rotsparse.orthogonal import skew
 from rotsparse.sources import Source, in_memory
@@ -46,7 +46,7 @@ class ActivationSparsity(OnExamples):
         if self.source is not None:
             moments = moments_of(self.x, self.source) if moments is None else moments
             self.rms = jnp.asarray(moments.rms, self.x.dtype)
-        self.measure = with_eps(measure, measure.eps, self.x.dtype)
+        self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.space = space
         self.batch_size = batch_size
         self.precision = precision

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from rotsparse import checks
 from rotsparse.checks import Data
 from rotsparse.layers import Layer, Subspace
-from rotsparse.measures import Measure, with_eps
+from rotsparse.measures import Measure, checked, with_eps
 from rotsparse.objectives.base import add_grads, replace_fields
 from rotsparse.objectives.examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
 from rotsparse.objectives.part import Part, check_part
@@ -77,7 +77,7 @@ class JacobianSparsity(OnExamples):
         self.x, self.total = checks.activations("x", kept, layer.d_in), None
         # Of examples that are not in memory some may activate more neurons than any of these.
         self.layer = layer = layer.gathered(self.x) if self.source is None else layer
-        self.measure = with_eps(measure, measure.eps, self.x.dtype)
+        self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.gram = _checked_gram(layer, self.x)
         self.covariance = None
         if scale_inputs:
