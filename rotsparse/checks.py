@@ -70,7 +70,8 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
         x = jnp.asarray(value)
     if isinstance(x, Tracer):
         return x
-    host = np.asarray(x)
+    # What is on the host already is not fetched from the device again.
+    host = np.asarray(value if x.dtype == value.dtype else x)
     if x.dtype != value.dtype and not np.isfinite(host).all():
         largest = np.abs(value).max()
         raise ValueError(f"{name} has entries of up to {largest:.2g}, beyond the range of {x.dtype}: scale them down")
