@@ -1,5 +1,5 @@
 """Claim: on two CPU cores one vmapped program for twelve equal layers gains little over fitting them one after the
-other: it took as long at width 64 and, in the quietest run, 0.64 of the time at width 32. A loop is what `fit_chain`
+other: 0.66 of the time at width 32, and 1.07 to 1.40 times as long at widths of 64 to 256. A loop is what `fit_chain`
 does; the layers share a compilation either way. On an accelerator that one small layer cannot fill, the vmapped form
 should be the faster one (not measured).
 
