@@ -28,8 +28,6 @@ from rotsparse.statistics import covariance, evenly_spaced
 
 console = Console()
 
-ROTATIONS, TABLE = "rotations.safetensors", "table.md"
-
 # A fold is checked on at most so many examples.
 CHECKED_EXAMPLES = 8192
 
@@ -164,8 +162,8 @@ def benchmarked(command: "cli.Benchmark") -> int:
         if folder:
             runs.write_json(folder / runs.CONFIG, {"command": "benchmark", **plain(command)})
             runs.write_json(folder / job.METRICS, {"versions": runs.versions(), **found.to_json()})
-            (folder / TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
-            found.solution.rotations.save(folder / ROTATIONS, {"seed": command.layer.seed})
+            (folder / job.TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            found.solution.rotations.save(folder / job.ROTATIONS, {"seed": command.layer.seed})
     return 0 if job.succeeded(found.solution) else 1
 
 
@@ -201,7 +199,7 @@ def redraw(command: "cli.Report") -> int:
                 console.rule(part.name)
                 _redraw(part, runs.read_json(part / runs.CONFIG))
         case "benchmark":
-            raise ValueError(f"a benchmark has no page to draw: its table is {command.run / TABLE}")
+            raise ValueError(f"a benchmark has no page to draw: its table is {command.run / job.TABLE}")
         case _:
             raise ValueError(
                 f"{command.run / runs.CONFIG} was not written by a run of rotsparse: there is nothing to draw"
@@ -248,17 +246,17 @@ def _new_file(path: Path, overwrite: bool) -> None:
 
 def _rotations(path: Path) -> Rotations:
     """The rotations in a file, or in a run folder. Raises `ValueError`."""
-    if path.is_dir() and not (path / ROTATIONS).exists():
+    if path.is_dir() and not (path / job.ROTATIONS).exists():
         parts = model_commands.parts(path)
         advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
-        raise ValueError(f"{path} holds no {ROTATIONS}{advice}")
-    return Rotations.load(path / ROTATIONS if path.is_dir() else path)[0]
+        raise ValueError(f"{path} holds no {job.ROTATIONS}{advice}")
+    return Rotations.load(path / job.ROTATIONS if path.is_dir() else path)[0]
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:
     """Rotations under the names of their folders, and of as many folders above as it takes to tell them apart; several
     files of one folder under their own names, too. Raises `ValueError` where one is given twice."""
-    files = [Path(os.path.abspath(path / ROTATIONS if path.is_dir() else path)) for path in paths]
+    files = [Path(os.path.abspath(path / job.ROTATIONS if path.is_dir() else path)) for path in paths]
     places = [file.parent.parts for file in files]
     if len(set(places)) < len(places):
         places = [file.with_suffix("").parts for file in files]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 from collections.abc import Sequence
@@ -145,8 +144,12 @@ def find_rotations(
 
     options: dict[str, Any] = {"key": key, "restarts": restarts, "solver": solver, "steps": steps}
     options |= {"patience": patience, "progress": progress, "checkpoint": checkpoint, "log": log, "mesh": mesh}
+
+    def strategy(layer):
+        return _anneal_and_refine if complete and layer.d_in * layer.d_out <= LARGEST_SEARCH else minimize
+
     if active_subspace is None:
-        fit = _anneal_and_refine if complete and layer.d_in * layer.d_out <= LARGEST_SEARCH else minimize
+        fit = strategy(layer)
         if not hold:
             return fit(objective, first, validation=held_out, **options)
         held = {name: first[name] for name in hold}
@@ -157,8 +160,7 @@ def find_rotations(
     subspace = ActiveSubspace(layer, objective.x, active_subspace)
     small, small_held_out = subspace.restrict(objective), None if held_out is None else subspace.restrict(held_out)
     components = {name: jnp.eye(d, dtype=dtype) for name, d in small.spaces.items()}
-    fit = _anneal_and_refine if complete and math.prod(small.spaces.values()) <= LARGEST_SEARCH else minimize
-    return fit(small, components, validation=small_held_out, **options).lifted(subspace.lift)
+    return strategy(small.layer)(small, components, validation=small_held_out, **options).lifted(subspace.lift)
 
 
 def kept_moments(x, checkpoint, name: str = "moments") -> Moments | None:

@@ -24,6 +24,8 @@ from rotsparse.statistics import covariance, evenly_spaced
 
 METRICS = "metrics.json"
 SOLUTION = "solution.npz"
+ROTATIONS = "rotations.safetensors"
+TABLE = "table.md"
 
 # The floor needs a singular value decomposition of every example: this many are enough for three digits.
 FLOOR_EXAMPLES = 256
@@ -63,7 +65,7 @@ def run(
     folded = fold(layer, solution.rotations, test)
 
     solution.save(folder / SOLUTION)
-    solution.rotations.save(folder / "rotations.safetensors", {"seed": seed, "objective": solution.value})
+    solution.rotations.save(folder / ROTATIONS, {"seed": seed, "objective": solution.value})
     config = config | {"seed": seed, "versions": runs.versions(), "device": jax.devices()[0].device_kind}
     runs.write_json(folder / runs.CONFIG, config)
     said, comparison = write_comparison(
@@ -130,7 +132,7 @@ def write_comparison(
     options = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
     comparison = compare(layer, test, bases, key=jax.random.fold_in(key, 3), **options)
     console.print(comparison.table())
-    write_atomically(folder / "table.md", comparison.markdown().encode())
+    write_atomically(folder / TABLE, comparison.markdown().encode())
     said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
     if source is not None:
         said.append(

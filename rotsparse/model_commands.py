@@ -128,7 +128,7 @@ def fit(command: "cli.FitModel", console: Console) -> int:
         rows = _summary(results)
         control = _control(command, run.out / f"layer-{work[0][0]}", layer_config)
         text = f"{TITLE}:\n\n{_markdown([COLUMNS, *rows])}\n\n{CONTROL}\n\n    {control}\n"
-        write_atomically(folder / "table.md", text.encode())
+        write_atomically(folder / job.TABLE, text.encode())
     table = Table(*COLUMNS, title=TITLE)
     for row in rows:
         table.add_row(*row)
@@ -181,7 +181,7 @@ def fold(command: "cli.FoldModel", console: Console) -> int:
 
 def _fold_mlps(command: "cli.FoldModel", model: models.Model, tokens, console: Console) -> int:
     """Each MLP in the coordinates that a run found for it, written as layer files."""
-    files = {i: command.rotations / f"layer-{i}" / "rotations.safetensors" for i in range(model.config.n_layers)}
+    files = {i: command.rotations / f"layer-{i}" / job.ROTATIONS for i in range(model.config.n_layers)}
     files = {i: path for i, path in files.items() if path.exists()}
     if not files:
         raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")

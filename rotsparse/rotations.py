@@ -54,7 +54,10 @@ class Rotations(eqx.Module):
 
     def compose(self, first: "Rotations") -> "Rotations":
         """Apply `first`, then these: `R = R_self R_first` on both sides."""
-        return Rotations(*map(orthogonal.matmul, (self.r_in, self.r_out), (first.r_in, first.r_out)))
+        return Rotations(
+            orthogonal.matmul(self.r_in, first.r_in),
+            orthogonal.matmul(self.r_out, first.r_out),
+        )
 
     def orthogonality_error(self) -> float:
         """Largest absolute entry of `R Rᵀ - I` over both sides, computed in float64."""
