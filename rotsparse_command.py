@@ -11,6 +11,6 @@ def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as under nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from rotsparse.cli import main
+    from rotsparse.cli.main import main
 
     main()

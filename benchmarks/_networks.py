@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotsparse import digits
-from rotsparse.benchmark import REDRAWS
-from rotsparse.layers import Layer
+from rotsparse.evaluation.benchmark import REDRAWS
+from rotsparse.examples import digits
+from rotsparse.layers.base import Layer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 

@@ -72,8 +72,8 @@ def rotsparse(y, seed, eps=EPS, **options):
     import jax
     import jax.numpy as jnp
 
-    from rotsparse.measures import Log
-    from rotsparse.solvers.activation import fit_activations
+    from rotsparse.objectives.measures import Log
+    from rotsparse.solvers.fixed_point_newton import fit_activations
 
     return np.asarray(fit_activations(jnp.asarray(y), key=jax.random.key(seed), measure=Log(eps), **options)[0])
 

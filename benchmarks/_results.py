@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rotsparse.runs import read_json, write_json
+from rotsparse.runs.folders import read_json, write_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 

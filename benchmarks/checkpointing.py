@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse.checkpoint import Session
+from rotsparse.fit._checkpoint import Session
+from rotsparse.fit._log import read_log
 from rotsparse.objectives import JacobianSparsity
-from rotsparse.run_log import read_log
 
 
 @dataclasses.dataclass

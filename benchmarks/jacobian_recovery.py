@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse.orthogonal import haar
-from rotsparse.pairs import certify
-from rotsparse.refine import refine
+from rotsparse._core.orthogonal import haar
 from rotsparse.solvers import Annealing, Riemannian
+from rotsparse.solvers.pair_search import certify
+from rotsparse.solvers.refine import refine
 
 KEY = jax.random.key(0)
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
+from rotsparse._core.orthogonal import haar, skew
 from rotsparse.objectives import JacobianSparsity
-from rotsparse.orthogonal import haar, skew
 
 
 @dataclasses.dataclass

@@ -21,10 +21,10 @@ from _publish import publish
 from _results import Results, described, read
 from rich.console import Console
 
-from rotsparse.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
-from rotsparse.compare import LABELS, heading, shown
-from rotsparse.intervals import Interval
-from rotsparse.metrics import HIGHER_IS_SPARSER
+from rotsparse._core.intervals import Interval
+from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
+from rotsparse.evaluation.compare import LABELS, heading, shown
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (SHARE, "edges_99")

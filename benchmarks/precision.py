@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse import digits
+from rotsparse._core.orthogonal import haar
+from rotsparse.examples import digits
 from rotsparse.objectives import JacobianSparsity, Objective
-from rotsparse.orthogonal import haar
 
 MANTISSA = {"highest": None, "tensorfloat32": 10, "bfloat16": 7}
 

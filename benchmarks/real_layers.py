@@ -38,8 +38,8 @@ from rich.table import Table
 from scipy.optimize import minimize as scipy_minimize
 
 import rotsparse as rs
+from rotsparse._core.orthogonal import retract_cayley, skew
 from rotsparse.objectives import JacobianSparsity
-from rotsparse.orthogonal import retract_cayley, skew
 
 ROOT = Path(__file__).resolve().parents[1]
 

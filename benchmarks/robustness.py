@@ -21,8 +21,8 @@ from _results import Results
 from rich.console import Console
 from rich.table import Table
 
-from rotsparse.measures import Log
-from rotsparse.solvers.activation import fit_activations
+from rotsparse.objectives.measures import Log
+from rotsparse.solvers.fixed_point_newton import fit_activations
 
 CELLS = {
     "clean": {},

@@ -23,9 +23,9 @@ from _results import Results
 from rich.console import Console
 
 import rotsparse as rs
-from rotsparse.models.store import StoreWriter
+from rotsparse.data.sources import RESIDENT_EXAMPLES, Source
+from rotsparse.data.store import StoreWriter
 from rotsparse.objectives import JacobianSparsity
-from rotsparse.sources import RESIDENT_EXAMPLES, Source
 
 
 @dataclasses.dataclass

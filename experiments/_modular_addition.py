@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load_file
 
 import rotsparse as rs
-from rotsparse.controls import random_weights
-from rotsparse.layers import Layer
+from rotsparse.evaluation.nulls import random_weights
+from rotsparse.layers.base import Layer
 from rotsparse.objectives import Objective
 
 P = 113

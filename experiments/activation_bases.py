@@ -15,9 +15,9 @@ from jaxtyping import Float, PRNGKeyArray
 
 import rotsparse as rs
 from rotsparse import models
-from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
-from rotsparse.solvers.activation import fit_activations
-from rotsparse.substitution import KeepAbove, KeepLargest, substitution
+from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
+from rotsparse.evaluation.substitution import KeepAbove, KeepLargest, substitution
+from rotsparse.solvers.fixed_point_newton import fit_activations
 
 Matrix = Float[np.ndarray, "d d"]
 

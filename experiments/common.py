@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from provenance import plain, provenance
 
-from rotsparse.runs import CONFIG, new_run, write_json
+from rotsparse.runs.folders import CONFIG, new_run, write_json
 
 DATA = Path(os.environ.get("ROTSPARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 """Where experiments look for data unless `--data` says otherwise."""

@@ -22,7 +22,7 @@ from activation_bases import METHODS, STYLES, Effort
 from matplotlib.figure import Figure
 
 from rotsparse import models
-from rotsparse.substitution import substitution
+from rotsparse.evaluation.substitution import substitution
 
 SPARSITY = 0.5
 SOURCE = (

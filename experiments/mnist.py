@@ -29,11 +29,11 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import rotsparse as rs
-from rotsparse.benchmark import SHARE
-from rotsparse.controls import random_weights
-from rotsparse.identifiability import identifiability
-from rotsparse.layers import Layer
-from rotsparse.statistics import covariance
+from rotsparse.data.moments import covariance
+from rotsparse.evaluation.benchmark import SHARE
+from rotsparse.evaluation.nulls import random_weights
+from rotsparse.evaluation.verdict import identifiability
+from rotsparse.layers.base import Layer
 
 SPACES = ("pixels", "hidden 1", "hidden 2", "logits")
 STAGES = {f"{SPACES[i]} → {SPACES[j]}": (i, j) for i, j in ((0, 1), (1, 2), (2, 3), (1, 3), (0, 2), (0, 3))}

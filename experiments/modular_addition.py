@@ -26,13 +26,13 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 import rotsparse as rs
-from rotsparse.ablation import EdgeAblation, accuracy
-from rotsparse.controls import beyond_control
-from rotsparse.intervals import Interval, bootstrap_counts, bootstrap_interval
-from rotsparse.layers import Subspace
+from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
+from rotsparse.evaluation.ablation import EdgeAblation, accuracy
+from rotsparse.evaluation.names import basis_name
+from rotsparse.evaluation.verdict import beyond_control
+from rotsparse.layers.jacobians import jacobian_moments
+from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives import Held, JacobianSparsity, Objective
-from rotsparse.report.names import basis_name
-from rotsparse.statistics import jacobian_moments
 
 Spaces = dict[str, Any]
 """A rotation for every space, by name."""

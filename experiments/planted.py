@@ -28,11 +28,11 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 import rotsparse as rs
-from rotsparse.alignment import chance_cosine
-from rotsparse.controls import random_weights
-from rotsparse.identifiability import identifiability
-from rotsparse.layers import Layer
-from rotsparse.orthogonal import haar
+from rotsparse._core.alignment import chance_cosine
+from rotsparse._core.orthogonal import haar
+from rotsparse.evaluation.nulls import random_weights
+from rotsparse.evaluation.verdict import identifiability
+from rotsparse.layers.base import Layer
 
 COSINE, AMARI = 0.999, 1e-3
 """From where on a side counts as recovered exactly."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rotsparse.runs import versions
+from rotsparse.runs.folders import versions
 
 
 def provenance() -> dict[str, Any]:

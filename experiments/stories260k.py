@@ -27,10 +27,11 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse import models
-from rotsparse.benchmark import SHARE
-from rotsparse.controls import beyond_control, random_perturbation, random_weights
-from rotsparse.intervals import Interval
-from rotsparse.substitution import substitution
+from rotsparse._core.intervals import Interval
+from rotsparse.evaluation.benchmark import SHARE
+from rotsparse.evaluation.nulls import random_perturbation, random_weights
+from rotsparse.evaluation.substitution import substitution
+from rotsparse.evaluation.verdict import beyond_control
 
 SPARSITIES = (25, 40, 50, 60, 75)
 """Per cent of the coordinates that are set to zero."""

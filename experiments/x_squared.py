@@ -22,10 +22,10 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 import rotsparse as rs
-from rotsparse.benchmark import SHARE
-from rotsparse.controls import random_weights
-from rotsparse.identifiability import identifiability
-from rotsparse.statistics import covariance
+from rotsparse.data.moments import covariance
+from rotsparse.evaluation.benchmark import SHARE
+from rotsparse.evaluation.nulls import random_weights
+from rotsparse.evaluation.verdict import identifiability
 
 SHOWN = {"pca": "Principal components", "learned": "Learned directions"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
@@ -50,7 +50,7 @@ class Config(common.Options):
 class Network:
     """A trained network: its middle layer, that layer's inputs for training and held-out x, and its error on those."""
 
-    layer: rs.MLP
+    layer: rs.Layer
     x: Float[np.ndarray, "m"]
     train: Float[np.ndarray, "n width"]
     test: Float[np.ndarray, "m width"]

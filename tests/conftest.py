@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from rotsparse import cli, commands
+from rotsparse.cli import commands
 
 # Derandomised: the same commit gives the same verdict. No deadline: the first example of a test compiles.
 settings.register_profile(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from rotsparse import commands, digits
-from rotsparse.layer_files import load_layer
-from rotsparse.substitution import KeepLargest, substitute
+from rotsparse.cli import commands
+from rotsparse.evaluation.substitution import KeepLargest, substitute
+from rotsparse.examples import digits
+from rotsparse.layers.files import load_layer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -42,7 +43,7 @@ def network():
 @pytest.fixture
 def few_steps(monkeypatch):
     """Fits are short, and without the pair searches that follow, where the text says nothing of that."""
-    monkeypatch.setattr("rotsparse.fit.LARGEST_SEARCH", 0)
+    monkeypatch.setattr("rotsparse.fit.find_rotations.LARGEST_SEARCH", 0)
     monkeypatch.setitem(rs.find_rotations.__kwdefaults__, "steps", 200)
     monkeypatch.setitem(rs.find_basis.__kwdefaults__, "steps", 200)
 

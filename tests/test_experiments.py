@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import rotsparse as rs
-from rotsparse.intervals import Interval
-from rotsparse.solution import Result
+from rotsparse._core.intervals import Interval
+from rotsparse.fit.solution import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -12,6 +12,8 @@
 Models of other JAX libraries: `read_layer` and `write_layer`.
 """
 
+from rotsparse.data.store import ActivationStore as ActivationStore
+from rotsparse.data.store import open_store as open_store
 from rotsparse.models.adapters import EQUINOX as EQUINOX
 from rotsparse.models.adapters import FLAX as FLAX
 from rotsparse.models.adapters import Where as Where
@@ -36,8 +38,6 @@ from rotsparse.models.load import save_model as save_model
 from rotsparse.models.model import Model as Model
 from rotsparse.models.sequences import TextFile as TextFile
 from rotsparse.models.sequences import TokenFile as TokenFile
-from rotsparse.models.store import ActivationStore as ActivationStore
-from rotsparse.models.store import open_store as open_store
 from rotsparse.models.stream import keep_mean as keep_mean
 from rotsparse.models.stream import stream_places as stream_places
 from rotsparse.models.summary import summarize as summarize

@@ -21,15 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
-from rotsparse.layers import MLP, GatedMLP, Layer
+from rotsparse.layers.base import Layer
+from rotsparse.layers.gated import GatedMLP
+from rotsparse.layers.mlp import MLP, Dense
 
 Tree = TypeVar("Tree")
+
+# By its first weight, what a layer is.
+_KINDS = {"w": Dense, "w_in": MLP, "w_gate": GatedMLP}
 
 
 @dataclass(frozen=True)
 class Where:
-    """The name of the array behind each field of a layer: `w_in`, `b_in`, `w_out`, `b_out` of an `MLP` (a single layer
-    has no `w_out`), `w_gate`, `w_up`, `w_down` and their biases of a `GatedMLP`. A bias that is not there is none."""
+    """The name of the array behind each weight of a layer: `w`, `b` of a `Dense`, `w_in`, `b_in`, `w_out`, `b_out` of
+    an `MLP`, `w_gate`, `w_up`, `w_down` and their biases of a `GatedMLP`. A bias that the model lacks is none."""
 
     names: Mapping[str, str]
     transposed: bool = False
@@ -45,19 +50,19 @@ class Convention:
 
     def dense(self, module: str) -> Where:
         """A single layer `φ(W x + b)`."""
-        return self._where(("in", module))
+        return self._where(("", module))
 
     def block(self, up: str, down: str) -> Where:
         """`W_out φ(W_in x + b_in) + b_out` from two dense layers."""
-        return self._where(("in", up), ("out", down))
+        return self._where(("_in", up), ("_out", down))
 
     def gated(self, gate: str, up: str, down: str) -> Where:
         """`W_down (φ(W_gate x) ⊙ W_up x)` from three dense layers."""
-        return self._where(("gate", gate), ("up", up), ("down", down))
+        return self._where(("_gate", gate), ("_up", up), ("_down", down))
 
     def _where(self, *modules: tuple[str, str]) -> Where:
-        weights = {f"w_{field}": f"{module}.{self.weight}" for field, module in modules}
-        biases = {f"b_{field}": f"{module}.{self.bias}" for field, module in modules}
+        weights = {f"w{field}": f"{module}.{self.weight}" for field, module in modules}
+        biases = {f"b{field}": f"{module}.{self.bias}" for field, module in modules}
         return Where({**weights, **biases}, self.transposed)
 
 
@@ -70,8 +75,8 @@ def array_names(tree: Any) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if eqx.is_array(leaf)}
 
 
-def read_layer(tree: Any, where: Where, **options: Any) -> MLP | GatedMLP:
-    """The layer whose weights are there. `options` go to `MLP` or `GatedMLP` (`activation`, `norm`, `skip`).
+def read_layer(tree: Any, where: Where, **options: Any) -> Layer:
+    """The layer whose weights are there. `options` go to the layer (`activation`, `norm`, `skip`).
 
     Raises `ValueError` for a name that the model does not have (it says which are like it), and for shapes that do not
     fit each other.
@@ -81,9 +86,10 @@ def read_layer(tree: Any, where: Where, **options: Any) -> MLP | GatedMLP:
     for field, name in where.names.items():
         if name in arrays:
             weights[field] = _turned(arrays[name], where)
-        elif field.startswith("w_"):
+        elif field.startswith("w"):
             raise ValueError(_unknown(name, arrays))
-    return (GatedMLP if "w_gate" in where.names else MLP)(**weights, **options)
+    kind = next(kind for first, kind in _KINDS.items() if first in where.names)
+    return kind(**weights, **options)
 
 
 def write_layer(tree: Tree, where: Where, layer: Layer) -> Tree:
@@ -91,16 +97,18 @@ def write_layer(tree: Tree, where: Where, layer: Layer) -> Tree:
 
     Raises `ValueError` where the model has no place for a weight of the layer, or one of another shape.
     """
-    if isinstance(layer, GatedMLP):
-        fields = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
-    elif isinstance(layer, MLP):
-        fields = ("w_in", "b_in", "w_out", "b_out")
-    else:
-        raise ValueError(f"only the weights of an MLP or GatedMLP can be written, got a {type(layer).__name__}")
+    weights = layer.weights()
+    if not weights:
+        raise ValueError(f"a {type(layer).__name__} has no weights to write")
+    if "w" in where.names and "w_out" in weights:
+        raise ValueError(
+            "the outputs of a single layer stand behind its activation, and a rotation of them has no place in it: "
+            "rotate the inputs only, or take this layer and the next as one block"
+        )
     arrays = array_names(tree)
     new = {}
-    for field in fields:
-        value, name = getattr(layer, field), where.names.get(field, "")
+    for field in {**where.names, **weights}:
+        value, name = weights.get(field), where.names.get(field, "")
         if name not in arrays:
             _check_dispensable(field, value, name, arrays)
             continue
@@ -112,12 +120,11 @@ def write_layer(tree: Tree, where: Where, layer: Layer) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_name(path), leaf), tree)
 
 
-def equinox_mlp(mlp: eqx.nn.MLP) -> tuple[list[Where], list[MLP]]:
+def equinox_mlp(mlp: eqx.nn.MLP) -> tuple[list[Where], list[Layer]]:
     """Every dense layer of an `eqx.nn.MLP` with its activation, and where it is."""
     where = [EQUINOX.dense(f"layers.{i}") for i in range(len(mlp.layers))]
     activations: Sequence[Callable] = [*[mlp.activation] * (len(where) - 1), mlp.final_activation]
-    layers = [read_layer(mlp, w, activation=a) for w, a in zip(where, activations, strict=True)]
-    return where, [layer for layer in layers if isinstance(layer, MLP)]
+    return where, [read_layer(mlp, w, activation=a) for w, a in zip(where, activations, strict=True)]
 
 
 def _name(path) -> str:
@@ -140,13 +147,8 @@ def _unknown(name: str, arrays: Mapping[str, Any]) -> str:
 
 def _check_dispensable(field: str, value, name: str, arrays: Mapping[str, Any]) -> None:
     """A field of the layer that has no place in the model must not matter."""
-    if value is None or (field.startswith("b_") and not np.any(value)):
+    if value is None or (field.startswith("b") and not np.any(value)):
         return
-    if field == "w_out" and not name:
-        raise ValueError(
-            "the outputs of a single layer stand behind its activation, and a rotation of them has no place in it: "
-            "rotate the inputs only, or take this layer and the next as one block"
-        )
-    if field.startswith("b_"):
+    if field.startswith("b"):
         raise ValueError(f"the layer has a bias {field}, and the model has no place for it ({name!r})")
     raise ValueError(_unknown(name, arrays))

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rotsparse.lock import FolderLock
+from rotsparse._core.lock import FolderLock
+from rotsparse.data.store import ActivationStore, StoreWriter
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import TextFile, TokenFile
-from rotsparse.models.store import ActivationStore, StoreWriter
 from rotsparse.models.transformer import Point, check_point, run
 
 

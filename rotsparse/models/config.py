@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from rotsparse.activations import ACTIVATIONS
+from rotsparse.layers.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)

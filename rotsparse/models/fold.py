@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from rotsparse import checks
+from rotsparse._core import checks
+from rotsparse.layers.rotations import Rotations
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.model import AnyArray, Model
 from rotsparse.models.stream import keep_mean, moved_mean, rotate_stream, stream_places
 from rotsparse.models.transformer import run
-from rotsparse.rotations import Rotations
 
 # A fold that changes float64 logits by more than this share of the largest of them is no rounding error.
 TOLERANCE = 1e-9

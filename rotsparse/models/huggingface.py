@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rotsparse._core.files import new_folder
 from rotsparse.models.architectures import ARCHITECTURES, Architecture, Entry, is_bare
 from rotsparse.models.config import TransformerConfig
-from rotsparse.models.files import new_folder
 from rotsparse.models.model import Model, expected_shape, named, nested
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotsparse.layers import MLP, GatedMLP, Layer
+from rotsparse.layers.base import Layer
+from rotsparse.layers.gated import GatedMLP
+from rotsparse.layers.mlp import MLP
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import check_point, norm_of
 

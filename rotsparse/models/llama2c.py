@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rotsparse.files import write_atomically
+from rotsparse._core.files import write_atomically
 from rotsparse.models.config import Rotary, TransformerConfig
 from rotsparse.models.model import Model, named, nested
 

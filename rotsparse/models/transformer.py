@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rotsparse.activations import as_activation
+from rotsparse.layers.activations import as_activation
+from rotsparse.layers.norms import Norm, layer_norm
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.model import AnyArray, Params
-from rotsparse.norms import Norm, layer_norm
 
 SITES = ("residual", "input", "hidden", "output")
 

@@ -4,13 +4,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rotsparse import checks
-from rotsparse.checks import Data
-from rotsparse.measures import Measure, checked, with_eps
-from rotsparse.objectives.examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
-from rotsparse.orthogonal import skew
-from rotsparse.sources import Source, in_memory
-from rotsparse.statistics import Moments
+from rotsparse._core import checks
+from rotsparse._core.orthogonal import skew
+from rotsparse._core.types import Data
+from rotsparse.data.moments import Moments
+from rotsparse.data.sources import Source, in_memory
+from rotsparse.objectives._examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
+from rotsparse.objectives.measures import Measure, checked, with_eps
 
 
 class ActivationSparsity(OnExamples):

@@ -1,14 +1,13 @@
 """What an objective is: a function of the rotations of some spaces, with its relative gradient."""
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rotsparse.sharding import Devices
+from rotsparse.data.devices import Devices
 
 Bases = dict[str, Float[Array, "d d"]]
 
@@ -71,10 +70,3 @@ class Objective(eqx.Module):
 
 def add_grads(a: Bases, b: Bases) -> Bases:
     return {name: a[name] + b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
-
-
-def replace_fields(objective, **fields):
-    new = object.__new__(type(objective))
-    for field in dataclasses.fields(objective):
-        object.__setattr__(new, field.name, fields.get(field.name, getattr(objective, field.name)))
-    return new

@@ -4,7 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from rotsparse.objectives.base import Bases, Objective, add_grads, replace_fields
+from rotsparse._core.modules import replace_fields
+from rotsparse.objectives.base import Bases, Objective, add_grads
 
 
 class WeightedSum(Objective):

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rotsparse import checks
-from rotsparse.checks import Data
-from rotsparse.layers import Layer, Subspace
-from rotsparse.measures import Measure, checked, with_eps
-from rotsparse.objectives.base import add_grads, replace_fields
-from rotsparse.objectives.examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
-from rotsparse.objectives.part import Part, check_part
-from rotsparse.orthogonal import matmul, skew
-from rotsparse.sources import Source, in_memory
-from rotsparse.statistics import Moments, chunk_size, jacobian_gram
+from rotsparse._core import checks
+from rotsparse._core.modules import replace_fields
+from rotsparse._core.orthogonal import matmul, skew
+from rotsparse._core.types import Data
+from rotsparse.data.moments import Moments
+from rotsparse.data.sources import Source, in_memory
+from rotsparse.layers.base import Layer
+from rotsparse.layers.jacobians import chunk_size, jacobian_gram
+from rotsparse.layers.subspace import Subspace
+from rotsparse.objectives._examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
+from rotsparse.objectives._submatrix import Part, check_part
+from rotsparse.objectives.base import add_grads
+from rotsparse.objectives.measures import Measure, checked, with_eps
 
 # Variances below this fraction of the mean variance count as this much: the square root of zero has no gradient.
 VARIANCE_FLOOR = 1e-6

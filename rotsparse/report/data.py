@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rotsparse.checks import Data, activations
-from rotsparse.layers import Layer
-from rotsparse.rotations import Rotations
-from rotsparse.statistics import covariance as input_covariance
-from rotsparse.statistics import jacobians
+from rotsparse._core.checks import activations
+from rotsparse._core.types import Data
+from rotsparse.data.moments import covariance as input_covariance
+from rotsparse.layers.base import Layer
+from rotsparse.layers.jacobians import jacobians
+from rotsparse.layers.rotations import Rotations
 
 BEFORE, AFTER = "neurons", "learned"
 

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from rotsparse.compare import Comparison
-from rotsparse.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.compare import Comparison
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.names import basis_name, metric_name
+from rotsparse.fit.solution import Solution
 from rotsparse.report.data import AFTER, BEFORE, PictureData
-from rotsparse.report.names import basis_name, metric_name
 from rotsparse.report.ordering import diagonal_order
-from rotsparse.solution import Solution
 
 DPI = 200
 INK, GREY, PALE, LEARNED, RIVAL = "#222222", "#8a8a8a", "#c4c4c4", "#d55e00", "#0072b2"

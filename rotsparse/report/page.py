@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from rotsparse.alignment import chance_cosine
-from rotsparse.compare import LABELS, Comparison
-from rotsparse.metrics import HIGHER_IS_SPARSER
+from rotsparse._core.alignment import chance_cosine
+from rotsparse.evaluation.compare import LABELS, Comparison
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.names import basis_name, metric_meaning, metric_name, metric_value
+from rotsparse.fit.solution import SAME, Solution
 from rotsparse.report.data import AFTER, BEFORE
-from rotsparse.report.names import basis_name, metric_meaning, metric_name, metric_value
-from rotsparse.solution import SAME, Solution
 
 
 def render(

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from rotsparse.orthogonal import bound_step, matmul, newton_schulz, skew
+from rotsparse._core.orthogonal import bound_step, matmul, newton_schulz, skew
 from rotsparse.solvers.base import Solver
 
 

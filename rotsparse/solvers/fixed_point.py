@@ -22,10 +22,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rotsparse.measures import outside_largest
-from rotsparse.orthogonal import matmul, polar
+from rotsparse._core.orthogonal import matmul, polar
+from rotsparse.objectives.measures import outside_largest
+from rotsparse.solvers._moments import Moments, check_objective, moments
 from rotsparse.solvers.base import Solver
-from rotsparse.solvers.moments import Moments, check_objective, moments
 
 # A response maps rotated activations [d, n] (directions first) to the activations that they should have been.
 Response = Callable[[Float[Array, "d n"]], Float[Array, "d n"]]

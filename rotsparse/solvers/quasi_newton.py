@@ -19,10 +19,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rotsparse.measures import Measure
-from rotsparse.orthogonal import matmul, polar
+from rotsparse._core.orthogonal import matmul, polar
+from rotsparse.objectives.measures import Measure
+from rotsparse.solvers._moments import Moments, check_objective, moments
 from rotsparse.solvers.base import Solver
-from rotsparse.solvers.moments import Moments, check_objective, moments
 from rotsparse.solvers.riemannian import Schedule
 
 # The curvature of a pair is at least this share of the mean of |E[S'(z_i) z_i]|: flat pairs take long steps, not

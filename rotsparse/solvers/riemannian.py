@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rotsparse.orthogonal import Retraction, bound_step, retract_polar, skew
+from rotsparse._core.orthogonal import Retraction, bound_step, retract_polar, skew
 from rotsparse.solvers.base import Solver
 
 # A schedule maps the share of the run that is done (0 to 1) to a factor or a value.

@@ -13,7 +13,8 @@ import optax
 import pytest
 from flax import nnx
 
-from rotsparse import MLP, GatedMLP, Rotations, fold
+from rotsparse import MLP, GatedMLP, Rotations
+from rotsparse.layers import fold
 from rotsparse.models.adapters import (
     EQUINOX,
     FLAX,

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from tiny_models import STORIES, message, needs_stories, tiny
 
-from rotsparse.lock import FolderLock
+from rotsparse._core.lock import FolderLock
+from rotsparse.data.store import open_store
 from rotsparse.models.capture import capture
 from rotsparse.models.layers import mlp_layer
 from rotsparse.models.load import load_model, load_tokenizer
 from rotsparse.models.sequences import TextFile, TokenFile
-from rotsparse.models.store import open_store
 from rotsparse.models.transformer import run
 
 # The package exports a function of the same name.
 capture_module = importlib.import_module("rotsparse.models.capture")
-store_module = importlib.import_module("rotsparse.models.store")
+store_module = importlib.import_module("rotsparse.data.store")
 POINTS = [(0, "input"), (1, "hidden")]
 # Small shards, so that there are several: two batches of two sequences each.
 SMALL: dict[str, Any] = {"length": 8, "batch": 2, "shard_bytes": 8 * 2 * 2 * 24 * 4}
@@ -49,7 +49,7 @@ def test_rows_are_what_the_model_computes(model, tokens, tmp_path):
     for store, point in zip(stores, POINTS, strict=True):
         assert len(store.manifest["shards"]) == 2 and store.shape[0] == 61
         np.testing.assert_allclose(everything([store])[0], np.concatenate([e[point][0] for e in expected]), atol=1e-5)
-    again = open_store(tmp_path / "out/1.hidden", model)
+    again = open_store(tmp_path / "out/1.hidden", model.fingerprint())
     assert again.shape == (61, 24)
     np.testing.assert_array_equal(again.read(range(50, 20, -3)), everything(stores)[1][50:20:-3])
 
@@ -102,7 +102,7 @@ def test_an_interrupted_capture_goes_on(where, calls, model, tokens, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             capture(model, tokens, POINTS, tmp_path / "out", **SMALL)
     with pytest.raises(ValueError, match=r"was interrupted|holds no activations"):
-        open_store(tmp_path / "out/1.hidden", model)  # the one that is written last
+        open_store(tmp_path / "out/1.hidden", model.fingerprint())  # the one that is written last
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npy") if begun_shard(p)}
     resumed = capture(model, tokens, POINTS, tmp_path / "out", **SMALL)
     for ours, theirs in zip(everything(resumed), expected, strict=True):
@@ -179,7 +179,7 @@ def test_foreign_and_different_stores_are_refused(model, tokens, tmp_path):
     capture(model, tokens, POINTS, tmp_path / "out", **SMALL)
     other = tiny("llama", seed=1)
     with pytest.raises(ValueError, match="come from another model"):
-        open_store(tmp_path / "out/0.input", other)
+        open_store(tmp_path / "out/0.input", other.fingerprint())
     with pytest.raises(ValueError, match="holds activations of another model"):
         capture(other, tokens, POINTS, tmp_path / "out", **SMALL)
     with pytest.raises(ValueError, match=r"was begun with seed = 0, not 1"):

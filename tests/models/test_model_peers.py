@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from rotsparse.layers.rotations import Rotations
 from rotsparse.models.fold import fold_mlp, fold_stream
 from rotsparse.models.huggingface import load_huggingface, save_huggingface
 from rotsparse.models.load import load_model, load_tokenizer
 from rotsparse.models.stream import keep_mean
 from rotsparse.models.transformer import run
-from rotsparse.rotations import Rotations
 
 pytestmark = pytest.mark.peers
 peers = pytest.importorskip("transformers_peers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import RAW, message, tiny
 
-from rotsparse.layers import GatedMLP
+from rotsparse.layers.gated import GatedMLP
 from rotsparse.models.language import generate
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.transformer import SITES, run

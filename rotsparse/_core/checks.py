@@ -1,0 +1,84 @@
+"""Checks of what a user hands in. Every message says what was expected, what came, and what to do."""
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from rotsparse._core.orthogonal import exact_error
+
+
+def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
+    """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).
+
+    NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`.
+    Raises `ValueError` with what was expected and what came.
+    """
+    value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+    if len(value.shape) != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
+        wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
+        raise ValueError(f"{name} should have shape {wanted} (matrices are [out, in]), got {list(value.shape)}")
+    if value.size == 0:
+        raise ValueError(f"{name} is empty: its shape is {list(value.shape)}")
+    if value.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"{name} should be float32 or float64, got {value.dtype}: convert it first, e.g. with .astype('float32')"
+        )
+    if not isinstance(value, Tracer) and not (finite := np.isfinite(value)).all():
+        first = np.unravel_index(int(np.argmin(finite)), finite.shape)
+        raise ValueError(
+            f"{name} contains NaN or infinity ({finite.size - np.count_nonzero(finite):,} of {finite.size:,} entries, "
+            f"the first at {[int(i) for i in first]}): check where it comes from"
+        )
+    return cast(Array, value)  # a NumPy array serves wherever an Array does
+
+
+def orthogonal(name: str, value, width: int | None = None) -> Array:
+    """`value` as an orthogonal matrix, of that width if it is given, to 1e-3: what is beyond is no rounding error.
+    Raises `ValueError`."""
+    r = weight(name, value, (width, width))
+    if r.shape[0] != r.shape[1]:
+        raise ValueError(f"{name} should be square, got {list(r.shape)}")
+    if not isinstance(r, Tracer):
+        error = exact_error(r)
+        if error > 1e-3:
+            raise ValueError(
+                f"{name} is not orthogonal: the largest entry of |R Rᵀ - I| is {error:.2g}, expected < 1e-3"
+            )
+    return r
+
+
+def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
+    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and, where
+    that is more than one, not all the same. Raises `ValueError`."""
+    value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+    if value.ndim != 2 or value.shape[1] != width:
+        hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
+        raise ValueError(
+            f"{name} should have shape [examples, {width}], the inputs of the layer, got {list(value.shape)}{hint}"
+        )
+    if value.shape[0] < at_least:
+        raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
+    value = weight(name, value, (None, width))
+    with np.errstate(over="ignore"):  # from float64: looked at below
+        x = jnp.asarray(value)
+    if isinstance(x, Tracer):
+        return x
+    # What is on the host already is not fetched from the device again.
+    host = np.asarray(value if x.dtype == value.dtype else x)
+    if x.dtype != value.dtype and not np.isfinite(host).all():
+        largest = np.abs(value).max()
+        raise ValueError(f"{name} has entries of up to {largest:.2g}, beyond the range of {x.dtype}: scale them down")
+    if at_least > 1 and _constant(host):
+        raise ValueError(
+            f"{name}: all {len(host)} examples are equal (zero variance) in {x.dtype}, so no direction stands out"
+        )
+    return x
+
+
+def _constant(x: np.ndarray) -> bool:
+    """Whether all examples are the same. NumPy, because JAX would compile three programs for it."""
+    return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())

@@ -1,0 +1,127 @@
+"""From options of the command line to arguments of the library and to the JSON that a run records."""
+
+import dataclasses
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from rotsparse.cli import options
+from rotsparse.data.devices import device_mesh
+from rotsparse.fit._checkpoint import Checkpoints
+from rotsparse.fit._log import RunLog
+from rotsparse.fit.minimize import STEPS
+from rotsparse.objectives import measures
+from rotsparse.runs import folders
+from rotsparse.solvers import Annealing, Riemannian
+
+# Measures that ignore their scale.
+SCALELESS = ("l4", "top-k")
+
+
+def fit_arguments(options: "options.FitOptions", input_scale: str) -> dict[str, Any]:
+    """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
+    for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step"):
+        check_positive(name, getattr(options, name))
+    if options.max_step > 0.5:
+        raise ValueError(f"--max-step is an angle in radians: expected at most 0.5, got {options.max_step}")
+    solvers = {
+        "auto": lambda: None,
+        "annealing": lambda: Annealing(angle=options.max_step),
+        "adam": lambda: Riemannian(optax.adam(options.learning_rate), max_step=options.max_step),
+    }
+    return {
+        "measure": _measure(options),
+        "scale_inputs": input_scale == "std",
+        "solver": solvers[options.solver](),
+        "steps": options.steps or (400 if options.solver == "adam" else STEPS),
+        "restarts": options.restarts,
+        "batch_size": options.batch_size,
+        "active_subspace": options.active_subspace,
+        "tie": options.tie,
+        "hold": options.hold,
+        "patience": options.patience,
+        "precision": options.precision,
+        "progress": True,
+        "mesh": mesh(options.devices, options.restarts),
+    }
+
+
+def _measure(options: "options.FitOptions") -> measures.Measure:
+    """The measure with the options that it has. Raises `ValueError` for one that it does not have."""
+    check_positive("eps", options.eps)
+    if options.eps is not None and options.measure in SCALELESS:
+        raise ValueError(f"--measure {options.measure} has no scale: leave out --eps")
+    if options.keep is None:
+        return measures.by_name(options.measure, options.eps)
+    if options.measure != "top-k":
+        raise ValueError(f"--keep belongs to --measure top-k, and the measure is {options.measure}: leave it out")
+    return measures.TopK(options.keep)
+
+
+def mesh(count: int | None, restarts: int) -> Mesh | None:
+    """So many devices of this host (default: all of them) in as many groups as the restarts can be spread over: those
+    need no communication. The examples are spread within a group. `None` for one device. Raises `ValueError` where
+    there are fewer."""
+    devices = jax.local_devices()
+    check_positive("devices", count)
+    if count is not None and count > len(devices):
+        raise ValueError(f"--devices {count}: JAX sees {len(devices)} on this host")
+    devices = devices[:count]
+    return None if len(devices) == 1 else device_mesh(restarts=math.gcd(restarts, len(devices)), devices=devices)
+
+
+def records(options: "options.RunOptions", folder: Path) -> dict[str, Any]:
+    """The arguments of `find_rotations` with which a run can be resumed and followed. Raises `ValueError`."""
+    check_positive("checkpoint_minutes", options.checkpoint_minutes)
+    return {
+        "checkpoint": Checkpoints(folder / folders.CHECKPOINTS, every_minutes=options.checkpoint_minutes),
+        "log": RunLog(folder, tensorboard=options.tensorboard),
+    }
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise `ValueError` for an option that is given and not greater than zero."""
+    if value is not None and not value > 0:
+        raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for a seed that no generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {seed}")
+
+
+def spelled(options: Any) -> str:
+    """A group of options as one would type them, those that differ from their defaults."""
+    words = []
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [name, *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
+
+
+def plain(command) -> dict[str, Any]:
+    """A command's options as JSON, those of its groups among the others. Paths are absolute, so that they can be used
+    from another folder."""
+    options: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(command).items():
+        options |= value if isinstance(value, dict) else {name: value}
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return os.path.abspath(value)
+        case tuple():
+            return [_plain(v) for v in value]
+        case _:
+            return value

@@ -1,0 +1,306 @@
+"""What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from rotsparse._core import checks
+from rotsparse.cli import model_commands
+from rotsparse.cli import options as opt
+from rotsparse.cli.arguments import check_seed, fit_arguments, plain, records, spelled
+from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.data.sources import RowRange, Source, in_memory
+from rotsparse.evaluation import baselines
+from rotsparse.evaluation.benchmark import benchmark
+from rotsparse.evaluation.compare import compare
+from rotsparse.examples import digits
+from rotsparse.fit.solution import Solution
+from rotsparse.layers.activations import ACTIVATIONS
+from rotsparse.layers.base import Layer
+from rotsparse.layers.files import load_layer, open_activations, save_layer
+from rotsparse.layers.fold import fold as fold_layer
+from rotsparse.layers.rotations import Rotations
+from rotsparse.objectives import measures
+from rotsparse.runs import folders, layer_run, listing
+
+console = Console()
+
+# A fold is checked on at most so many examples.
+CHECKED_EXAMPLES = 8192
+
+
+def run(command: Any) -> int:
+    """Run a command and return its exit code."""
+    match command:
+        case opt.Demo():
+            return demo(command)
+        case opt.Fit():
+            return fit(command)
+        case opt.Compare():
+            return comparison(command)
+        case opt.Benchmark():
+            return benchmarked(command)
+        case opt.Fold():
+            return fold(command)
+        case opt.Report():
+            return redraw(command)
+        case opt.Runs():
+            console.print(listing.table(command.folder))
+            return 0
+        case opt.Inspect():
+            return model_commands.inspect(command, console)
+        case opt.Capture():
+            return model_commands.capture(command, console)
+        case opt.FitModel():
+            return model_commands.fit(command, console)
+        case opt.FoldModel():
+            return model_commands.fold(command, console)
+    raise AssertionError(command)
+
+
+def demo(command: "opt.Demo") -> int:
+    """`rotsparse demo`."""
+    check_seed(command.seed)
+    with folders.new_run(command.out, overwrite=command.overwrite) as folder:
+        console.print("training a 64-64-64-10 ReLU network on handwritten digits ...")
+        network = digits.train(command.seed)
+        first, layer = network.layers[0], network.layers[1]
+        train, test = (np.asarray(first(jnp.asarray(x)))[: command.examples] for x in (network.train, network.test))
+        console.print(
+            f"held-out accuracy {network.accuracy:.1%}; its second layer has {layer.d_in} inputs and "
+            f"{layer.d_out} outputs; "
+            f"fitting on {len(train)} examples, reporting on {len(test)} others"
+        )
+        # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
+        save_layer(folder / "layer.safetensors", layer)
+        np.save(folder / "activations.npy", train)
+        np.save(folder / "test_activations.npy", test)
+        config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
+        config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
+        config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
+        options = {"measure": measures.Log(0.1), "scale_inputs": False, "steps": command.steps, "restarts": 2}
+        solution = layer_run.run(
+            folder,
+            layer,
+            train,
+            test,
+            fit=options | {"progress": True},
+            seed=command.seed,
+            config=config,
+            console=console,
+        )
+    console.print(f"report: {command.out / 'report.html'}")
+    return 0 if layer_run.succeeded(solution) else 1
+
+
+def fit(command: "opt.Fit") -> int:
+    """`rotsparse fit`."""
+    layer, train, test = _inputs(command.layer)
+    options = fit_arguments(command.fit, command.layer.input_scale)
+    options |= {"start": None if command.start is None else _rotations(command.start)}
+    config, run = {"command": "fit", **plain(command)}, command.run
+    with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
+        options |= records(run, folder)
+        solution = layer_run.run(
+            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
+        )
+    console.print(f"report: {run.out / 'report.html'}")
+    known = {field.name: getattr(command.layer, field.name) for field in dataclasses.fields(opt.LayerOptions)}
+    rest = f"--rotations {shlex.quote(str(run.out))} --out {shlex.quote(str(run.out / 'folded.safetensors'))}"
+    console.print(
+        f"to write the layer in these coordinates: rotsparse fold {spelled(opt.LayerOptions(**known))} {rest}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0 if layer_run.succeeded(solution) else 1
+
+
+def comparison(command: "opt.Compare") -> int:
+    """`rotsparse compare`."""
+    layer, train, test = _inputs(command.layer)
+    if command.out is not None:
+        _new_file(command.out, command.overwrite)
+    train, _ = in_memory(train)
+    key = jax.random.key(command.layer.seed)
+    key_baselines = jax.random.fold_in(key, 2)
+    given = _named(command.rotations)
+    for name in given.keys() & baselines.methods(layer, key=key_baselines).keys():
+        raise ValueError(
+            f"{given[name]} would be called {name!r} after its folder, as a baseline is: rename the folder"
+        )
+    bases = {name: _rotations(path) for name, path in given.items()}
+    bases |= baselines.all_baselines(layer, train, key=key_baselines)
+    table = compare(
+        layer,
+        test,
+        bases,
+        scale_inputs=command.layer.input_scale == "std",
+        covariance=covariance(train)[1],
+        key=jax.random.fold_in(key, 3),
+    )
+    console.print(table.table())
+    if command.out is not None:
+        folders.write_json(
+            command.out, {"config": plain(command), "versions": folders.versions(), "metrics": table.to_json()}
+        )
+    return 0
+
+
+def benchmarked(command: "opt.Benchmark") -> int:
+    """`rotsparse benchmark`."""
+    layer, train, test = _inputs(command.layer)
+    options = fit_arguments(command.fit, command.layer.input_scale)
+    with contextlib.ExitStack() as stack:
+        folder = command.out and stack.enter_context(folders.new_run(command.out, overwrite=command.overwrite))
+        found = benchmark(layer, train, test, key=jax.random.key(command.layer.seed), **options)
+        console.print(found.table())
+        console.print(found.conclusion, highlight=False)
+        if folder:
+            folders.write_json(folder / folders.CONFIG, {"command": "benchmark", **plain(command)})
+            folders.write_json(folder / layer_run.METRICS, {"versions": folders.versions(), **found.to_json()})
+            (folder / layer_run.TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            found.solution.rotations.save(folder / layer_run.ROTATIONS, {"seed": command.layer.seed})
+    return 0 if layer_run.succeeded(found.solution) else 1
+
+
+def fold(command: "opt.Fold") -> int:
+    """`rotsparse fold`."""
+    if command.out.suffix != ".safetensors":
+        raise ValueError(
+            f"--out {command.out}: a layer is written as safetensors, so give a name that ends in .safetensors"
+        )
+    layer, rotations = _layer(command.layer), _rotations(command.rotations)
+    x = _part(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
+    _new_file(command.out, command.overwrite)
+    folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
+    save_layer(command.out, folded.layer)
+    console.print(
+        f"wrote {command.out}: the same function in rotated coordinates, to {folded.error:.1e} "
+        f"(outputs have root mean square {folded.scale:.2g})",
+        highlight=False,
+    )
+    return 0
+
+
+def redraw(command: "opt.Report") -> int:
+    """`rotsparse report`: everything but the fit is computed again, from the files that the run's config names."""
+    config = folders.read_json(command.run / folders.CONFIG)
+    match config.get("command"):
+        case "demo" | "fit":
+            _redraw(command.run, config)
+        case "fit-model" if "layer_number" in config:
+            _redraw(command.run, config)
+        case "fit-model":
+            for part in model_commands.parts(command.run):
+                console.rule(part.name)
+                _redraw(part, folders.read_json(part / folders.CONFIG))
+        case "benchmark":
+            raise ValueError(f"a benchmark has no page to draw: its table is {command.run / layer_run.TABLE}")
+        case _:
+            raise ValueError(
+                f"{command.run / folders.CONFIG} was not written by a run of rotsparse: there is nothing to draw"
+            )
+    return 0
+
+
+def _redraw(run: Path, config: dict[str, Any]) -> None:
+    """The figures and the page of one fit."""
+    metrics = folders.read_json(run / layer_run.METRICS)
+    solution = Solution.load(run / layer_run.SOLUTION)
+    # The files of a demo and of a model's layer lie in the run; those of a fit are where the user had them.
+    files = {name: run / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
+    for name, path in files.items():
+        if not path.exists():
+            raise ValueError(
+                f"{path}, which {run / folders.CONFIG} names as {name!r}, does not exist: where is it now?"
+            )
+    rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
+    # The layers of a model are written with the matrix of their skip connection.
+    skip = config["command"] == "fit" and config["skip"]
+    layer, train, test = _inputs(opt.EvaluationOptions(**files, **rest, skip=skip))
+    layer_run.write_comparison(
+        run,
+        layer,
+        train,
+        test,
+        solution,
+        config=config,
+        scale_inputs=config["input_scale"] == "std",
+        floor=metrics["objective"]["floor"],
+        function_error=metrics["function_error"],
+        console=console,
+    )
+    console.print(f"report: {run / 'report.html'}")
+
+
+def _new_file(path: Path, overwrite: bool) -> None:
+    """Make the folder of a file that is to be written. Raises `ValueError` where the file is there already."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another file, or pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _rotations(path: Path) -> Rotations:
+    """The rotations in a file, or in a run folder. Raises `ValueError`."""
+    if path.is_dir() and not (path / layer_run.ROTATIONS).exists():
+        parts = model_commands.parts(path)
+        advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
+        raise ValueError(f"{path} holds no {layer_run.ROTATIONS}{advice}")
+    return Rotations.load(path / layer_run.ROTATIONS if path.is_dir() else path)[0]
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Rotations under the names of their folders, and of as many folders above as it takes to tell them apart; several
+    files of one folder under their own names, too. Raises `ValueError` where one is given twice."""
+    files = [Path(os.path.abspath(path / layer_run.ROTATIONS if path.is_dir() else path)) for path in paths]
+    places = [file.parent.parts for file in files]
+    if len(set(places)) < len(places):
+        places = [file.with_suffix("").parts for file in files]
+    if len(set(places)) < len(places):
+        raise ValueError(f"--rotations names the same rotations twice: {', '.join(map(str, paths))}")
+    depth = 1
+    while len({place[-depth:] for place in places}) < len(places):
+        depth += 1
+    return {"/".join(place[-depth:]): path for place, path in zip(places, paths, strict=True)}
+
+
+def _layer(options: "opt.LayerOptions") -> Layer:
+    return load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
+
+
+def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
+    """The layer, the activations to fit on, and the held-out ones (of those that stay on disk, a part)."""
+    check_seed(options.seed)
+    layer = _layer(options)
+    x = open_activations(options.activations, layer.d_in)
+    if options.test_activations is not None:
+        return layer, x, _part(options.test_activations, open_activations(options.test_activations, layer.d_in))
+    if len(x) < 10:
+        raise ValueError(
+            f"{options.activations} holds {len(x)} examples, too few to hold a fifth of them out: give at least 10, or "
+            "--test-activations"
+        )
+    held_out = len(x) // 5
+    if isinstance(x, Source):
+        border = len(x) - held_out
+        test = _part(options.activations, RowRange(x, range(border, len(x))))
+        return layer, RowRange(x, range(border)), test
+    order = np.random.default_rng(options.seed).permutation(len(x))
+    return layer, x[order[held_out:]], x[order[:held_out]]
+
+
+def _part(path: Path, x: np.ndarray | Source) -> np.ndarray:
+    """What of held-out activations is kept in memory. Raises `ValueError` where that is unfit."""
+    return np.asarray(checks.activations(str(path), x.resident(), x.shape[1])) if isinstance(x, Source) else x

@@ -1,0 +1,306 @@
+"""What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
+
+import itertools
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.table import Table
+
+from rotsparse import models
+from rotsparse._core.alignment import mean_max_cosine
+from rotsparse._core.files import new_folder, write_atomically
+from rotsparse._core.interrupt import Interrupted
+from rotsparse.cli import options
+from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.data.moments import evenly_spaced
+from rotsparse.evaluation.names import basis_name
+from rotsparse.fit.solution import Result
+from rotsparse.layers.files import save_layer
+from rotsparse.layers.rotations import Rotations
+from rotsparse.runs import folders, layer_run
+
+TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
+COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")
+CONTROL = "Whether a layer is sparser than the same layer with random weights:"
+
+# A fold is checked on so many sequences of so many tokens.
+CHECKED_SEQUENCES, CHECKED_LENGTH = 4, 128
+
+
+def inspect(command: "options.Inspect", console: Console) -> int:
+    """`rotsparse inspect`."""
+    summary = models.summarize(models.load_model(command.model))
+    stream = summary["stream"]
+    for name in ("architecture", "format", "parameters", "vocabulary", "positions", "head", "norm"):
+        value = summary[name]
+        console.print(f"{name:14}{value:,}" if isinstance(value, int) else f"{name:14}{value}", highlight=False)
+    table = Table("layer", "MLP", "inputs", "hidden", "outputs")
+    for layer in summary["layers"]:
+        table.add_row(*(str(layer[column]) for column in ("layer", "mlp", "d_in", "d_hidden", "d_out")))
+    console.print(table)
+    said = {
+        "each MLP": "its inputs and outputs can be rotated (fit-model, fold-model --rotations RUN); its hidden layer "
+        "cannot, because an elementwise φ pins its neurons",
+        "the stream": f"can be rotated (fold-model); written in {summary['format']} format: {stream['export']}"
+        if stream["foldable"]
+        else stream["reason"],
+    }
+    for what, sentence in said.items():
+        console.print(f"{what + ':':14}{sentence}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def capture(command: "options.Capture", console: Console) -> int:
+    """`rotsparse capture`."""
+    model = models.load_model(command.source.model)
+    layers = _layer_numbers(command.layers, model)
+    check_seed(command.seed)
+    for name in ("sequences", "batch"):
+        check_positive(name, getattr(command, name))
+    try:
+        stores = models.capture(
+            model,
+            _source(command.source, model),
+            [(layer, site) for layer in layers for site in command.sites],
+            command.out,
+            length=command.length,
+            keep=command.keep,
+            sequences=command.sequences,
+            batch=command.batch,
+            seed=command.seed,
+            dtype=np.dtype(command.dtype).type,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: to go on, give the same command again") from None
+    for store in stores:
+        console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
+    return 0
+
+
+def fit(command: "options.FitModel", console: Console) -> int:
+    """`rotsparse fit-model`: the single-layer job for one layer after the other."""
+    model = models.load_model(command.model)
+    arguments = fit_arguments(command.fit, command.input_scale)
+    check_positive("examples", command.examples)
+    check_seed(command.seed)
+    if command.skip and command.site != "residual":
+        raise ValueError("--skip adds the stream in front of the norm: it needs --site residual")
+    # Everything that can be wrong with the input is found before the first fit.
+    norm = command.site == "residual"
+    work = [
+        (i, models.mlp_layer(model, i, norm=norm, skip=command.skip), *_examples(command, i, model))
+        for i in _layer_numbers(command.layers, model)
+    ]
+    layer_config = {
+        "activation": model.config.activation,
+        "norm": model.config.norm if norm else None,
+        "skip": command.skip,
+        "layer": "layer.safetensors",
+        "activations": "activations.npy",
+        "test_activations": "test_activations.npy",
+    }
+    results = {}
+    config, run = {"command": "fit-model", **plain(command)}, command.run
+    with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
+        for i, layer, train, test in work:
+            console.rule(f"layer {i}")
+            part = folder / f"layer-{i}"
+            if (part / layer_run.METRICS).exists():  # the last file of a layer: it was done before an interruption
+                results[i] = folders.read_json(part / layer_run.METRICS)
+                continue
+            part.mkdir(exist_ok=True)
+            # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
+            save_layer(part / layer_config["layer"], layer)
+            np.save(part / layer_config["activations"], train)
+            np.save(part / layer_config["test_activations"], test)
+            own = config | layer_config | {"layer_number": i}
+            fit = arguments | records(run, part)
+            layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
+            results[i] = folders.read_json(part / layer_run.METRICS)
+        folders.write_json(
+            folder / folders.CONFIG, config | {"versions": folders.versions(), "model": str(command.model)}
+        )
+        folders.write_json(folder / layer_run.METRICS, {"layers": results})
+        rows = _summary(results)
+        control = _control(command, run.out / f"layer-{work[0][0]}", layer_config)
+        text = f"{TITLE}:\n\n{_markdown([COLUMNS, *rows])}\n\n{CONTROL}\n\n    {control}\n"
+        write_atomically(folder / layer_run.TABLE, text.encode())
+    table = Table(*COLUMNS, title=TITLE)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"a report for each layer: {run.out}/layer-*/report.html")
+    console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
+    return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
+
+
+def parts(run: Path) -> list[Path]:
+    """The folders of a fit-model run's layers, in their order."""
+    numbers = (path.parent.name.removeprefix("layer-") for path in run.glob(f"layer-*/{layer_run.METRICS}"))
+    return [run / f"layer-{i}" for i in sorted(int(number) for number in numbers if number.isdecimal())]
+
+
+def fold(command: "options.FoldModel", console: Console) -> int:
+    """`rotsparse fold-model`."""
+    if command.out.exists():
+        raise ValueError(f"{command.out} exists: choose another name or remove it first")
+    model = models.load_model(command.source.model)
+    tokens = _tokens(_source(command.source, model), model)
+    if command.rotations.is_dir():
+        return _fold_mlps(command, model, tokens, console)
+    rotations, _ = Rotations.load(command.rotations)
+    rotation = np.asarray(rotations.r_in if command.side == "in" else rotations.r_out)
+    if model.format == "llama2c" and command.out.suffix != ".bin":
+        raise ValueError(f"{command.out}: a llama2.c checkpoint's name ends in .bin")
+    if model.config.norm == "layer" and len(rotation) == model.config.d_model:
+        found, rotation = rotation, models.keep_mean(rotation)
+        console.print(
+            "A LayerNorm removes the mean, so the format holds only rotations that keep its direction: the nearest one "
+            f"is used, whose directions have a mean |cos| of {mean_max_cosine(found, rotation):.3f} with those given.",
+            soft_wrap=True,
+        )
+    folded = models.fold_stream(model, rotation, tokens)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer_from = command.source.model if model.format == "huggingface" else None
+    models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
+    difference = np.abs(models.outputs(models.load_model(command.out), tokens) - models.outputs(model, tokens)).max()
+    console.print(
+        f"wrote {command.out}: the stream is in rotated coordinates\n"
+        f"on {tokens.size} tokens, outputs of up to {folded.scale:.3g} differ by up to {folded.error:.1e} "
+        f"(by rounding the weights {folded.rounded_error:.1e}, in float64 throughout {folded.exact_error:.1e})\n"
+        f"read back from the file: outputs differ by up to {difference:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, console: Console) -> int:
+    """Each MLP in the coordinates that a run found for it, written as layer files."""
+    files = {i: command.rotations / f"layer-{i}" / layer_run.ROTATIONS for i in range(model.config.n_layers)}
+    files = {i: path for i, path in files.items() if path.exists()}
+    if not files:
+        raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")
+    if folders.read_json(command.rotations / folders.CONFIG).get("site") != "input":
+        raise ValueError(
+            f"{command.rotations} rotates the stream in front of the norms, not the MLPs behind them: fold one of its "
+            "rotations files into the whole stream, or fit with --site input"
+        )
+    folded, steps = model, []
+    for i, path in files.items():
+        steps.append(models.fold_mlp(folded, i, Rotations.load(path)[0], tokens))
+        folded = steps[-1].model
+    before, after = (models.outputs(m, tokens) for m in (model, folded))
+    with new_folder(command.out) as folder:
+        for i, path in files.items():
+            part = folder / f"layer-{i}"
+            part.mkdir()
+            save_layer(part / "layer.safetensors", models.mlp_layer(folded, i))
+            shutil.copy(path, part)
+    console.print(
+        f"wrote {command.out}: layer files of {len(files)} MLPs, each in coordinates of its own, and their rotations\n"
+        f"on {tokens.size} tokens, outputs of up to {np.abs(before).max():.3g} differ by up to "
+        f"{np.abs(after - before).max():.1e} "
+        f"(in float64 throughout, one MLP at a time, {max(step.exact_error for step in steps):.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
+    """A row a layer: the entries that hold 99% in the learned, the neuron, and the best other basis; the share of
+    directions that other restarts found again; and how the fit ended."""
+    rows = []
+    for i, result in results.items():
+        edges = {basis: of["edges_99"]["value"] for basis, of in result["metrics"].items()}
+        best = min((basis for basis in edges if basis != "learned"), key=edges.__getitem__)
+        again = [f"{space} {of['reproduced']:.0%}" for space, of in (result["agreement"] or {}).items()]
+        sizes = f"{edges['learned']:,.0f}", f"{edges['neurons']:,.0f}", f"{edges[best]:,.0f} ({basis_name(best)})"
+        rows.append([str(i), *sizes, ", ".join(again) or "one start", result["result"]])
+    return rows
+
+
+def _markdown(rows: Iterable[Iterable[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
+
+
+def _control(command: "options.FitModel", folder: Path, files: Mapping[str, Any]) -> str:
+    """How to ask whether a layer of a run is sparser than chance."""
+    layer = options.EvaluationOptions(
+        **{name: folder / files[name] for name in ("layer", "activations", "test_activations")},
+        activation=files["activation"],
+        norm=files["norm"],
+        input_scale=command.input_scale,
+        seed=command.seed,
+    )
+    out = shlex.quote(f"{folder.parent}-{folder.name}-benchmark")
+    return " ".join(filter(None, ["rotsparse benchmark", spelled(layer), spelled(command.fit), "--out", out]))
+
+
+def _layer_numbers(text: str, model: models.Model) -> list[int]:
+    """The layers that "0-4", "0,2,5" or "all" names. Raises `ValueError`."""
+    count = model.config.n_layers
+    if text == "all":
+        return list(range(count))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--layers should be numbers and ranges such as 0-4 or 0,2,5, or all, got {text!r}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers or max(numbers) >= count:
+        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
+    return sorted(numbers)
+
+
+def _source(options: "options.TextOptions", model: models.Model) -> models.TextFile | models.TokenFile:
+    """The text or the tokens. Raises `ValueError` where not exactly one is given, or a text comes without tokenizer."""
+    if options.tokens is not None and options.text is None:
+        return models.TokenFile(options.tokens)
+    if options.text is None or options.tokens is not None:
+        raise ValueError("give a text with --text, or token numbers with --tokens (one of them)")
+    if options.tokenizer is None and not options.model.is_dir():
+        raise ValueError(f"{options.model} comes without a tokenizer: name its file with --tokenizer")
+    return models.TextFile(options.text, models.load_tokenizer(options.tokenizer or options.model, model))
+
+
+def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> Int[np.ndarray, "batch tokens"]:
+    """A few sequences of equal length to check a fold on."""
+    around = len(source.prefix) + len(source.suffix)
+    body = min(CHECKED_LENGTH, model.config.max_positions) - around
+    pieces = [piece for piece, _ in itertools.islice(source.sequences(body), CHECKED_SEQUENCES)]
+    whole = [piece for piece in pieces if len(piece) == body] or pieces[:1]
+    if not whole:
+        raise ValueError(f"{source.path} holds no tokens")
+    tokens = np.stack([np.concatenate([source.prefix, piece, source.suffix]).astype(np.int64) for piece in whole])
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"{source.path} has tokens from {tokens.min()} to {tokens.max()}, the model's are 0 to "
+            f"{model.config.vocab_size - 1}: they do not belong together"
+        )
+    return tokens
+
+
+def _examples(
+    command: "options.FitModel", layer: int, model: models.Model
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
+    """Captured activations to fit on, and the held-out ones: evenly spaced in the first four fifths and in the rest.
+    Neighbouring tokens are much alike, so held-out ones come from text of their own."""
+    store = models.open_store(command.store / f"{layer}.{command.site}", model.fingerprint())
+    store.verify()
+    total = min(command.examples, len(store))
+    if total < 10:
+        raise ValueError(f"{store.folder}: {total} examples are too few to hold a fifth of them out, give at least 10")
+    held_out, border = total // 5, len(store) - len(store) // 5
+    parts = (np.arange(border), total - held_out), (np.arange(border, len(store)), held_out)
+    train, test = (store.read(np.asarray(evenly_spaced(rows, count))) for rows, count in parts)
+    return train, test

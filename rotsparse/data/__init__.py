@@ -1,0 +1,1 @@
+"""Examples: in memory, on disk, spread over devices; their moments."""

@@ -1,0 +1,156 @@
+"""Moments of vectors over many examples, in one pass and in float64."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from rotsparse._core.files import write_atomically
+from rotsparse._core.types import Rows
+from rotsparse.data.devices import of_all_processes
+from rotsparse.data.sources import Source, read_ahead
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
+    """`x` in chunks of `size` rows, each with the number of rows that count.
+
+    The last chunk is filled up by repeating its last row, so that a jitted function meets one shape only.
+    """
+    size = min(size, len(x))
+    for start in range(0, len(x), size):
+        count = min(size, len(x) - start)
+        rows = slice(start, start + size) if count == size else np.minimum(np.arange(start, start + size), len(x) - 1)
+        yield x[rows], count
+
+
+def evenly_spaced(x: Rows, count: int) -> Rows:
+    """At most `count` of the rows, evenly spaced."""
+    return x if count >= len(x) else x[np.arange(count) * len(x) // count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter `Σ (v - mean)(v - mean)ᵀ` of vectors, in float64.
+
+    Each block is centred on its own mean and blocks are merged pairwise, so nothing cancels where the mean is much
+    larger than the spread (Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983).
+    """
+
+    count: int
+    mean: Float[np.ndarray, "d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @classmethod
+    def none(cls, width: int) -> "Moments":
+        """Of no vectors."""
+        return cls(0, np.zeros(width), np.zeros((width, width)))
+
+    @classmethod
+    def of(cls, x: Rows) -> "Moments":
+        """Of the rows of an array, in blocks."""
+        blocks = (np.asarray(block)[:count] for block, count in chunks(x, block_rows(x.shape[1])))
+        return functools.reduce(Moments.with_block, blocks, cls.none(x.shape[1]))
+
+    def with_block(self, block: Float[np.ndarray, "n d"]) -> "Moments":
+        """With more vectors."""
+        centred = np.array(block, np.float64)
+        mean = centred.mean(axis=0)
+        centred -= mean
+        return self.merged(Moments(len(block), mean, centred.T @ centred))
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of both sets of vectors."""
+        total = self.count + other.count
+        if not total:
+            return self
+        shift, share = other.mean - self.mean, other.count / total
+        return Moments(
+            total,
+            self.mean + shift * share,
+            self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / total),
+        )
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """`E[(v - E v)(v - E v)ᵀ]`."""
+        return self.scatter / self.count
+
+    @property
+    def rms(self) -> float:
+        """The root mean square of all entries."""
+        return float(np.sqrt(np.mean(np.diagonal(self.covariance) + self.mean**2)))
+
+
+def block_rows(width: int) -> int:
+    """How many rows of a block are `CHUNK_BYTES` in float64."""
+    return max(1, CHUNK_BYTES // (8 * width))
+
+
+def covariance(
+    x: Rows, function: Callable[[Rows], Array] | None = None
+) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k k"]]:
+    """Mean and covariance `E[(v - E v)(v - E v)ᵀ]` of `v = x`, or of `v = function(x)`, in float64, in one pass (see
+    `Moments`)."""
+    if function is None:
+        moments = Moments.of(x)
+    else:
+        blocks = (np.asarray(function(block))[:count] for block, count in chunks(x, block_rows(x.shape[1])))
+        first = next(blocks)
+        moments = functools.reduce(Moments.with_block, blocks, Moments.none(first.shape[1]).with_block(first))
+    return moments.mean, moments.covariance
+
+
+def stream_moments(source: Source, path: str | os.PathLike | None = None, *, save_seconds: float = 60.0) -> Moments:
+    """Mean and covariance of all rows of a source, in one pass over it; the next block is read meanwhile.
+
+    With `path` the sums so far are saved there every `save_seconds` and at the end, and a pass that was interrupted
+    goes on where they end: with the same bits, since the blocks are the same. A pass that was finished is not taken
+    again. With several processes each goes through its share of the rows, in a file of its own.
+
+    Raises `ValueError` where rows cannot be read or are not finite, and where `path` belongs to other data.
+    """
+    first, last = (len(source) * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
+    if path is not None and jax.process_count() > 1:
+        path = f"{os.fspath(path)}.{jax.process_index()}-of-{jax.process_count()}"
+    ends = hashlib.sha256(source.read(np.array([first, last - 1])).tobytes()).hexdigest()[:16]
+    size = block_rows(source.shape[1])
+    about = f"rows {first} to {last} of {source.fingerprint()} ({ends}) in blocks of {size}"
+    moments = Moments.none(source.shape[1]) if path is None else _load_moments(path, about, source.shape[1])
+    starts = range(first + moments.count, last, size)
+    saved = time.monotonic()
+    for block in read_ahead(functools.partial(source.read, range(a, min(a + size, last))) for a in starts):
+        moments = moments.with_block(block)
+        if path is not None and (time.monotonic() - saved >= save_seconds or first + moments.count == last):
+            _save_moments(path, about, moments)
+            saved = time.monotonic()
+    counts, means, scatters = map(of_all_processes, (np.asarray(moments.count), moments.mean, moments.scatter))
+    return functools.reduce(Moments.merged, map(Moments, counts.tolist(), means, scatters))
+
+
+def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, about=about, **dataclasses.asdict(moments))
+    write_atomically(path, buffer.getvalue())
+
+
+def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:
+    """What was saved of a pass; nothing where there is no file, or a damaged one: the pass is taken again."""
+    try:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+            found = str(file["about"])
+            moments = Moments(int(file["count"]), file["mean"], file["scatter"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return Moments.none(width)
+    if found != about:
+        raise ValueError(f"{path} holds the moments of {found}, not of {about}: remove it, or choose another path")
+    return moments

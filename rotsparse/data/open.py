@@ -1,0 +1,16 @@
+"""From paths to sources."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rotsparse.data.sources import NpyFile, Shards, Source
+from rotsparse.data.store import open_store
+
+
+def open_source(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
+    """Examples on disk: a `.npy` file `[n, width]`, a folder that `rotsparse capture` wrote, or several of them, one
+    after the other. Raises `ValueError` where they cannot be opened or are of different widths."""
+    if not isinstance(paths, str | os.PathLike):
+        return Shards([open_source(path) for path in paths])
+    return open_store(paths) if Path(paths).is_dir() else NpyFile(paths)

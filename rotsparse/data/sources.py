@@ -1,0 +1,349 @@
+"""Sources: examples that stay on disk, of which only the rows that are asked for are read.
+
+A fit needs random minibatches, one pass for the covariance, and a part of bounded size to judge rotations on. So a
+source is random access, and nothing else: which rows a step sees follows from the key and the number of the step, the
+same ones as from an array in memory. Nothing about a position in the data has to be kept.
+
+Files are read, not mapped: a mapped file's pages count as the process's memory for as long as there is room, and a file
+that was truncated ends the process without a word.
+"""
+
+import abc
+import itertools
+import mmap
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rotsparse._core.types import Data
+
+# Of a source, rotations are judged on (and `E[JᵀJ]`, the outputs' covariance and pair searches taken from) so many
+# examples, or as many as fit into so many bytes.
+RESIDENT_EXAMPLES = 8192
+RESIDENT_BYTES = 256 * 2**20
+
+# The draws of a step are 32-bit numbers.
+MOST_ROWS = 2**31 - 1
+
+T = TypeVar("T")
+
+
+class Source(abc.ABC):
+    """`n` examples of `width` numbers, by their number."""
+
+    shape: tuple[int, int]
+
+    @abc.abstractmethod
+    def _rows(self, rows: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k width"]:
+        """These rows, in this order, as floating-point numbers; they are within the source, and may repeat."""
+
+    @abc.abstractmethod
+    def where(self, row: int) -> str:
+        """Where a row comes from, for a message."""
+
+    def read(self, rows: Int[np.ndarray, "k"] | range) -> Float[np.ndarray, "k width"]:
+        """These rows, in this order, as float32 or float64. Raises `ValueError` where they are outside the source,
+        cannot be read, are of another width than the first one, or are not finite: which ones, and where."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise ValueError(f"rows {rows.min()} to {rows.max()} are outside {self}, which has {len(self)}")
+        x = self._rows(rows)
+        assert x.shape == (len(rows), self.shape[1])
+        if x.dtype not in (np.float32, np.float64):
+            x = x.astype(np.float32)
+        finite = np.isfinite(x).all(axis=1)
+        if not finite.all():
+            bad = np.unique(rows[~finite])
+            raise ValueError(
+                f"{len(bad)} of {len(x)} rows that were read contain NaN or infinity, the first is "
+                f"{self.where(bad[0])}: check where it comes from, and leave such rows out of the data"
+            )
+        return x
+
+    def part(self, examples: int) -> Float[np.ndarray, "k width"]:
+        """One random row of each of `examples` equal parts, always the same ones; all rows where there are no more."""
+        n = len(self)
+        if examples >= n:
+            return self.read(range(n))
+        # Evenly spaced rows might all be at the same position of a sequence.
+        offsets = np.random.default_rng(0).random(examples)
+        return self.read(((np.arange(examples) + offsets) * (n / examples)).astype(np.int64))
+
+    def resident(self) -> Float[np.ndarray, "k width"]:
+        """The part of the source that a fit keeps in memory."""
+        return self.part(max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1]))))
+
+    def fingerprint(self) -> str:
+        """What a checkpoint keeps of it, beside a hash of the resident part: data that moved to another folder are the
+        same data."""
+        return f"a source of {self.shape[0]} x {self.shape[1]}"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> Float[np.ndarray, "width"]:
+        """One row: with `len`, what `grain.MapDataset.source` and other pipelines take."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return self.read(np.array([row % len(self)]))[0]
+
+
+class NpyFile(Source):
+    """The rows of a `.npy` file `[n, width]`, or of a part of it.
+
+    Raises `ValueError` where it holds no floating-point matrix in C order; later, where it has become shorter or is
+    gone.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as f:
+                version = np.lib.format.read_magic(f)
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, fortran_order, self.dtype = header[version](f)
+                self.offset = f.tell()
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise ValueError(f"cannot read {self.path}: {error}") from None
+        if len(shape) != 2 or fortran_order or self.dtype.kind != "f":
+            order = " in Fortran order" if fortran_order else ""
+            raise ValueError(
+                f"{self.path} holds {self.dtype} {list(shape)}{order}: expected floating-point numbers "
+                "[examples, width] in C order (save them with np.save(path, np.ascontiguousarray(x)))"
+            )
+        self.shape = shape
+        end = self.offset + shape[0] * shape[1] * self.dtype.itemsize
+        if self.path.stat().st_size < end:
+            raise ValueError(f"cannot read {self.path}: it ends before its row {self._whole_rows()} of {shape[0]}")
+
+    @classmethod
+    def of_map(cls, x: np.memmap) -> "NpyFile":
+        """The file behind a memory map, or behind a range of its rows."""
+        root = x
+        while isinstance(root.base, np.memmap):
+            root = root.base
+        if x.ndim != 2 or not x.flags.c_contiguous or root.mode == "c" or not isinstance(root.base, mmap.mmap):
+            raise ValueError(
+                "a memory map should be of a file, [examples, width], with all columns of neighbouring rows and no "
+                f"private changes, got {list(x.shape)}: hand in x[first:last], or load it with np.array(x)"
+            )
+        file = object.__new__(cls)
+        file.path, file.dtype, file.shape = Path(str(root.filename)), x.dtype, x.shape
+        file.offset = root.offset + x.ctypes.data - root.ctypes.data
+        return file
+
+    def where(self, row):
+        return f"row {row} of {self.path}"
+
+    def __repr__(self):
+        return f"{self.path} {list(self.shape)}"
+
+    def _rows(self, rows):
+        order = np.argsort(rows, kind="stable")
+        wanted = rows[order]
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        bounds = [*np.flatnonzero(np.diff(wanted, prepend=-2) != 1), len(wanted)]
+        width = self.shape[1] * self.dtype.itemsize
+        try:
+            with self.path.open("rb", buffering=0) as f:
+                for begin, end in itertools.pairwise(bounds):  # runs of neighbouring rows
+                    f.seek(self.offset + int(wanted[begin]) * width)
+                    _fill(f, out[begin:end].reshape(-1).view(np.uint8).data)
+        except EOFError:
+            raise ValueError(
+                f"cannot read {self.path}: it has become shorter and ends before its row {self._whole_rows()} of "
+                f"{len(self)}. Write it again"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"cannot read {self.path}: {error}. Put it back, or write it again") from None
+        if not np.array_equal(order, np.arange(len(order))):
+            out[order] = out.copy()
+        return out.astype(out.dtype.newbyteorder("="), copy=False)
+
+    def _whole_rows(self):
+        """How many of its rows the file really has."""
+        return max(0, self.path.stat().st_size - self.offset) // (self.shape[1] * self.dtype.itemsize)
+
+
+class Shards(Source):
+    """Several sources of one width, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        if not self.sources:
+            raise ValueError("expected at least one file or source, got none")
+        widths = [source.shape[1] for source in self.sources]
+        if len(set(widths)) > 1:
+            odd = next(source for source in self.sources if source.shape[1] != widths[0])
+            raise ValueError(f"{odd} is {odd.shape[1]} wide and {self.sources[0]} {widths[0]}: expected one width")
+        self._ends = np.cumsum([len(source) for source in self.sources])
+        self.shape = (int(self._ends[-1]), widths[0])
+
+    def where(self, row):
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return self.sources[shard].where(int(row - self._first(shard)))
+
+    def __repr__(self):
+        return f"{self.sources[0]} and {len(self.sources) - 1} more"
+
+    def _rows(self, rows):
+        shards = np.searchsorted(self._ends, rows, side="right")
+        out = np.empty((len(rows), self.shape[1]), np.float32)
+        for shard in map(int, np.unique(shards)):
+            here = shards == shard
+            part = self.sources[shard]._rows(rows[here] - self._first(shard))
+            out = out.astype(np.promote_types(out.dtype, part.dtype), copy=False)
+            out[here] = part
+        return out
+
+    def _first(self, shard):
+        return self._ends[shard] - len(self.sources[shard])
+
+
+class RowRange(Source):
+    """Neighbouring rows of another source."""
+
+    def __init__(self, source: Source, rows: range):
+        assert rows.step == 1 and 0 <= rows.start < rows.stop <= len(source)
+        self.source, self.first = source, rows.start
+        self.shape = (len(rows), source.shape[1])
+
+    def where(self, row):
+        return self.source.where(row + self.first)
+
+    def __repr__(self):
+        return f"rows {self.first} to {self.first + len(self) - 1} of {self.source}"
+
+    def _rows(self, rows):
+        return self.source._rows(rows + self.first)
+
+
+class Mapped(Source):
+    """What a function, such as a layer, makes of the rows of another source: `[k, width] -> [k, d]`, computed anew each
+    time that rows are read."""
+
+    def __init__(self, source: Source, function: Callable[[Any], Any]):
+        self.source, self.function = source, function
+        self.shape = (len(source), self._rows(np.array([0])).shape[1])
+
+    def where(self, row):
+        return f"what a function made of {self.source.where(row)}"
+
+    def __repr__(self):
+        return f"a function of {self.source}"
+
+    def _rows(self, rows):
+        return np.asarray(self.function(self.source.read(rows)))
+
+
+class ArrayRows(Source):
+    """The rows of an array in memory."""
+
+    def __init__(self, x: Data):
+        self.x = np.asarray(x)
+        self.shape = self.x.shape
+
+    def where(self, row):
+        return f"row {row}"
+
+    def _rows(self, rows):
+        return self.x[rows]
+
+
+class Dataset(Source):
+    """Anything with a length whose elements are vectors, such as a `grain.MapDataset` of one epoch (without `repeat`).
+
+    Elements are read one at a time in a background thread.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        if not 0 < len(dataset) <= MOST_ROWS:
+            raise ValueError(
+                f"a dataset should have from 1 to {MOST_ROWS:,} elements, this one has {len(dataset):,}: leave out "
+                "`repeat`, a fit goes through the examples for as long as it takes"
+            )
+        self.shape = (len(dataset), len(self._element(0)))
+
+    def where(self, row):
+        return f"element {row} of {type(self.dataset).__name__}"
+
+    def _rows(self, rows):
+        elements = [self._element(int(row)) for row in rows]
+        for row, element in zip(rows, elements, strict=True):
+            if element.shape != self.shape[1:]:
+                raise ValueError(f"{self.where(row)} has shape {list(element.shape)}, expected {[self.shape[1]]}")
+        return np.stack(elements) if elements else np.empty((0, self.shape[1]), np.float32)
+
+    def _element(self, row):
+        try:
+            element = self.dataset[row]
+        except (LookupError, OSError) as error:
+            raise ValueError(f"cannot read {self.where(row)} of {len(self.dataset)}: {error!r}") from error
+        array = np.asarray(element)
+        if array.ndim != 1 or array.dtype.kind != "f":
+            got = "nothing (it was filtered out)" if element is None else f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{self.where(row)} should be a vector of floating-point numbers, got {got}")
+        return array
+
+
+def as_source(x: Any) -> Source | None:
+    """`x` as a source, if it is one: a `Source`, a NumPy memory map, or a dataset with a length and elements; `None`
+    for arrays, which are kept in memory. Raises `ValueError` where it is one that cannot be used."""
+    if isinstance(x, np.memmap):
+        x = NpyFile.of_map(x)
+    elif not isinstance(x, Source):
+        if isinstance(x, Sequence) or hasattr(x, "__array__") or not hasattr(x, "__getitem__"):
+            return None
+        x = Dataset(x)
+    if len(x) > MOST_ROWS:
+        raise ValueError(f"{x} has {len(x):,} rows: at most {MOST_ROWS:,} can be drawn from, use a part of it")
+    return x
+
+
+def whole(name: str, x: Any) -> Any:
+    """`x`, for steps that need all examples at once: arrays as they are, memory maps too, which are read. Raises
+    `ValueError` for other sources."""
+    if not isinstance(x, np.memmap) and as_source(x) is not None:
+        raise ValueError(
+            f"{name} is {x}, and here every step needs all examples in memory: give an array, such as "
+            "source.part(100_000)"
+        )
+    return np.asarray(x) if isinstance(x, np.memmap) else x
+
+
+def in_memory(x: Any) -> tuple[Any, Source | None]:
+    """What of `x` is kept in memory (all of an array, the resident part of a source), and the source, if there is more
+    in it. Raises `ValueError` for a source that cannot be used."""
+    source = as_source(x)
+    if source is None:
+        return x, None
+    kept = source.resident()
+    return kept, None if len(kept) == len(source) else source
+
+
+def read_ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """What each function returns, the next one always running in a background thread. The functions themselves are
+    taken from the iterator in the caller's thread, before the result that they follow is handed out."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for read in reads:
+            ready, waiting = waiting, pool.submit(read)
+            if ready is not None:
+                yield ready.result()
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _fill(file, buffer: memoryview) -> None:
+    """Read until the buffer is full. Raises `EOFError`."""
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]

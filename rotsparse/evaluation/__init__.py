@@ -1,0 +1,1 @@
+"""Evidence: baselines, metrics, nulls, verdicts."""

@@ -1,0 +1,56 @@
+"""Bases and metrics in words."""
+
+from rotsparse.evaluation.compare import LABELS, digits
+
+_BASES = {
+    "learned": "learned rotations",
+    "haar": "random (Haar)",
+    "pca": "PCA",
+    "pca_uncentred": "PCA, uncentred",
+    "svd_weights": "SVD of weights",
+    "svd_mean_jacobian": "SVD of mean Jacobian",
+    "svd_mean_jacobian_weighted": "SVD of mean J, weighted",
+    "jacobian_gram": "Jacobian Gram",
+    "ica": "ICA",
+    "hadamard": "Hadamard",
+}
+
+_METRICS = {
+    "fraction_below_0.1_rms": "share below 0.1 rms",
+    "participation_ratio": "participation ratio",
+    "top_1_percent_energy": "energy of the top 1%",
+    "top_5_percent_energy": "energy of the top 5%",
+}
+
+_MEANINGS = {
+    "edges_90": "entries of the mean squared Jacobian that hold 90% of its sum",
+    "edges_99": "entries of the mean squared Jacobian that hold 99% of its sum",
+    "fraction_below_0.1_rms": "share of the entries of all examples below a tenth of their root mean square",
+    "hoyer": "Hoyer's sparseness of an example's Jacobian, on average: 0 all entries equal, 1 a single entry",
+    "gini": "Gini index of an example's entries, on average: 0 all equal, 1 a single entry",
+    "participation_ratio": "effective number of entries of an example, (Σz²)²/Σz⁴, on average; the large ones decide",
+    "top_1_percent_energy": "share of Σz² in an example's largest 1% of entries, on average",
+    "top_5_percent_energy": "share of Σz² in an example's largest 5% of entries, on average",
+    "gap_closed": "how far from random rotations (0) to the floor (1), by the Geman-McClure measure; to reach the "
+    "floor one pair of rotations would have to diagonalise every example's Jacobian",
+}
+
+
+def basis_name(basis: str) -> str:
+    """The name of a basis in words."""
+    return _BASES.get(basis, basis.replace("_", " "))
+
+
+def metric_name(metric: str) -> str:
+    """The name of a metric in words."""
+    return _METRICS.get(metric, LABELS[metric])
+
+
+def metric_meaning(metric: str) -> str:
+    """What a metric counts, in one line."""
+    return _MEANINGS[metric]
+
+
+def metric_value(metric: str, value: float) -> str:
+    """A metric's value as people write numbers."""
+    return f"{value:,.{digits(metric)}f}".replace("-", "−")

@@ -1,0 +1,166 @@
+"""Is the basis real? Two questions, asked of every direction, and one verdict.
+
+Do independent restarts find it again (is it identified by the data)? And does it talk to fewer partners than the
+directions that the same fit finds in a null model (was it learned)? A sparse result that fails both is the optimiser's
+doing, and the verdict says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from rotsparse._core.intervals import Interval
+from rotsparse._core.types import Rows
+from rotsparse.evaluation.ablation import EdgeAblation
+from rotsparse.fit.solution import Solution
+from rotsparse.layers.base import Layer
+
+# A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1:
+# that much less is left of the objective. Less than that is no structure worth the name, however sure.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Side:
+    """The directions of one side of a layer, in the order of its rotation.
+
+    `agreement`: |cos| with the match in each other restart, the mean over restarts. `partners`: the effective number of
+    directions on the other side that it talks to, the participation ratio `(Σm)²/Σm²` of its mean squared scaled
+    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `fitted`: which
+    directions the fit could turn; the others (outside the active subspace, or held) agree by construction and do not
+    count.
+    """
+
+    agreement: Float[np.ndarray, "d"]
+    partners: Float[np.ndarray, "d"]
+    null_partners: float
+    fitted: Bool[np.ndarray, "d"]
+
+    def identified(self, cosine: float) -> int:
+        """How many fitted directions the restarts agree on."""
+        return int(np.count_nonzero(self.fitted & (self.agreement >= cosine)))
+
+    @property
+    def gain(self) -> Float[np.ndarray, "d"]:
+        """How many times fewer partners than in the null: above one is sparser. 0 for a direction without influence."""
+        return self.null_partners / np.where(self.partners > 0, self.partners, np.inf)
+
+
+@dataclass(frozen=True)
+class Identifiability:
+    """`gain`: by what share the fit lowers the objective below that of Haar-random rotations; `null_gains`: the same
+    for the null models."""
+
+    sides: dict[str, Side]
+    gain: float
+    null_gains: tuple[float, ...]
+    cosine: float
+
+    @property
+    def beyond_null(self) -> bool:
+        """Whether the layer became sparser than every null model did."""
+        null = max(self.null_gains)
+        return self.gain > null + MARGIN * (1 - null)
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence or two."""
+        counts = {name: (side.identified(self.cosine), int(side.fitted.sum())) for name, side in self.sides.items()}
+        found = " and ".join(f"{k} of {d} '{name}' directions" for name, (k, d) in counts.items())
+        against = f"gain {self.gain:.2f} over random rotations, null models {max(self.null_gains):.2f}"
+        some = any(k > 0.1 * d for k, d in counts.values())
+        if self.beyond_null and some:
+            return f"A sparse basis: sparser than chance ({against}), and restarts agree on {found}."
+        if self.beyond_null:
+            return (
+                f"Sparser than chance ({against}), but not one basis: restarts agree on only {found}. "
+                "Read the amount of sparsity, not the single directions."
+            )
+        if some:
+            return (
+                f"No learned sparse basis here: the null models do as well ({against}). Restarts agree on {found}, "
+                "which is then the architecture's doing (an elementwise gate pins its neurons), not the training's."
+            )
+        return f"No sparse basis here: the null models do as well ({against}), and restarts agree on only {found}."
+
+
+def identifiability(
+    layer: Layer, x: Rows, solution: Solution, nulls: Sequence[tuple[Layer, Rows, Solution]], *, cosine: float = 0.95
+) -> Identifiability:
+    """Report on a fit by `find_rotations`, with two restarts or more, of `layer` on `x`.
+
+    `nulls`: null models (`controls.random_weights`, `controls.shuffled_inputs`) as layer, inputs and the solution of
+    the same fit. `cosine`: from which |cos| on two restarts are said to agree on a direction.
+
+    Raises `ValueError` without nulls, or for a solution with a single restart.
+    """
+    if not nulls:
+        raise ValueError("without a null model nothing can be said: fit random_weights(layer, key=...) the same way")
+    agreement = {name: cosines.mean(axis=0) for name, cosines in solution.agreement().items()}
+    partners = _partners(layer, x, solution)
+    null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
+    sides = {}
+    for name, fitted in solution.fitted().items():
+        null_partners = np.concatenate([found[name][s.fitted()[name]] for s, found in null])
+        if fitted.any():
+            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), fitted)
+    return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
+
+
+def _partners(layer, x, solution):
+    """The effective number of partners of every direction, for both sides (added up for a tied one)."""
+    importance = EdgeAblation(layer, x, solution.rotations).importance
+    both = {"in": _participation(importance.T), "out": _participation(importance)}
+    return both if "out" in solution.bases else {"in": (both["in"] + both["out"]) / 2}
+
+
+def _participation(rows):
+    square = np.square(rows).sum(axis=1)
+    return np.square(rows.sum(axis=1)) / np.where(square > 0, square, 1)
+
+
+def _gain(solution):
+    """The first restart has a start of its own; the others start at Haar-random rotations."""
+    starts = solution.history.checked[1:, 0]
+    if not len(starts):
+        raise ValueError("the gain over random rotations needs the random starts of restarts=2 or more")
+    random = float(starts.mean())
+    return (random - float(np.nanmin(solution.candidate_values))) / abs(random)
+
+
+GAIN = 1.1
+"""A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
+name, however sure. Odds, because shares of nearly one (of directions that hardly vary) leave no room for factors."""
+
+
+def another_redraw(controls: Sequence[Interval]) -> Interval:
+    """The mean of some null models that differ in their draw, and where one more of them would lie: the 95% prediction
+    interval `mean ± t s √(1 + 1/k)` (Student's t with k - 1 degrees of freedom), and no less than what the intervals of
+    the k controls cover. A single control has its own interval only, which is too narrow: it knows examples, not draws.
+    """
+    values = np.array([control.value for control in controls])
+    low, high = min(control.low for control in controls), max(control.high for control in controls)
+    mean, k = float(values.mean()), len(values)
+    if k > 1:
+        from scipy.special import stdtrit  # here, because it takes a tenth of a second
+
+        reach = float(stdtrit(k - 1, 0.975) * values.std(ddof=1) * np.sqrt(1 + 1 / k))
+        low, high = min(low, mean - reach), max(high, mean + reach)
+    return Interval(mean, low, high)
+
+
+def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
+    """Whether the share of small entries says that a layer has learned structure, and the conclusion in words: its
+    learned basis against those of its null models (the same fit with random weights; three of them or more, because
+    two draws of random weights differ, too)."""
+    null = another_redraw(controls)
+    odds = null.value * (1 - learned.value), learned.value * (1 - null.value)
+    structure = learned.low > null.high and odds[1] > GAIN * odds[0]
+    compared = "above" if learned.low > null.high else "below" if learned.high < null.low else "within"
+    range_of = f"the range of {len(controls)} redraws" if len(controls) > 1 else "the interval of the one redraw"
+    return structure, (
+        f"{learned.value:.3f} of the entries are small, {null.value:.3f} with random weights ({compared} {range_of}): "
+        + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
+    )

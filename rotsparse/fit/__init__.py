@@ -1,0 +1,1 @@
+"""Fits: one loop (`minimize`) and what is built on it."""

@@ -1,0 +1,119 @@
+"""The log of a fit, written as it runs: one JSON object a line, and the same for TensorBoard."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotsparse._core.files import write_atomically
+
+LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLog:
+    """Where a fit writes its log: `find_rotations(..., log=RunLog("run"))` writes `run/log.jsonl`.
+
+    Every second or two it gets a line with `step` (how many are done), `objective` (of each restart, the mean since the
+    line before), `checked` (where the objective was checked at this step, that of each restart), `orthogonality_error`
+    (the largest `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that goes on from a checkpoint goes on with its
+    log: what was written after that checkpoint is dropped. With `tensorboard`, event files for TensorBoard are written
+    to `run/tensorboard` (needs the extra `tensorboard`).
+    """
+
+    folder: str | os.PathLike
+    tensorboard: bool = False
+
+    @classmethod
+    def of(cls, log: "RunLog | str | os.PathLike") -> "RunLog":
+        """A folder stands for a log there, without TensorBoard."""
+        return log if isinstance(log, RunLog) else cls(log)
+
+    def part(self, name: str) -> "RunLog":
+        """The same for one part of a larger problem, in a folder of its own."""
+        return dataclasses.replace(self, folder=Path(self.folder) / name)
+
+    def open(self, step: int) -> "LogWriter":
+        """Begin (`step` 0) or go on behind `step` steps. Raises `ValueError` where the folder cannot be written to, or
+        the extra is missing."""
+        return LogWriter(self, step)
+
+
+class LogWriter:
+    """Writes one log. See `RunLog`."""
+
+    def __init__(self, log: RunLog, step: int):
+        folder = Path(log.folder)
+        self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
+            write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = (folder / LOG).open("a", buffering=1)  # a line at a time: who reads along sees whole lines
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+    def write(self, step: int, **values: Any) -> None:
+        """Add a line; `None` is left out, arrays hold one number a restart. Where it cannot be written (the disk is
+        full), that is a warning, and the log ends there."""
+        line = {name: _plain(value) for name, value in values.items() if value is not None}
+        try:
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            warnings.warn(f"the log {self._file.name} ends at step {step}: {error.strerror}", stacklevel=2)
+            self.close()
+            self._file, self._events = open(os.devnull, "w"), None
+        if self._events is not None:
+            for name, value in line.items():
+                numbers = value if isinstance(value, list) else [value]
+                for i, number in enumerate(numbers):
+                    tag = f"{name}/restart_{i}" if isinstance(value, list) else name
+                    self._events.add_scalar(tag, math.nan if number is None else number, step)
+
+    def close(self) -> None:
+        """End the log."""
+        with contextlib.suppress(OSError):  # the line that could not be written before cannot be now
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a log; none where there is none. The last line of a process that was killed may be cut off, and is
+    left out."""
+    try:
+        text = (Path(folder) / LOG).read_text()
+    except OSError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _event_writer(folder: Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "logs for TensorBoard need the extra `tensorboard`: pip install 'rotsparse[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON has them: NaN and infinity become null."""
+    if isinstance(value, np.ndarray):
+        return [_plain(number) for number in value.tolist()]
+    value = float(value)
+    return value if math.isfinite(value) else None

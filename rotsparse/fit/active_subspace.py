@@ -1,0 +1,45 @@
+"""The active subspace: fit only the directions that hold nearly all of the variance.
+
+Where the variance of a layer's inputs or outputs sits in few directions (99.9% of it in 16 of 128 for modular
+addition), rotations of the others only mislead the search and cost time. The fit then rotates the leading principal
+components among themselves; the remaining ones stay as they are.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rotsparse._core.orthogonal import matmul
+from rotsparse.data.moments import covariance
+from rotsparse.layers.base import Layer
+from rotsparse.layers.jacobians import apply
+from rotsparse.layers.subspace import Subspace
+from rotsparse.objectives import Bases, JacobianSparsity
+
+
+class ActiveSubspace:
+    """The principal components of a layer's inputs and outputs that hold a share `energy` of their variance.
+
+    `pca` holds all of them, strongest first, `[d, d]` for each space; `kept` how many are active.
+    """
+
+    def __init__(self, layer: Layer, x: Float[Array, "n d_in"], energy: float):
+        if not 0 < energy <= 1:
+            raise ValueError(f"active_subspace is a share of the variance: expected a number in (0, 1], got {energy}")
+        self.pca, self.kept = {}, {}
+        for space, data in {"in": x, "out": apply(layer, x)}.items():
+            variances, directions = np.linalg.eigh(np.asarray(covariance(data)[1], np.float64))
+            variances, directions = np.maximum(variances[::-1], 0), directions.T[::-1]
+            share = np.cumsum(variances) / variances.sum()
+            self.pca[space] = jnp.asarray(directions, x.dtype)
+            self.kept[space] = min(len(share), int(np.searchsorted(share, energy - 1e-12)) + 1)
+
+    def restrict(self, objective: JacobianSparsity) -> JacobianSparsity:
+        """The same objective within the active subspace."""
+        frames = {space: directions[: self.kept[space]] for space, directions in self.pca.items()}
+        return objective.within(Subspace(objective.layer, frames["in"], frames["out"]))
+
+    def lift(self, bases: Bases) -> Bases:
+        """Rotations of the active directions as rotations of the whole spaces."""
+        parts = {space: jnp.split(directions, [self.kept[space]]) for space, directions in self.pca.items()}
+        return {space: jnp.concatenate([matmul(bases[space], kept), rest]) for space, (kept, rest) in parts.items()}

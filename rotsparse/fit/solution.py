@@ -1,0 +1,232 @@
+"""`Solution`: what a fit returns, and how it ended."""
+
+import dataclasses
+import enum
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rotsparse._core.alignment import match
+from rotsparse._core.files import write_atomically
+from rotsparse._core.orthogonal import exact_error
+from rotsparse.layers.rotations import Rotations
+from rotsparse.objectives import Bases, Objective
+
+# A direction counts as the same where its match has a larger |cos|.
+SAME = 0.99
+
+
+class Result(enum.Enum):
+    """How a fit ended. The value is a sentence for the user: what happened, and what to try."""
+
+    ALL_STEPS = "All steps were taken. If the objective was still falling at the end, use more steps."
+    CONVERGED = "Stopped early: no improvement for `patience` steps. More restarts may still find a better optimum."
+    NO_IMPROVEMENT = (
+        "Nothing better than the start was found, and the start is returned. Try a smaller step (`max_step`, learning "
+        "rate), more steps, or another start; if restarts agree, the start may simply be optimal."
+    )
+    NON_FINITE = (
+        "The objective or the rotations became NaN or infinite, and the last good rotations are returned. Look for "
+        "activations or weights so large that the layer overflows, or for a custom optimiser or function that does."
+    )
+    INTERRUPTED = "Interrupted: the best rotations so far are returned. They are valid, but the fit is not finished."
+
+    @property
+    def ok(self) -> bool:
+        """Whether the fit ran to its end and found something better than its start."""
+        return self in (Result.ALL_STEPS, Result.CONVERGED)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The course of a fit, one row a restart.
+
+    `objective[r, t]` is the objective (on the step's minibatch, if any) before step t. `checked[r, c]` is the objective
+    by which rotations are chosen (held-out where there is validation data, otherwise that of all examples), after
+    `checked_at[c]` steps; the first column is the start.
+    """
+
+    objective: np.ndarray
+    checked_at: np.ndarray
+    checked: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """The best rotations of a fit, and the evidence.
+
+    `value` and `start_value` are the objective on all training examples, of the result and of the start it came from;
+    `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best
+    rotations of every restart, `candidate_values` what they were chosen by. `stats` holds the counts, times and
+    certificates that `summary` prints.
+    """
+
+    bases: Bases
+    result: Result
+    detail: str
+    value: float
+    start_value: float
+    validation_value: float | None
+    history: History
+    candidates: tuple[Bases, ...]
+    candidate_values: np.ndarray
+    stats: dict[str, Any]
+    certificate: str = ""
+
+    @property
+    def rotations(self) -> Rotations:
+        """The rotations of the layer that `find_rotations` fitted. A tied fit has one space for both sides. Raises
+        `ValueError` for other fits: those of activations have one rotation, those of chains many."""
+        if "in" not in self.bases:
+            raise ValueError(
+                f"this fit is not one of a layer: its rotations are solution.bases[{next(iter(self.bases))!r}], ... To "
+                "fold a basis R of a layer's inputs into it, take Rotations(R, np.eye(layer.d_out, dtype=R.dtype))"
+            )
+        return Rotations(self.bases["in"], self.bases.get("out", self.bases["in"]))
+
+    def completed(self) -> "Solution":
+        """This solution, for whom half a fit is of no use. Raises `KeyboardInterrupt` where the fit was interrupted."""
+        if self.result is Result.INTERRUPTED:
+            raise KeyboardInterrupt
+        return self
+
+    def lifted(self, lift: Callable[[Bases], Bases]) -> "Solution":
+        """The solution of a part of a problem (some spaces, some directions) with the rotations of the whole, which
+        `lift` makes of those of the part. All values stay those of the part."""
+        return dataclasses.replace(self, bases=lift(self.bases), candidates=tuple(map(lift, self.candidates)))
+
+    def improved(
+        self, bases: Bases, objective: Objective, validation: Objective | None, certificate: str
+    ) -> "Solution":
+        """The solution with rotations that a later stage found, where they are better by what it was chosen on, and
+        with that stage's certificate."""
+        judged = float(eqx.filter_jit((validation or objective).value)(bases))
+        if not judged < self.candidate_values.min():
+            return dataclasses.replace(self, certificate=certificate)
+        return dataclasses.replace(self.replaced(bases, judged, objective, validation), certificate=certificate)
+
+    def replaced(self, bases: Bases, judged: float, objective: Objective, validation: Objective | None) -> "Solution":
+        """The solution with these rotations in place of the best ones. `judged`: their value by what is chosen on,
+        `validation` where there is one."""
+        value, evident = evidence(objective, bases)
+        best = int(np.argmin(self.candidate_values))
+        values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
+        return dataclasses.replace(
+            self,
+            bases=bases,
+            value=judged if validation is None else value,
+            validation_value=None if validation is None else judged,
+            candidates=tuple(bases if i == best else old for i, old in enumerate(self.candidates)),
+            candidate_values=values,
+            stats=self.stats | evident,
+        )
+
+    def agreement(self) -> dict[str, np.ndarray]:
+        """How well the restarts agree: for every space, `|cos|` of each direction of the result with its match in each
+        of the other restarts (matched up to sign and order), `[restarts - 1, d]`.
+
+        A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds
+        again is not, however sparse the result. Raises `ValueError` after a single restart.
+        """
+        best = int(np.argmin(self.candidate_values))
+        others = [candidate for i, candidate in enumerate(self.candidates) if i != best]
+        if not others:
+            raise ValueError("agreement compares restarts, and this fit had one: use restarts=2 or more")
+        return {
+            name: np.stack([match(np.asarray(r), np.asarray(other[name])).cosines for other in others])
+            for name, r in self.candidates[best].items()
+        }
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """For every space, which directions the restarts turned: those that are the same to the last bit in all of them
+        were held, or lie outside the active subspace."""
+        first, *others = self.candidates
+        return {
+            space: np.any([np.asarray(r) != np.asarray(other[space]) for other in others], axis=(0, 2))
+            for space, r in first.items()
+        }
+
+    def reproduced(self) -> dict[str, np.ndarray] | None:
+        """For every space, which of its `fitted` directions every other restart found again (`|cos| > SAME`); `None`
+        after a single restart."""
+        if len(self.candidates) == 1:
+            return None
+        fitted = self.fitted()
+        again = {space: cosines.min(axis=0) > SAME for space, cosines in self.agreement().items()}
+        return {space: found[fitted[space]] for space, found in again.items() if fitted[space].any()}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything to one `.npz` file. Atomic."""
+        scalars = {
+            "result": self.result.name,
+            "detail": self.detail,
+            "value": self.value,
+            "start_value": self.start_value,
+            "validation_value": self.validation_value,
+            "stats": self.stats,
+            "certificate": self.certificate,
+        }
+        arrays: dict[str, Any] = {f"bases/{name}": r for name, r in self.bases.items()}
+        for i, candidate in enumerate(self.candidates):
+            arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
+        arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **{"scalars": json.dumps(scalars), "candidate_values": self.candidate_values} | arrays)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Solution":
+        """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
+        try:
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            scalars = json.loads(str(arrays["scalars"]))
+            under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
+            return cls(
+                bases=under("bases/"),
+                result=Result[scalars.pop("result")],
+                history=History(**under("history/")),
+                candidates=tuple(under(f"candidates/{i}/") for i in range(len(arrays["candidate_values"]))),
+                candidate_values=arrays["candidate_values"],
+                **scalars,
+            )
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"cannot read a solution from {path}: {error}") from None
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{self.result.name}: {self.result.value}" + (f" ({self.detail})" if self.detail else ""),
+            f"objective {self.start_value:.4f} -> {self.value:.4f}"
+            + ("" if self.validation_value is None else f", held-out {self.validation_value:.4f}"),
+            ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.stats.items()),
+        ]
+        return "\n".join([*lines, self.certificate] if self.certificate else lines)
+
+
+def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float]]:
+    """The objective of rotations, and how near they are to a stationary point and to orthogonal."""
+    value, grads = _value_and_grad(objective, bases)
+    return float(value), {
+        "gradient_norm": float(optax.tree.norm(grads)),
+        "orthogonality_error": max(map(exact_error, bases.values())),
+    }
+
+
+@eqx.filter_jit
+def _value_and_grad(objective, bases):
+    return objective.value_and_grad(bases)
+
+
+def _short(value):
+    if isinstance(value, (float, np.floating, jnp.ndarray)):
+        return f"{float(value):.3g}"
+    return str(value)

@@ -1,0 +1,7 @@
+"""Layers: a view of one stage of a network, with its Jacobian in closed form; rotations, and how they fold into it."""
+
+from rotsparse.layers.base import Layer as Layer
+from rotsparse.layers.function import FunctionLayer as FunctionLayer
+from rotsparse.layers.gated import GatedMLP as GatedMLP
+from rotsparse.layers.mlp import MLP as MLP
+from rotsparse.layers.mlp import Dense as Dense

@@ -1,0 +1,107 @@
+"""What a layer is: a view of one stage `y = f(x)` of a network, with its per-example Jacobian.
+
+The Jacobian of a layer made of weights is `J(x) = Σ_k L diag(g_k(x)) M_k`, with small corrections for a norm in front
+and a skip connection around it (`ClosedForm`). Rotated, `R_out J R_inᵀ = Σ_k (R_out L) diag(g_k) (M_k R_inᵀ)`: the
+rotations act on the weights once, the examples only on the gates. No autodiff Jacobian is ever built.
+
+Conventions: `x` is `[..., d_in]`, weights are `[out, in]`, `J` is `[d_out, d_in]`. A rotation argument of `None` means
+the identity; it may have fewer rows than columns, and then selects a subspace.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+from rotsparse._core.modules import replace_fields
+from rotsparse.layers import _closed_forms
+from rotsparse.layers.activations import Activation
+from rotsparse.layers.norms import Norm
+
+Matrix = Float[Array, "out in"]
+
+
+class Layer(eqx.Module):
+    """One stage `y = f(x)` of a network."""
+
+    d_in: eqx.AbstractVar[int]
+    d_out: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_out"]:
+        """The layer's output."""
+
+    @abc.abstractmethod
+    def jacobian(self, x: Float[Array, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
+        """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is how far rotated output o moves for a small change
+        of rotated input i."""
+
+    @abc.abstractmethod
+    def rotate(self, r_in: Matrix | None, r_out: Matrix | None) -> "Layer":
+        """The layer `z ↦ R_out f(R_inᵀ z)`, in the same arithmetic as its weights. `rotsparse.fold` does this in
+        float64 and checks the result."""
+
+    def gathered(self, x: Float[Array, "n d_in"]) -> "Layer":
+        """The same layer with a faster `jacobian` for these examples, where most hidden neurons have a gate of exactly
+        zero on each of them (ReLU): only the active ones enter the matrix products. Itself where that does not pay.
+
+        For other examples, on which more neurons are active than on any of these, its Jacobian is NaN.
+        """
+        return self
+
+    def weights(self) -> dict[str, Array]:
+        """The layer's weight matrices and biases by name; empty for a layer that has none of its own."""
+        return {}
+
+    def with_weights(self, **weights: Array) -> "Layer":
+        """The same layer with other values of some of its `weights()`. Raises `ValueError` for a name that is not
+        among them, or another shape."""
+        own = self.weights()
+        for name, value in weights.items():
+            if name not in own or value.shape != own[name].shape:
+                had = {k: list(w.shape) for k, w in own.items()} or "no weights"
+                raise ValueError(f"cannot replace {name} {list(value.shape)}: {type(self).__name__} has {had}")
+        return replace_fields(self, **weights)
+
+
+class ClosedForm(Layer):
+    """A layer whose Jacobian is `Σ_k L diag(g_k(x)) M_k`, corrected for a norm in front and a skip connection."""
+
+    skip: eqx.AbstractVar[Matrix | None]
+    norm: eqx.AbstractVar[Norm | None]
+    activation: eqx.AbstractVar[Activation]
+    active: eqx.AbstractVar[int | None]  # how many neurons of each example `jacobian` gathers
+
+    @property
+    @abc.abstractmethod
+    def left(self) -> Matrix | None:
+        """L `[d_out, hidden]`; `None` for the identity: the outputs are the neurons."""
+
+    @property
+    @abc.abstractmethod
+    def rights(self) -> tuple[Matrix, ...]:
+        """Every `M_k` `[hidden, d_in]`, without the norm."""
+
+    @abc.abstractmethod
+    def gates(self, x: Float[Array, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
+        """Every `g_k(x)`. In full precision whatever the objective's is: which neurons are active must not depend on
+        who asks."""
+
+    def jacobian(self, x, r_in=None, r_out=None):
+        return _closed_forms.jacobian(
+            self.left, self.gates(x), self.rights, self.norm, self.skip, x, r_in, r_out, self.active
+        )
+
+    def gathered(self, x):
+        return self if self.left is None else replace_fields(self, active=_closed_forms.active_to_gather(self, x))
+
+
+def normalized(norm: Norm | None, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """`N(x)`."""
+    return x if norm is None else norm(x)
+
+
+def full_precision():
+    """A context in which matrix products are exact to float32 on every device."""
+    return jax.default_matmul_precision("highest")

@@ -1,0 +1,131 @@
+"""Statistics of a layer over many examples: moments of activations and of Jacobians.
+
+Examples stream through in chunks of a fixed number of bytes, so memory does not grow with their number. Sums within a
+chunk are in the precision of the data, sums over chunks in float64 on the host.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rotsparse._core.checks import activations
+from rotsparse._core.types import Rows
+from rotsparse.data import moments
+from rotsparse.data.moments import chunks, covariance
+from rotsparse.layers.base import Layer
+
+
+def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
+    """How many examples' Jacobians, in float32, fit into `chunk_bytes` (default: `moments.CHUNK_BYTES`); at least one.
+
+    An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for the gated weights it is made of: as
+    many as the largest weight matrix has.
+    """
+    sizes = [np.size(leaf) for leaf in jax.tree.leaves(layer) if eqx.is_array_like(leaf)]
+    numbers = max([layer.d_out * layer.d_in, *sizes])
+    return max(1, (moments.CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // (4 * numbers))
+
+
+class JacobianMoments(NamedTuple):
+    """`E[J]`, `E[JᵀJ]` and `E[JJᵀ]` in float64."""
+
+    mean: Float[np.ndarray, "d_out d_in"]
+    gram_in: Float[np.ndarray, "d_in d_in"]
+    gram_out: Float[np.ndarray, "d_out d_out"]
+
+
+def jacobian_moments(layer: Layer, x: Rows) -> JacobianMoments:
+    """`E[J]`, `E[JᵀJ]`, `E[JJᵀ]` over the examples. Two matrix products of `2·d_out·d_in·(d_in + d_out)` flops an
+    example beside the Jacobian itself."""
+    return JacobianMoments(*_mean_over_examples(_moment_sums, layer, x))
+
+
+def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
+    """`E[JᵀJ]`: its quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the output's response to direction r."""
+    return _mean_over_examples(_gram_sum, layer, x)[0]
+
+
+def jacobians(
+    layer: Layer, x: Float[Array, "n d_in"], r_in=None, r_out=None, *, chunk_bytes: int | None = None
+) -> Iterator[np.ndarray]:
+    """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
+
+    The rows of `r_in` and `r_out` may have any length: a row scaled by s scales its column (row) of the Jacobian.
+    """
+    r_in, r_out = (None if r is None else jnp.asarray(r, x.dtype) for r in (r_in, r_out))
+    for chunk, count in chunks(x, chunk_size(layer, chunk_bytes)):
+        yield np.asarray(_jacobian(layer, chunk, r_in, r_out))[:count]
+
+
+class LayerStatistics:
+    """What the baselines need to know of a layer and its inputs, each computed when first asked for and then kept.
+
+    Raises `ValueError` where `x` is not `[examples, d_in]`, not finite, or constant.
+    """
+
+    def __init__(self, layer: Layer, x: Rows):
+        self.layer = layer
+        self.x = activations("x", x, layer.d_in)
+
+    @cached_property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance of x."""
+        return covariance(self.x)
+
+    @cached_property
+    def outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance of y = f(x)."""
+        return covariance(self.x, lambda x: apply(self.layer, jnp.asarray(x)))
+
+    @cached_property
+    def jacobian(self) -> JacobianMoments:
+        """Moments of the Jacobian."""
+        return jacobian_moments(self.layer, self.x)
+
+
+# Full precision everywhere: these numbers define bases, and are computed once.
+
+
+@eqx.filter_jit
+def apply(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "n d_out"]:
+    """The layer's outputs, jitted and in full precision."""
+    with jax.default_matmul_precision("highest"):
+        return layer(x)
+
+
+@eqx.filter_jit
+def _jacobian(layer, x, r_in, r_out):
+    with jax.default_matmul_precision("highest"):
+        return layer.jacobian(x, r_in, r_out)
+
+
+@eqx.filter_jit
+def _moment_sums(layer, x, counted):
+    with jax.default_matmul_precision("highest"):
+        j = layer.jacobian(x) * counted[:, None, None]
+        return j.sum(axis=0), jnp.einsum("noi,noj->ij", j, j), jnp.einsum("noi,npi->op", j, j)
+
+
+@eqx.filter_jit
+def _gram_sum(layer, x, counted):
+    with jax.default_matmul_precision("highest"):
+        j = layer.jacobian(x) * counted[:, None, None]
+        return (jnp.einsum("noi,noj->ij", j, j),)
+
+
+def _mean_over_examples(chunk_sums, layer, x):
+    """Mean over the examples of what `chunk_sums(layer, chunk, counted)` sums over one chunk."""
+    x = jnp.asarray(x)
+    totals = None
+    for chunk, count in chunks(x, chunk_size(layer)):
+        sums = chunk_sums(layer, chunk, jnp.asarray(np.arange(len(chunk)) < count, x.dtype))
+        sums = [np.asarray(s, np.float64) for s in sums]
+        totals = sums if totals is None else [t + s for t, s in zip(totals, sums, strict=True)]
+    assert totals is not None
+    return [t / len(x) for t in totals]

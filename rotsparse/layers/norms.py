@@ -1,0 +1,75 @@
+"""Normalisation in front of a layer: RMSNorm and LayerNorm, in a form that is closed under rotation.
+
+Both are `N(x) = γ ⊙ n̂ + β` with `n̂ = P x / r`, where `r = √(mean((Px)²) + ε)`; LayerNorm has `P = I - m mᵀ` with the
+unit vector `m = 1/√d`, RMSNorm has `P = I`. Their derivative is `(1/r)(diag(γ) P - (γ⊙n̂) n̂ᵀ/d)`: a diagonal (and
+centring) part that moves into the weights behind it, and a rank-one part.
+
+In rotated coordinates `z = R x` the same norm has `m' = R m` and no `γ` (it does not commute with R, so it must first
+be absorbed by the weights): hence `mean_direction` is a vector here and not a flag.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rotsparse._core.checks import weight
+
+
+class Norm(eqx.Module):
+    """`N(x) = γ ⊙ n̂(x) + β`. Make one with `rms_norm` or `layer_norm`."""
+
+    scale: Float[Array, "d"] | None
+    bias: Float[Array, "d"] | None
+    mean_direction: Float[Array | np.ndarray, "d"] | None
+    d: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def direction(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
+        """`n̂(x)` and `1/r(x)`."""
+        if self.mean_direction is not None:
+            x = x - (x @ self.mean_direction)[..., None] * self.mean_direction
+        # The mean square is over all d coordinates, also in a rotated basis.
+        inverse = 1 / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) / self.d + self.eps)
+        return x * inverse, inverse
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        y = self.direction(x)[0]
+        y = y if self.scale is None else y * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def absorb(self, w: Float[Array, "h d"]) -> Float[Array, "h d"]:
+        """`W diag(γ) P`."""
+        w = w if self.scale is None else w * self.scale
+        if self.mean_direction is None:
+            return w
+        return w - (w @ self.mean_direction)[:, None] * self.mean_direction
+
+    def rotate(self, r: Float[Array, "d d"]) -> "Norm":
+        """The norm of `z = R x`, after its γ and β moved into the weights behind it.
+
+        Raises `ValueError` where a rotation with fewer rows than columns would lose LayerNorm's mean direction.
+        """
+        if self.mean_direction is not None and r.shape[0] != r.shape[1]:
+            raise ValueError(
+                f"a LayerNorm can only be rotated by a square matrix, got {list(r.shape)}: centre the inputs in the "
+                "layers before it and use an RMSNorm instead"
+            )
+        mean = None if self.mean_direction is None else r @ self.mean_direction
+        return Norm(None, None, mean, self.d, self.eps)
+
+
+def rms_norm(scale, eps: float = 1e-5) -> Norm:
+    """RMSNorm, `γ ⊙ x / √(mean(x²) + ε)`. (Zhang & Sennrich 2019.)"""
+    scale = weight("scale", scale, (None,))
+    return Norm(scale, None, None, len(scale), eps)
+
+
+def layer_norm(scale, bias=None, eps: float = 1e-5) -> Norm:
+    """LayerNorm, `γ ⊙ (x - mean) / √(var + ε) + β`. (Ba, Kiros & Hinton 2016.)"""
+    scale = weight("scale", scale, (None,))
+    d = len(scale)
+    bias = None if bias is None else weight("bias", bias, (None,))
+    if bias is not None and len(bias) != d:
+        raise ValueError(f"the norm's scale has {d} entries and its bias {len(bias)}: they should agree")
+    return Norm(scale, bias, np.full(d, d**-0.5, dtype=scale.dtype), d, eps)

@@ -1,0 +1,71 @@
+"""The report of a run: figures, and one self-contained HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from rotsparse._core.files import write_atomically
+from rotsparse._core.types import Data
+from rotsparse.evaluation.compare import Comparison
+from rotsparse.fit.solution import Solution
+from rotsparse.layers.base import Layer
+from rotsparse.layers.rotations import Rotations
+from rotsparse.report import figures
+from rotsparse.report.data import picture_data
+from rotsparse.report.page import render
+
+
+def write_report(
+    folder: Path,
+    *,
+    layer: Layer,
+    x_test: Float[Data, "n d_in"],
+    bases: dict[str, Rotations],
+    comparison: Comparison,
+    solution: Solution,
+    scale_inputs: bool,
+    covariance: Float[Array, "d_in d_in"] | None = None,
+    config: dict[str, Any],
+    finding: str,
+    remarks: Sequence[str] = (),
+    floor: float | None = None,
+    function_error: float | None = None,
+) -> None:
+    """Write `figures/*.png` and `report.html` into a run folder, each file whole or not at all, the page last.
+
+    `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
+    fit behind the latter. `finding` is the first thing on the page, `remarks` follow it. `config` is listed on it,
+    its "versions" apart. `floor` bounds the solution's objective, `function_error` is that of folding; where one is
+    `None`, it is left out.
+
+    Raises `ValueError` for unfit bases or inputs, `OSError` where the folder is missing or cannot be written.
+    """
+    data = picture_data(layer, x_test, bases, scale_inputs=scale_inputs, covariance=covariance)
+    pictures = Path(folder) / "figures"
+    pictures.mkdir(exist_ok=True)
+    drawn = {
+        "overview": figures.overview(data, comparison),
+        "heat_maps": figures.heat_maps(data, comparison),
+        "examples": figures.examples(data),
+        "sorted": figures.sorted_magnitudes(data, comparison),
+        "history": figures.history(solution, floor),
+        "metrics": figures.metrics(comparison),
+    }
+    pngs = {name: figures.png(figure) for name, figure in drawn.items()}
+    page = render(
+        finding=finding,
+        remarks=remarks,
+        figures=pngs,
+        comparison=comparison,
+        solution=solution,
+        examples=len(x_test),
+        scale_inputs=scale_inputs,
+        config=config,
+        floor=floor,
+        function_error=function_error,
+    )
+    for name, content in pngs.items():
+        write_atomically(pictures / f"{name}.png", content)
+    write_atomically(Path(folder) / "report.html", page.encode())

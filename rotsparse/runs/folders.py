@@ -1,0 +1,205 @@
+"""Run folders: what a run writes, and never half of it.
+
+A run works in the folder `OUT.unfinished` and is moved to `OUT` when it is complete, so one that fails or is
+interrupted leaves no half-written `OUT` and never harms an earlier result. Where it had saved checkpoints the
+unfinished folder stays and the run can be resumed; where it had not, there is nothing to go on with, and it is removed.
+A complete run that cannot be moved stays there as well. One process at a time works in the folder.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rotsparse._core.files import write_atomically
+from rotsparse._core.interrupt import Interrupted
+from rotsparse._core.lock import LOCK, FolderLock
+
+CONFIG = "config.json"
+
+# What is known about a run while it has no results: its state, its config, when it began, what went wrong.
+STATUS = "status.json"
+RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "complete"
+
+# A run, and each of its parts, keeps its checkpoints in a folder of this name.
+CHECKPOINTS = "checkpoints"
+
+# Options that say how a command is run, and not what it computes.
+_HOW = ("out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
+
+
+@contextlib.contextmanager
+def new_run(
+    out: str | os.PathLike, *, config: dict[str, Any] | None = None, overwrite: bool = False, resume: bool = False
+) -> Iterator[Path]:
+    """A folder to write a run into; it becomes `out` when the block ends without an error. `config` is what was asked
+    for, as JSON.
+
+    With `resume` it is the folder of the earlier run that was interrupted, if there is one. Raises `ValueError` where
+    `out` exists, at the start or at the end, unless `overwrite` is set and it is a run; where another process works on
+    the same run; where an interrupted run is there and neither `resume` nor `overwrite` is set; and where it was begun
+    with another config. An interruption that leaves checkpoints becomes `Interrupted`, which says how to go on.
+    """
+    out = Path(out)
+    work = unfinished(out)
+    lock = FolderLock(work)
+    try:
+        try:
+            _check_target(out, overwrite)
+            begun = _begun(work, config or {}, overwrite, resume)
+        except BaseException:
+            if not _kept(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        status = {"began": begun, "config": config or {}}
+        write_json(work / STATUS, {"state": RUNNING, **status})
+        try:
+            yield work
+            write_json(work / STATUS, {"state": COMPLETE, **status})
+        except BaseException as error:
+            if not checkpointed(work):
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            interrupted = isinstance(error, KeyboardInterrupt)
+            status |= {"state": INTERRUPTED} if interrupted else {"state": FAILED, "error": str(error)}
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong first
+                write_json(work / STATUS, status)
+            if interrupted:
+                raise Interrupted(f"interrupted: to go on, give the same command with --resume ({work})") from None
+            raise
+        _move(work, out, overwrite)
+        (out / LOCK).unlink(missing_ok=True)
+        for folder in list(out.rglob(CHECKPOINTS)):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def unfinished(out: Path) -> Path:
+    """Where the run that is to become `out` works."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def checkpointed(work: Path) -> bool:
+    """Whether there is anything to go on with in an unfinished run."""
+    return any(work.rglob(f"{CHECKPOINTS}/step-*"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder. Its status says so; before there was one, its config did: every folder of a
+    Hugging Face model holds a `config.json` too."""
+    status, config = read_object(folder / STATUS), read_object(folder / CONFIG)
+    return status.get("state") in (RUNNING, INTERRUPTED, FAILED, COMPLETE) or {"command", "versions"} <= config.keys()
+
+
+def _kept(work: Path) -> bool:
+    """Whether anything in the folder of an unfinished run is worth keeping."""
+    return checkpointed(work) or _complete(work)
+
+
+def _complete(work: Path) -> bool:
+    return read_object(work / STATUS).get("state") == COMPLETE
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not is_run(out):
+        raise ValueError(
+            f"{out} is not a run folder (no run wrote a {STATUS} there): it will not be replaced, choose another name"
+        )
+    if not overwrite:
+        raise ValueError(f"{out} exists: choose another folder, or pass --overwrite to replace it")
+
+
+def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:
+    """Prepare the folder to begin or to go on in: when the run began."""
+    if checkpointed(work) and resume:
+        status = read_json(work / STATUS)
+        before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
+                       for c in (status["config"], config))  # fmt: skip
+        lines = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
+        if lines:
+            shown = "".join(f"\n  {line}" for line in lines)
+            raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")
+        return status["began"]
+    if _complete(work) and not overwrite:
+        raise ValueError(
+            f"{work} holds a complete run that could not be moved into place: move it to where you want it, or pass "
+            "--overwrite to begin again"
+        )
+    if checkpointed(work) and not overwrite:
+        raise ValueError(
+            f"{work} holds a run that was interrupted: pass --resume to go on with it, or --overwrite to begin again"
+        )
+    for path in work.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def _move(work: Path, out: Path, overwrite: bool) -> None:
+    """Move a complete run into place. The earlier one is moved aside first: two renames, and both folders are whole at
+    every moment. Raises `ValueError` where something has come up there that is not to be replaced."""
+    if not out.exists():
+        work.rename(out)
+        return
+    if not (overwrite and is_run(out)):
+        raise ValueError(
+            f"{out} appeared while the run was under way and is left alone: the complete run is in {work}, move it to "
+            "where you want it"
+        )
+    earlier = out.with_name(f".{out.name}-earlier-{os.getpid()}")
+    out.rename(earlier)
+    try:
+        work.rename(out)
+    except BaseException:
+        earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write JSON atomically; NaN and infinity, which JSON does not have, become null."""
+    write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file of a run. Raises `ValueError` where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one where the file is missing, damaged, or holds something else."""
+    try:
+        content = read_json(path)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside its inputs."""
+    packages = ("rotsparse", "jax", "jaxlib", "optax", "equinox", "numpy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    return None if isinstance(value, float) else value

@@ -1,0 +1,176 @@
+"""The main job: fit a layer, compare with every baseline on held-out examples, fold, and write it all into a run
+folder."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Float
+from rich.console import Console
+
+from rotsparse._core.files import write_atomically
+from rotsparse._core.types import Data
+from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.data.sources import Source, in_memory
+from rotsparse.evaluation import baselines
+from rotsparse.evaluation.compare import Comparison, compare
+from rotsparse.evaluation.finding import finding, remarks
+from rotsparse.fit.find_rotations import find_rotations
+from rotsparse.fit.solution import Result, Solution
+from rotsparse.layers.base import Layer
+from rotsparse.layers.fold import fold
+from rotsparse.objectives.floor import floor
+from rotsparse.report import write
+from rotsparse.runs import folders
+
+METRICS = "metrics.json"
+SOLUTION = "solution.npz"
+ROTATIONS = "rotations.safetensors"
+TABLE = "table.md"
+
+# The floor needs a singular value decomposition of every example: this many are enough for three digits.
+FLOOR_EXAMPLES = 256
+
+# A dozen bases are compared on so many entries of Jacobians each, of evenly spaced examples: minutes for wide layers,
+# and intervals that are narrow long before.
+COMPARED_ENTRIES = 2**26
+FEWEST_COMPARED = 200
+
+
+def run(
+    folder: Path,
+    layer: Layer,
+    train: Float[Data, "n d_in"] | Source,
+    test: Float[Data, "m d_in"],
+    *,
+    fit: dict[str, Any],
+    seed: int,
+    config: dict[str, Any],
+    console: Console,
+) -> Solution:
+    """Fit on `train`, report on `test`, write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
+    `report.html` and `figures/` into `folder`.
+
+    `fit` holds the arguments of `find_rotations`, `config` what the user asked for. Raises `ValueError` where the
+    inputs are unfit, `KeyboardInterrupt` where the fit was interrupted.
+    """
+    begun = time.perf_counter()
+    key = jax.random.key(seed)
+    scale_inputs = fit.get("scale_inputs", True)
+    solution = find_rotations(layer, train, key=key, **fit)
+    console.print(solution.summary(), highlight=False)
+    solution.completed()
+    # It bounds the objective of whole Jacobians, unscaled.
+    whole = not scale_inputs and fit.get("active_subspace") is None
+    lowest = None if not whole else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
+    folded = fold(layer, solution.rotations, test)
+
+    solution.save(folder / SOLUTION)
+    solution.rotations.save(folder / ROTATIONS, {"seed": seed, "objective": solution.value})
+    config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
+    folders.write_json(folder / folders.CONFIG, config)
+    said, comparison = write_comparison(
+        folder,
+        layer,
+        train,
+        test,
+        solution,
+        config=config,
+        scale_inputs=scale_inputs,
+        floor=lowest,
+        function_error=folded.error,
+        console=console,
+    )
+    folders.write_json(
+        folder / METRICS,
+        {
+            "finding": said[0],
+            "remarks": said[1:],
+            "metrics": comparison.to_json(),
+            "function_error": folded.error,
+            "function_scale": folded.scale,
+            "orthogonality_error": solution.rotations.orthogonality_error(),
+            "objective": {"start": solution.start_value, "train": solution.value, "floor": lowest},
+            "result": solution.result.name,
+            "certificate": solution.certificate,
+            "agreement": _agreement(solution),
+            "fit": solution.stats,
+            "seconds": time.perf_counter() - begun,
+        },
+    )
+    console.print(f"\n[bold]{said[0]}[/]\n", highlight=False)
+    for remark in said[1:]:
+        console.print(remark, highlight=False)
+    console.print(
+        f"Function unchanged to {folded.error:.1e} (outputs have root mean square {folded.scale:.2g}); "
+        f"‖RRᵀ-I‖ = {solution.rotations.orthogonality_error():.1e}.",
+        highlight=False,
+    )
+    return solution
+
+
+def write_comparison(
+    folder: Path,
+    layer: Layer,
+    train: Float[Data, "n d_in"] | Source,
+    test: Float[Data, "m d_in"],
+    solution: Solution,
+    *,
+    config: dict[str, Any],
+    scale_inputs: bool,
+    floor: float | None,
+    function_error: float,
+    console: Console,
+) -> tuple[list[str], Comparison]:
+    """Compare a solution with every baseline on held-out examples, write the report, and say what was found: one
+    sentence, then remarks. Of a source that is larger than memory, baselines (and the standard deviations that scale
+    inputs) are taken from the part that a fit keeps in memory."""
+    sample, source = in_memory(train)
+    test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
+    console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
+    key = jax.random.key(config["seed"])
+    bases = {"learned": solution.rotations} | baselines.all_baselines(layer, sample, key=jax.random.fold_in(key, 2))
+    options = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
+    comparison = compare(layer, test, bases, key=jax.random.fold_in(key, 3), **options)
+    console.print(comparison.table())
+    write_atomically(folder / TABLE, comparison.markdown().encode())
+    said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
+    if source is not None:
+        said.append(
+            f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
+            "them, evenly spread."
+        )
+    write.write_report(
+        folder,
+        layer=layer,
+        x_test=test,
+        bases=bases,
+        comparison=comparison,
+        solution=solution,
+        config=config,
+        finding=said[0],
+        remarks=said[1:],
+        floor=floor,
+        function_error=function_error,
+        **options,
+    )
+    return said, comparison
+
+
+def _agreement(solution: Solution) -> dict[str, Any] | None:
+    """For every space, how many directions were fitted, the share of them that every other restart found again, and the
+    |cos| of each direction of the space."""
+    reproduced = solution.reproduced()
+    if not reproduced:
+        return None
+    cosines = solution.agreement()
+    return {
+        space: {"fitted": len(again), "reproduced": again.mean(), "cosines": cosines[space]}
+        for space, again in reproduced.items()
+    }
+
+
+def succeeded(solution: Solution) -> bool:
+    """Whether the command line should exit with success: a run that went wrong should not."""
+    return solution.result is not Result.NON_FINITE

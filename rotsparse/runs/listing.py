@@ -1,0 +1,84 @@
+"""What runs there are in a folder, and how they are doing."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from rotsparse._core.lock import held
+from rotsparse.fit._log import LOG, read_log
+from rotsparse.runs import folders, layer_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run: `state` is complete, running, interrupted or failed; `step` of `steps` are done (of the fit that is under
+    way, in a run of many); `value` is the lowest objective so far by which rotations are chosen."""
+
+    folder: Path
+    command: str
+    state: str
+    note: str
+    step: int | None
+    steps: int | None
+    value: float
+
+
+def runs_in(folder: str | Path) -> list[Run]:
+    """The runs in a folder and below it, by name. Raises `ValueError` where the folder is not one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    known = {path.parent for name in (folders.STATUS, folders.CONFIG) for path in folder.rglob(name)}
+    found = {path for path in known if folders.is_run(path)}
+    # The parts of a run are not runs of their own.
+    return [_run(path) for path in sorted(found) if not found & set(path.parents)]
+
+
+def table(folder: str | Path) -> Table:
+    """The runs in a folder as a table to print."""
+    found = runs_in(folder)
+    title = None if found else f"no runs in {folder}"
+    shown = Table(Column("run", overflow="fold"), "command", "state", "steps", "best value", "note", title=title)
+    for run in found:
+        steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
+        value = "" if math.isnan(run.value) else f"{run.value:.4f}"
+        name = str(run.folder.relative_to(folder)) if run.folder != Path(folder) else str(run.folder)
+        shown.add_row(name, run.command, run.state, steps, value, run.note)
+    return shown
+
+
+def _run(folder: Path) -> Run:
+    status = folders.read_object(folder / folders.STATUS)
+    config = status.get("config") or folders.read_object(folder / folders.CONFIG)
+    metrics = folders.read_object(folder / layer_run.METRICS)
+    # A folder of a run from before there was a status is complete, or it would not be there.
+    state, note = status.get("state", folders.COMPLETE), str(status.get("error", ""))
+    results = [layer.get("result") for layer in metrics.get("layers", {"": metrics}).values()]
+    if state == folders.COMPLETE and "NON_FINITE" in results:
+        state, note = folders.FAILED, "the objective became NaN or infinite"
+    if state == folders.RUNNING and not held(folder):
+        state, note = folders.INTERRUPTED, "killed"
+    if state == folders.INTERRUPTED:
+        note = f"{note}; --resume goes on".removeprefix("; ")
+
+    logs = {path.parent: read_log(path.parent) for path in folder.rglob(LOG)}
+    checked = [min(line["checked"]) for lines in logs.values() for line in lines if _finite(line.get("checked"))]
+    last = max(logs, key=lambda path: (path / LOG).stat().st_mtime, default=None)
+    lines = [] if last is None else logs[last]
+    if len(logs) > 1:
+        note = f"{note}; {len(logs)} fits, {last.name if last else ''} the last".removeprefix("; ")
+    return Run(
+        folder=folder,
+        command=str(config.get("command", "")),
+        state=state,
+        note=note,
+        step=lines[-1]["step"] if lines else None,
+        steps=config.get("steps") if isinstance(config.get("steps"), int) else None,
+        value=min(checked, default=math.nan) if len(logs) == 1 else math.nan,
+    )
+
+
+def _finite(checked: list[float | None] | None) -> bool:
+    return bool(checked) and None not in checked

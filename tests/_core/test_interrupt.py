@@ -1,0 +1,147 @@
+"""Signals: noted inside a fit, as usual outside of it."""
+
+import itertools
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotsparse as rs
+from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
+from rotsparse.evaluation.benchmark import benchmark
+from rotsparse.fit.minimize import Progress, minimize
+from rotsparse.fit.solution import Result
+from rotsparse.objectives import ActivationSparsity
+from rotsparse.objectives.measures import Log
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def objective():
+    x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    return ActivationSparsity(x, Log(0.3), batch_size=8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted(number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with StopSignals() as stop:
+        assert not stop.requested
+        send(number)
+        assert stop.requested
+        send(signal.SIGTERM)  # a scheduler may repeat itself
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def sending(monkeypatch, number, updates=1):
+    """Every fit gets the signal from its progress bar, from that update on."""
+    left = itertools.count(updates, -1)
+    monkeypatch.setattr(Progress, "update", lambda *arguments, **shown: send(number) if next(left) <= 1 else None)
+
+
+def test_sigterm_ends_a_fit_that_cannot_save(monkeypatch):
+    """A script that is told to end must not take an unfinished fit for a finished one and go on."""
+    sending(monkeypatch, signal.SIGTERM)
+    with handled(signal.SIGTERM, terminated), pytest.raises(Interrupted):
+        minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), steps=100)
+
+
+def layer_and_inputs():
+    rng = np.random.default_rng(0)
+    w_in, w_out = (rng.standard_normal((6, 6)).astype(np.float32) for _ in range(2))
+    return rs.MLP(w_in, None, w_out), rng.standard_normal((60, 6)).astype(np.float32)
+
+
+def test_ctrl_c_in_a_polish_ends_the_fit(monkeypatch):
+    """The annealed rotations are returned, and nobody takes the fit for finished."""
+    layer, x = layer_and_inputs()
+    finished = []
+
+    def interrupted(few, bases, polish):
+        sending(monkeypatch, signal.SIGINT)
+        polish(bases)
+        finished.append(True)
+
+    monkeypatch.setattr("rotsparse.fit.find_rotations.refine", interrupted)
+    solution = rs.find_rotations(layer, x, key=jax.random.key(0), steps=60)
+    assert solution.result is Result.INTERRUPTED and not finished
+    assert solution.value < solution.start_value
+    with pytest.raises(KeyboardInterrupt):
+        solution.completed()
+
+
+@pytest.mark.parametrize("places", [{}, {"checkpoint": "checkpoints"}])
+def test_sigterm_in_the_pair_searches(places, tmp_path, monkeypatch):
+    """It ends the fit where that can go on later, and else is left to whoever else listens."""
+    layer, x = layer_and_inputs()
+    monkeypatch.setattr("rotsparse.fit.find_rotations.refine", lambda *arguments: send(signal.SIGTERM))
+    places = {name: tmp_path / folder for name, folder in places.items()}
+    fit = lambda: rs.find_rotations(layer, x, key=jax.random.key(0), steps=60, **places)  # noqa: E731
+    with handled(signal.SIGTERM, terminated):
+        if places:
+            assert fit().result is Result.INTERRUPTED
+        else:
+            with pytest.raises(Interrupted):
+                fit()
+
+
+@pytest.mark.parametrize("at_update", [1, 4])  # in the fit of the layer, and in that of a control
+def test_an_interrupted_benchmark_has_no_result(at_update, monkeypatch):
+    layer, x = layer_and_inputs()
+    sending(monkeypatch, signal.SIGINT, at_update)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(layer, x[:40], x[40:], key=jax.random.key(0), solver=rs.Annealing(), steps=60)
+
+
+def test_ctrl_c_after_annealing_keeps_the_basis(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rotsparse.fit.find_basis.fit_activations", interrupted)
+    solution = rs.find_basis(x, key=jax.random.key(0), measure=Log(0.3), steps=40, batch_size=8)
+    assert solution.result is Result.INTERRUPTED and solution.value <= solution.start_value
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), StopSignals():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+
+
+def test_sigterm_as_an_exception():
+    with pytest.raises(Interrupted, match="give the same command again"), handled(signal.SIGTERM, terminated):
+        send(signal.SIGTERM)
+
+
+def test_other_threads_are_left_alone():
+    noted = []
+
+    def run():
+        with StopSignals() as stop:
+            noted.append(stop.requested)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert noted == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_fit_saves_and_returns_what_it_has(number, tmp_path, monkeypatch):
+    fit = lambda: minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), steps=100, checkpoint=tmp_path)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "update", lambda *arguments, **shown: send(number))
+        solution = fit()
+    assert solution.result is Result.INTERRUPTED
+    assert 0 < solution.stats["steps"] < 100
+    assert solution.value <= solution.start_value
+    assert (tmp_path / f"step-{solution.stats['steps']:08d}").is_dir()
+    assert fit().stats["resumed_at"] == solution.stats["steps"]

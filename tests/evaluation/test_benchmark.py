@@ -1,0 +1,82 @@
+"""`benchmark`: the table that decides whether a layer's basis is worth anything."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotsparse as rs
+from rotsparse._core.orthogonal import haar
+from rotsparse.evaluation import baselines
+from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
+
+KEY = jax.random.key(0)
+ANNEAL = {"solver": rs.Annealing(), "steps": 600}  # without pair searches, which take longer to compile than to run
+
+
+@pytest.fixture
+def planted(rng):
+    """A block of neurons with two inputs and two outputs each, hidden by rotations; and its inputs."""
+    n = 8
+    w_in, w_out = np.zeros((3 * n, n)), np.zeros((n, 3 * n))
+    for neuron in range(3 * n):
+        w_in[neuron, rng.choice(n, 2, replace=False)] = rng.standard_normal(2)
+        w_out[rng.choice(n, 2, replace=False), neuron] = rng.standard_normal(2)
+    q_in, q_out = (np.asarray(haar(k, n)) for k in jax.random.split(KEY))
+    layer = rs.MLP((w_in @ q_in).astype(np.float32), None, (q_out.T @ w_out).astype(np.float32))
+    return layer, rng.standard_normal((300, n)).astype(np.float32)
+
+
+def test_structure_that_is_there_is_found_and_that_of_the_control_is_not(planted):
+    layer, x = planted
+    found = benchmark(layer, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL, restarts=2)
+    of = found.comparison.metrics
+    assert list(of) == [LEARNED, *baselines.all_baselines(layer, x, key=KEY)]
+    assert len(found.controls) == 3
+    assert found.control is not None and found.control.keys() == of[LEARNED].keys()
+    assert of[LEARNED]["hoyer"].low > max(m["hoyer"].high for name, m in of.items() if name != LEARNED)
+    assert of[LEARNED][SHARE].low > found.control[SHARE].high
+    assert "sparse structure that was learned" in found.conclusion
+    assert found.seconds.keys() == {*of, CONTROL} and all(s >= 0 for s in found.seconds.values())
+    assert found.reproduced is not None and found.reproduced.keys() == {"in", "out"}
+    rows = found.markdown().splitlines()
+    assert len(rows) == 2 + len(of) + 1 and len({row.count("|") for row in rows}) == 1
+    assert rows[-1].startswith(f"| {CONTROL} |")
+    json.dumps(found.to_json())
+
+
+def test_random_weights_are_not_called_structure(planted):
+    layer, x = planted
+    null = rs.controls.random_weights(layer, key=KEY)
+    found = benchmark(null, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL)
+    assert "no sparse basis here beyond chance" in found.conclusion
+    assert found.reproduced is None  # one restart cannot tell
+
+
+def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
+    layer, x = planted
+    function = rs.FunctionLayer(function=lambda v: layer(v), d_in=8, d_out=8)
+    options = {**ANNEAL, "steps": 20, "key": KEY}
+    plain, controlled = (benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, [layer]))
+    assert plain.control is None and CONTROL not in plain.seconds
+    assert controlled.control is not None
+    assert "random weights" not in plain.conclusion
+
+
+def test_command_line(folder, rotsparse, planted):
+    layer, x = planted
+    np.savez("layer.npz", w_in=layer.w_in, w_out=layer.w_out)
+    np.save("x.npy", x)
+    options = ["--layer", "layer.npz", "--activations", "x.npy", "--steps", 20, "--solver", "annealing"]
+    code, said = rotsparse("benchmark", *options, "--out", "run")
+    assert code == 0
+    assert "random" in said and "Other starts" in said
+    metrics = json.loads((folder / "run/metrics.json").read_text())
+    assert metrics["control"].keys() == metrics["metrics"]["learned"].keys()
+    assert metrics["seconds"]["learned"] > 0
+    assert "| pca |" in (folder / "run/table.md").read_text()
+    rotations = rs.Rotations.load(folder / "run/rotations.safetensors")[0]
+    assert rotations.orthogonality_error() < 1e-5
+    assert jnp.shape(rotations.r_in) == (8, 8)

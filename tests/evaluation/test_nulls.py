@@ -1,0 +1,170 @@
+"""Null models change what they should and nothing else; the verdict follows from the data."""
+
+import jax
+import numpy as np
+import pytest
+
+import rotsparse as rs
+from rotsparse._core.intervals import Interval
+from rotsparse.evaluation.finite_effects import finite_effects
+from rotsparse.evaluation.nulls import random_perturbation, random_weights, shuffled_inputs
+from rotsparse.evaluation.verdict import another_redraw, beyond_control, identifiability
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
+def test_random_weights_keep_shape_scale_and_biases(kind, rng):
+    w = lambda *s: (0.3 * rng.standard_normal(s)).astype(np.float32)  # noqa: E731
+    layer = {
+        "mlp": lambda: rs.MLP(w(80, 40), w(80), w(40, 80), w(40), skip=True),
+        "dense": lambda: rs.Dense(w(80, 40), w(80)),
+        "gated": lambda: rs.GatedMLP(w(80, 40), w(80, 40), w(40, 80), b_gate=w(80)),
+    }[kind]()
+    null = random_weights(layer, key=jax.random.key(0))
+    for name in layer.__dataclass_fields__:
+        before, after = getattr(layer, name), getattr(null, name)
+        if not name.startswith("w_") or before is None:
+            assert before is after
+            continue
+        assert before.shape == after.shape and before.dtype == after.dtype
+        assert np.sqrt(np.mean(np.square(after))) == pytest.approx(np.sqrt(np.mean(np.square(before))), rel=0.05)
+        assert abs(np.corrcoef(before.ravel(), np.asarray(after).ravel())[0, 1]) < 0.1
+
+
+def test_random_weights_need_weights():
+    with pytest.raises(ValueError, match="got FunctionLayer"):
+        random_weights(rs.FunctionLayer(lambda x: x, 3, 3), key=jax.random.key(0))
+
+
+def test_shuffled_inputs_keep_marginals_and_lose_correlation(rng):
+    x = (rng.standard_normal((2000, 1)) + 0.1 * rng.standard_normal((2000, 5))).astype(np.float32)
+    shuffled = np.asarray(shuffled_inputs(x, key=jax.random.key(0)))
+    np.testing.assert_array_equal(np.sort(shuffled, axis=0), np.sort(x, axis=0))
+    correlation = np.corrcoef(shuffled.T) - np.eye(5)
+    assert np.corrcoef(x.T).min() > 0.9
+    assert np.abs(correlation).max() < 0.1
+
+
+def test_random_perturbation_has_the_same_size_and_another_direction(rng):
+    x, replaced = rng.standard_normal((2, 500, 20)).astype(np.float32)
+    moved = np.asarray(random_perturbation(x, replaced, key=jax.random.key(0))) - x
+    asked = replaced - x
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), np.linalg.norm(asked, axis=1), rtol=1e-4)
+    cosine = (moved * asked).sum(axis=1) / np.square(asked).sum(axis=1)
+    assert abs(cosine.mean()) < 0.05
+
+
+def test_finite_effects_of_a_diagonal_layer_are_diagonal(rng):
+    truth = rs.Rotations.haar(jax.random.key(1), 5, 5)
+    layer = rs.MLP(np.asarray(truth.r_in), None, np.asarray(truth.r_out).T, activation="tanh")
+    x = rng.standard_normal((1500, 5)).astype(np.float32)  # more than one chunk
+    effects = finite_effects(layer, x, truth)
+    np.testing.assert_array_equal(effects[~np.eye(5, dtype=bool)], 0)
+    assert np.diagonal(effects).min() > 0.9
+    mixed = finite_effects(layer, x, rs.Rotations.haar(jax.random.key(2), 5, 5))
+    assert mixed.sum(axis=0).mean() > 3
+
+
+def test_rounding_errors_are_no_effects(rng):
+    """Two of six outputs never vary: nothing moves them, in their own basis."""
+    w_out = rng.standard_normal((6, 4)) @ rng.standard_normal((4, 10))
+    layer = rs.MLP(rng.standard_normal((10, 5)).astype(np.float32), None, w_out.astype(np.float32))
+    x = rng.standard_normal((200, 5)).astype(np.float32)
+    directions = np.linalg.svd(w_out)[0].T.astype(np.float32)
+    effects = finite_effects(layer, x, rs.Rotations(np.eye(5, dtype=np.float32), directions))
+    assert effects[:4].max() > 0.5
+    np.testing.assert_array_equal(effects[4:], 0)
+
+
+def test_finite_effects_count_by_the_definition(rng):
+    layer = rs.Dense(rng.standard_normal((3, 4)).astype(np.float32), activation="relu")
+    x = rng.standard_normal((50, 4)).astype(np.float32)
+    rotations = rs.Rotations.haar(jax.random.key(3), 4, 3)
+    r_in, r_out = np.asarray(rotations.r_in), np.asarray(rotations.r_out)
+    y = np.asarray(layer(x)) @ r_out.T
+    expected = np.zeros((3, 4))
+    for i, sd in enumerate((x @ r_in.T).std(axis=0)):
+        for sign in (1, -1):
+            moved = np.asarray(layer(x + sign * 0.5 * sd * r_in[i])) @ r_out.T
+            expected[:, i] += (np.abs(moved - y) > 0.2 * y.std(axis=0)).mean(axis=0) / 2
+    np.testing.assert_allclose(finite_effects(layer, x, rotations, size=0.5, threshold=0.2), expected, atol=0.011)
+
+
+def fitted(layer, x, key):
+    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, steps=150, scale_inputs=False)
+
+
+def test_a_planted_basis_is_identified(rng):
+    """A curved diagonal stage in a hidden basis against random weights: found again, and beyond chance."""
+    truth = rs.Rotations.haar(jax.random.key(1), 8, 8)
+    layer = rs.MLP(np.asarray(truth.r_in), None, np.asarray(truth.r_out).T, activation="tanh")
+    x = (1.5 * rng.standard_normal((300, 8))).astype(np.float32)
+    null = random_weights(layer, key=jax.random.key(2))
+    report = identifiability(layer, x, fitted(layer, x, 0), [(null, x, fitted(null, x, 1))])
+    assert report.beyond_null
+    assert report.sides["in"].identified(0.95) == report.sides["out"].identified(0.95) == 8
+    np.testing.assert_allclose(report.sides["in"].partners, 1, atol=0.1)
+    assert report.sides["in"].gain.min() > 1.3
+    assert report.verdict.startswith("A sparse basis")
+
+
+def test_random_weights_against_random_weights_say_no_sparse_basis(rng):
+    make = lambda key: random_weights(  # noqa: E731
+        rs.MLP(np.ones((24, 8), np.float32), None, np.ones((8, 24), np.float32), activation="gelu"),
+        key=jax.random.key(key),
+    )
+    x = rng.standard_normal((300, 8)).astype(np.float32)
+    layer, nulls = make(0), [make(1), make(2)]
+    report = identifiability(layer, x, fitted(layer, x, 0), [(null, x, fitted(null, x, 1)) for null in nulls])
+    assert not report.beyond_null
+    assert report.verdict.startswith("No ") and "null models do as well" in report.verdict
+
+
+def test_directions_outside_the_active_subspace_do_not_count(rng):
+    layer = rs.Dense(rng.standard_normal((6, 6)).astype(np.float32), activation="tanh")
+    x = (rng.standard_normal((200, 6)) * [1, 1, 1, 1e-4, 1e-4, 1e-4]).astype(np.float32)
+    fit = lambda key: rs.find_rotations(  # noqa: E731
+        layer, x, key=jax.random.key(key), restarts=2, steps=20, active_subspace=0.99
+    )
+    report = identifiability(layer, x, fit(0), [(layer, x, fit(1))])
+    assert report.sides["in"].fitted.sum() == 3
+    assert report.sides["in"].identified(0.0) == 3
+
+
+def test_a_null_and_restarts_are_needed(rng):
+    layer = rs.Dense(rng.standard_normal((3, 3)).astype(np.float32))
+    x = rng.standard_normal((50, 3)).astype(np.float32)
+    single = rs.find_rotations(layer, x, key=jax.random.key(0), steps=5)
+    with pytest.raises(ValueError, match="without a null model"):
+        identifiability(layer, x, single, [])
+    with pytest.raises(ValueError, match="restarts"):
+        identifiability(layer, x, single, [(layer, x, single)])
+
+
+@pytest.mark.parametrize(
+    ("learned", "control", "structure"),
+    [
+        ((0.20, 0.19, 0.21), (0.16, 0.15, 0.17), True),
+        ((0.20, 0.16, 0.24), (0.16, 0.15, 0.17), False),  # not sure
+        ((0.150, 0.149, 0.151), (0.145, 0.144, 0.146), False),  # sure, but next to nothing
+        ((0.98, 0.979, 0.981), (0.95, 0.949, 0.951), True),  # near one, where factors of shares say nothing
+        ((0.76, 0.75, 0.77), (0.88, 0.87, 0.89), False),
+    ],
+)
+def test_structure_is_more_than_the_control_and_worth_the_name(learned, control, structure):
+    found, words = beyond_control(Interval(*learned), [Interval(*control)])
+    assert found == structure
+    assert words.endswith("learned" if structure else "beyond chance")
+
+
+def test_redraws_that_differ_say_less_than_their_examples():
+    """Three controls with narrow intervals around 0.17, 0.21 and 0.18: a fourth at 0.24 would be no surprise."""
+    controls = [Interval(v, v - 0.003, v + 0.003) for v in (0.17, 0.21, 0.18)]
+    null = another_redraw(controls)
+    values = np.array([0.17, 0.21, 0.18])
+    assert null.value == pytest.approx(values.mean())
+    assert null.high - null.value == pytest.approx(4.3027 * values.std(ddof=1) * np.sqrt(4 / 3), rel=1e-4)
+    assert not beyond_control(Interval(0.24, 0.237, 0.243), controls)[0]
+    assert beyond_control(Interval(0.24, 0.237, 0.243), controls[:1])[0]  # one redraw cannot know
+    assert another_redraw(controls[:1]) == controls[0]
+    same = [Interval(0.2, 0.15, 0.25)] * 3
+    assert another_redraw(same) == pytest.approx(same[0])

@@ -1,0 +1,185 @@
+"""`find_basis`: finds planted directions, loses less energy than principal components, and never makes things worse."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotsparse as rs
+from rotsparse.examples.digits import train
+from rotsparse.fit.minimize import minimize
+from rotsparse.fit.solution import Result
+from rotsparse.solvers.fixed_point import FixedPoint, top_k
+
+KEY = jax.random.key(0)
+
+
+def planted(d=12, n=3000, theta=0.2):
+    rng = np.random.default_rng(0)
+    dictionary = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    codes = rng.standard_normal((n, d)) * (rng.random((n, d)) < theta)
+    return (codes @ dictionary).astype(np.float32), dictionary  # rows of the dictionary are the directions
+
+
+@pytest.fixture(scope="module")
+def activations():
+    """What enters the second layer of a network trained on digits."""
+    network = train(0)
+    return tuple(np.asarray(network.layers[0](jnp.asarray(x))) for x in (network.train, network.test))
+
+
+def energy_lost(x, r, keep):
+    square = np.sort(np.square(x @ np.asarray(r).T), axis=1)
+    return square[:, : square.shape[1] - round(keep * square.shape[1])].sum() / square.sum()
+
+
+@pytest.mark.parametrize("measure", [rs.Log(0.1), rs.TopK(0.3)], ids=lambda m: type(m).__name__)
+def test_planted_directions_are_found(measure):
+    x, dictionary = planted()
+    solution = rs.find_basis(x, key=KEY, measure=measure, steps=600)
+    cosines = np.abs(np.asarray(solution.bases["x"]) @ dictionary.T).max(axis=0)
+    assert cosines.min() > 0.99
+    if isinstance(measure, rs.Log):
+        assert "fixed point and quasi-Newton steps" in solution.certificate
+        assert cosines.min() > 0.9999
+
+
+def test_it_loses_less_energy_than_principal_components(activations):
+    train_x, test_x = activations
+    solution = rs.find_basis(train_x, key=KEY, validation=test_x[:200], steps=1500)
+    _, components = np.linalg.eigh(train_x.T @ train_x)
+    bases = solution.bases["x"], components.T, np.eye(64)
+    ours, pca, none = (energy_lost(train_x, r, 0.5) for r in bases)
+    assert ours < 0.85 * pca < 0.1 * none
+    # 1,437 examples for 2,016 angles: on others it is at least no worse than the baseline it was chosen against.
+    ours, pca, none = (energy_lost(test_x[200:], r, 0.5) for r in bases)
+    assert ours < 1.05 * pca < 0.1 * none
+    # The objective is that energy.
+    assert energy_lost(train_x, solution.bases["x"], 0.5) == pytest.approx(solution.value, rel=1e-3)
+
+
+@pytest.fixture
+def half_zero(rng):
+    """`x = Dᵀ s` with s half zeros: all energy lies in d/2 coordinates of the basis D."""
+    d = 12
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    kept = np.argsort(rng.random((3000, d)), axis=1) < d // 2
+    return (rng.standard_normal((3000, d)) * kept @ basis).astype(np.float32), basis
+
+
+def test_top_k_finds_the_basis_in_which_half_is_zero(half_zero):
+    x, basis = half_zero
+    solution = rs.find_basis(x[:2000], key=KEY, validation=x[2000:], steps=1000)
+    assert energy_lost(x[2000:], solution.bases["x"], 0.5) < 1e-3
+    assert np.abs(np.asarray(solution.bases["x"]) @ basis.T).max(axis=1).min() > 0.999
+
+
+def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
+    x, basis = half_zero
+    near = np.linalg.qr(basis + 0.15 * rng.standard_normal(basis.shape))[0]
+    near *= np.sign(np.sum(near * basis, axis=1, keepdims=True))
+    objective = rs.ActivationSparsity(x, rs.TopK(0.5))
+    solution = rs.minimize(
+        objective, {"in": jnp.asarray(near, jnp.float32)}, key=KEY, solver=FixedPoint(top_k(6)), steps=100
+    )
+    values = solution.history.objective[0]
+    assert (np.diff(values) <= 1e-6).all()
+    assert values[-1] < 0.02 * values[0]
+
+
+def test_a_good_start_is_kept_where_nothing_better_is_found():
+    x, _ = planted()
+    best = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=600)
+    again = rs.find_basis(x, key=jax.random.key(1), measure=rs.Log(0.1), start=best.bases["x"], steps=20)
+    assert again.value <= best.value + 1e-6
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_optimal_start_is_returned_and_the_result_says_so(rng, held_out):
+    """Half of the neurons are exactly zero in each example: nothing is lost, and nothing can be better."""
+    x = rng.choice([-1.0, 1.0], (600, 8)) * (np.argsort(rng.random((600, 8)), axis=1) < 4)
+    x, validation = x[:500].astype(np.float32), x[500:].astype(np.float32)
+    solution = rs.find_basis(x, key=KEY, steps=40, restarts=2, validation=validation if held_out else None)
+    assert solution.result is Result.NO_IMPROVEMENT
+    np.testing.assert_array_equal(solution.bases["x"], np.eye(8))
+    assert solution.value == solution.start_value == solution.candidate_values.min() == 0
+
+
+def test_the_result_is_that_of_all_parts():
+    """One step of annealing improves little or nothing; what follows it does."""
+    x, _ = planted(n=500)
+    solution = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=1)
+    assert solution.result is Result.ALL_STEPS and solution.value < solution.start_value
+
+
+class Overflowing(rs.TopK):
+    """Infinite where any entry is large, as almost everywhere."""
+
+    def example_value(self, z):
+        return super().example_value(z) + jnp.where(jnp.max(jnp.abs(z)) > 1.5, jnp.inf, 0)
+
+
+def test_an_objective_that_overflows_in_the_second_part_is_reported(rng):
+    """The first part minimises another measure, and sees nothing of it."""
+    x = rng.choice([-1.0, 1.0], (500, 8)).astype(np.float32)
+    solution = rs.find_basis(x, key=KEY, measure=Overflowing(), steps=40, restarts=2)
+    assert solution.result is Result.NON_FINITE and "the objective" in solution.detail
+    np.testing.assert_array_equal(solution.bases["x"], np.eye(8))  # the last good rotation
+    assert solution.value == solution.start_value and np.isfinite(solution.value)
+
+
+def test_same_key_same_bits():
+    x, _ = planted(n=500)
+    one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["x"] for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
+    x, _ = planted(n=500)
+    fit = lambda **more: rs.find_basis(x, key=KEY, steps=80, restarts=2, **more)  # noqa: E731
+    whole, fits = fit(), iter(range(3))
+
+    def stopped(*arguments, **options):
+        if next(fits) == 2:  # the smooth fit and one restart are done
+            raise KeyboardInterrupt
+        return minimize(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rotsparse.fit.find_basis.minimize", stopped)
+        fit(checkpoint=tmp_path)
+    resumed = fit(checkpoint=tmp_path)
+    np.testing.assert_array_equal(resumed.bases["x"], whole.bases["x"])
+    assert len(resumed.candidates) == 2 and resumed.agreement()["x"].shape == (1, 12)
+    assert resumed.value < resumed.start_value
+
+
+def test_bad_input():
+    x, _ = planted(n=50)
+    with pytest.raises(ValueError, match=r"start should have shape \[12, 12\]"):
+        rs.find_basis(x, key=KEY, start=np.eye(11, dtype=np.float32))
+    with pytest.raises(ValueError, match="start is not orthogonal"):
+        rs.find_basis(x, key=KEY, start=0.5 * np.eye(12, dtype=np.float32))
+    with pytest.raises(ValueError, match="validation should have shape"):
+        rs.find_basis(x, key=KEY, validation=x[:, :5])
+    with pytest.raises(ValueError, match="batch_size should be at least 1"):
+        rs.find_basis(x, key=KEY, batch_size=0)
+
+
+def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng):
+    x = rng.standard_normal((50, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    source, mapped = rs.open_source(tmp_path / "x.npy"), np.load(tmp_path / "x.npy", mmap_mode="r")
+    fits: tuple[Any, ...] = (rs.find_basis, rs.fit_activations)
+    for fit in fits:
+        with pytest.raises(ValueError, match=r"source\.part"):
+            fit(source, key=KEY)
+    of_map, of_array = (rs.fit_activations(of, key=KEY, measure=rs.Log(0.1))[0] for of in (mapped, x))
+    np.testing.assert_array_equal(of_map, of_array)
+
+
+def test_a_basis_is_no_pair_of_rotations():
+    x, _ = planted(n=50)
+    with pytest.raises(ValueError, match=r"solution.bases\['x'\].*Rotations\(R, np.eye"):
+        rs.find_basis(x, key=KEY, steps=5).rotations  # noqa: B018
