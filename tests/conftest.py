@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rotsparse.cli import commands
+from rotsparse.cli import main as cli
 
 # Derandomised: the same commit gives the same verdict. No deadline: the first example of a test compiles.
 settings.register_profile(

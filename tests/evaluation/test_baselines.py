@@ -143,7 +143,7 @@ def test_weight_svd_diagonalises_the_weights(x, rng):
     mlp, dense, residual = (LAYERS[name](rng) for name in ("mlp", "dense", "residual"))
     for layer, product in [
         (mlp, mlp.w_out @ mlp.w_in),
-        (dense, dense.w_in),
+        (dense, dense.w),
         (residual, residual.w_out @ (residual.w_in * residual.norm.scale) @ (np.eye(6) - 1 / 6)),
     ]:
         r = baselines.svd_weights(layer, x)

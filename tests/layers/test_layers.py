@@ -85,7 +85,8 @@ def test_the_output_is_the_formula(kind, norm, skip, x64):
             hidden = gelu(layer.w_gate @ n + layer.b_gate) * (layer.w_up @ n + layer.b_up)
             y = layer.w_down @ hidden + layer.b_down
         else:
-            y = gelu(layer.w_in @ n + layer.b_in)
+            w, b = (layer.w, layer.b) if kind == "dense" else (layer.w_in, layer.b_in)
+            y = gelu(w @ n + b)
             y = y if kind == "dense" else layer.w_out @ y + layer.b_out
         return y if skip == "none" else y + x if skip == "identity" else y + layer.skip @ x
 
@@ -188,12 +189,12 @@ def test_layer_norm_refuses_to_lose_its_mean_direction(x64):
 
 
 def test_a_rotated_dense_layer_still_has_its_own_gates(x64):
-    """φ pins the neurons: its output rotation becomes a linear map behind φ, not a change of `w_in`."""
+    """φ pins the neurons: its output rotation becomes a linear map behind φ, not a change of `w`."""
     layer = make_layer("dense")
     rotated = layer.rotate(None, orthogonal(2, D))
-    assert layer.w_out is None
+    assert layer.left is None
     np.testing.assert_allclose(rotated.w_out, orthogonal(2, D))
-    np.testing.assert_array_equal(rotated.w_in, layer.w_in)
+    np.testing.assert_array_equal(rotated.w_in, layer.w)
 
 
 # --- functions and subspaces ---------------------------------------------------------------------------------------
@@ -348,13 +349,13 @@ BAD = [
     ({"kind": "gated", "b_gate": W[0]}, "b_gate should have shape [4] (matrices are [out, in]), got [3]"),
     ({"kind": "gated", "b_up": W[0]}, "b_up should have shape [4] (matrices are [out, in]), got [3]"),
     ({"kind": "gated", "b_down": W[:, 0]}, "b_down should have shape [3] (matrices are [out, in]), got [4]"),
-    ({"kind": "dense", "w": NAN}, "w_in contains NaN or infinity (3 of 12 entries, the first at [0, 0])"),
-    ({"kind": "dense", "b": np.array([0, np.inf, 0, 0], "f4")}, "b_in contains NaN or infinity"),
-    ({"kind": "dense", "w": W.astype(int)}, "w_in should be float32 or float64, got int64: convert it first"),
-    ({"kind": "dense", "w": W.astype("f2")}, "w_in should be float32 or float64, got float16: convert it first"),
-    ({"kind": "dense", "w": jnp.asarray(W, jnp.bfloat16)}, "w_in should be float32 or float64, got bfloat16"),
-    ({"kind": "dense", "w": np.zeros((0, 3), "f4"), "b": None}, "w_in is empty: its shape is [0, 3]"),
-    ({"kind": "dense", "w": "weights"}, "w_in should have shape"),
+    ({"kind": "dense", "w": NAN}, "w contains NaN or infinity (3 of 12 entries, the first at [0, 0])"),
+    ({"kind": "dense", "b": np.array([0, np.inf, 0, 0], "f4")}, "b contains NaN or infinity"),
+    ({"kind": "dense", "w": W.astype(int)}, "w should be float32 or float64, got int64: convert it first"),
+    ({"kind": "dense", "w": W.astype("f2")}, "w should be float32 or float64, got float16: convert it first"),
+    ({"kind": "dense", "w": jnp.asarray(W, jnp.bfloat16)}, "w should be float32 or float64, got bfloat16"),
+    ({"kind": "dense", "w": np.zeros((0, 3), "f4"), "b": None}, "w is empty: its shape is [0, 3]"),
+    ({"kind": "dense", "w": "weights"}, "w should have shape"),
     ({"kind": "dense", "skip": True}, "expected d_in = d_out, got 3 and 4"),
     ({"kind": "dense", "skip": W.T}, "skip should have shape [4, 3] (matrices are [out, in]), got [3, 4]"),
     ({"kind": "gated", "norm": rms_norm(W[:, 0])}, "the norm has width 4, but the layer's input has width 3"),

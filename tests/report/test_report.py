@@ -21,7 +21,10 @@ from rotsparse.evaluation.compare import compare
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
-from rotsparse.report.write import diagonal_order, figures, picture_data, write_report
+from rotsparse.report import figures
+from rotsparse.report.data import picture_data
+from rotsparse.report.ordering import diagonal_order
+from rotsparse.report.write import write_report
 
 FIGURES = {"overview", "heat_maps", "examples", "sorted", "history", "metrics"}
 FINDING = "Sparser <b>by far</b> & so on."
