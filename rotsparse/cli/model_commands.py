@@ -17,10 +17,10 @@ from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.cli import options
-from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
-from rotsparse.fit.solution import Result
 from rotsparse.layers.files import save_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import folders, layer_run
@@ -121,7 +121,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
             np.save(part / layer_config["activations"], train)
             np.save(part / layer_config["test_activations"], test)
             own = config | layer_config | {"layer_number": i}
-            fit = arguments | records(run, part)
+            fit = recorded(arguments, run, part)
             layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = folders.read_json(part / layer_run.METRICS)
         folders.write_json(

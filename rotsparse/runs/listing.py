@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from rotsparse._core.lock import held
-from rotsparse.fit._log import LOG, read_log
+from rotsparse.engine._log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
 
