@@ -41,6 +41,7 @@ from rotsparse.evaluation.chain import evaluate_chain as evaluate_chain
 from rotsparse.evaluation.compare import Comparison as Comparison
 from rotsparse.evaluation.compare import compare as compare
 from rotsparse.evaluation.metrics import evaluate as evaluate
+from rotsparse.evaluation.verdict import against_baselines as against_baselines
 from rotsparse.fit.chain import fit_chain as fit_chain
 from rotsparse.fit.chain import layer_rotations as layer_rotations
 from rotsparse.fit.default_method import default_basis_method as default_basis_method

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -32,6 +33,9 @@ from rotsparse.engine.method import Method, Problem
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result, Solution, Stage, evidence
 from rotsparse.objectives.base import Bases, Objective, reading, sampled, spread
+
+# A schedule maps the share of the steps that is done (0 to 1) to a factor or a value.
+Schedule = Callable[[Array], Array]
 
 # A run is cut into about this many chunks, of at least MIN_CHUNK steps.
 CHUNKS = 40

@@ -45,7 +45,7 @@ def picture_data(
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     examples: int = 3,
 ) -> PictureData:
     """The arrays behind all figures, from held-out inputs `x`. One pass over the examples for each basis.

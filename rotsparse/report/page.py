@@ -11,9 +11,9 @@ import jax
 
 from rotsparse._core.alignment import chance_cosine
 from rotsparse.engine.solution import SAME, Solution
-from rotsparse.evaluation.compare import LABELS, Comparison
+from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import basis_name, metric_meaning, metric_name, metric_value
+from rotsparse.evaluation.names import LABELS, basis_name, metric_meaning, metric_name, metric_value
 from rotsparse.report.data import AFTER, BEFORE
 
 

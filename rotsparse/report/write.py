@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
@@ -26,7 +26,7 @@ def write_report(
     comparison: Comparison,
     solution: Solution,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),
