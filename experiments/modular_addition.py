@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,10 +49,10 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Edges that each stage of a modular-addition transformer needs, in every basis."""
 
-    data: Path = common.DATA
+    data: Path = _common.DATA
     """The folder with modular_addition/seed*.safetensors (and published.json)."""
     checkpoint: Path | None = None
     """One such file instead; published.json is looked for beside it."""
@@ -369,13 +369,13 @@ def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any
 def main(config: Config) -> None:
     folder = config.data / "modular_addition"
     paths = [config.checkpoint] if config.checkpoint else sorted(folder.glob("seed*.safetensors"))
-    common.require(paths or [folder / "seed0.safetensors"], SOURCE)
+    _common.require(paths or [folder / "seed0.safetensors"], SOURCE)
     if config.quick:
         config = dataclasses.replace(config, restarts=3, steps=1500, keys=1)
         paths = paths[:1]
     published_file = paths[0].with_name("published.json")
     published = json.loads(published_file.read_text())["seeds"] if published_file.exists() else {}
-    with common.run("modular_addition", config) as run:
+    with _common.run("modular_addition", config) as run:
         networks = {}
         for path in paths:
             networks[path.stem] = study(path, config, published.get(path.stem.removeprefix("seed"), {}))

@@ -19,7 +19,7 @@ has where the truth is not known, and they should follow the first.
 import dataclasses
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,7 @@ SHARPER = (0.03, 0.01, 0.003)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Recovery of planted rotations under noise, with few examples, and where they are not identifiable."""
 
     quick: bool = False
@@ -219,10 +219,10 @@ def figure(sweeps: dict[str, dict[str, Any]]) -> Figure:
             ax.plot(list(cells), [of[side]["cosine"] for of in cells.values()], color=colour, marker="o", label=label)
             again = [of[side]["reproduced"] for of in cells.values()]
             ax.plot(list(cells), again, color=colour, ls="--", marker="s", ms=4, label=f"{label}: restarts agree")
-        common.style(ax, titles[sweep])
+        _common.style(ax, titles[sweep])
     axes[0].set_ylabel("mean max |cos| with the truth;\nshare of directions found again")
     axes[0].set_ylim(0, 1.03)
-    common.legend_beside(axes[-1])
+    _common.legend_beside(axes[-1])
     return fig
 
 
@@ -245,7 +245,7 @@ def _haar(config: Config, seed: int, d_in: int, d_out: int) -> rs.Rotations:
 
 def main(config: Config) -> None:
     config = quick(config) if config.quick else config
-    with common.run("planted", config) as run:
+    with _common.run("planted", config) as run:
         sweeps = study(config)
         run.finish({"sweeps": sweeps}, report(sweeps, config), sweeps=figure(sweeps))
 
