@@ -72,8 +72,9 @@ class FixedPointNewton(Method):
     of the time of other methods.
 
     With held-out examples the basis is fitted at a ladder of ε from 3 down to a fifth of the measure's, and the one
-    returned whose value *at the measure's ε* is lowest on them. Besides the start it begins at `random_starts`
-    Haar-random rotations; the best one counts. With fewer than about 20·d examples more of them pay.
+    returned whose value *at the measure's ε* is lowest on them; `stats["eps"]` is the ε it was fitted at. Besides the
+    start it begins at `random_starts` Haar-random rotations; the best one counts. With fewer than about 20·d examples
+    more of them pay.
 
     Cost: about 40 evaluations on 25·d examples, 6 on 100·d and 2 on all, `4·d²` flops an example each. Memory: one copy
     of the examples. It takes fractions of a second, so it is not checkpointed; interrupted, it returns its start.
@@ -96,16 +97,19 @@ class FixedPointNewton(Method):
         result = Result.ALL_STEPS
         try:
             with run.listening() as run:
-                found, steps, converged = _fit(objective, r, self.random_starts, validation, key, lambda: run.stopped)
+                found, eps, steps, converged = _fit(
+                    objective, r, self.random_starts, validation, key, lambda: run.stopped
+                )
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            found, steps, converged, result = [], 0, False, Result.INTERRUPTED
+            found, eps, steps, converged, result = [], [], 0, False, Result.INTERRUPTED
         start = {objective.space: r[0]}
         candidates = [{objective.space: candidate} for candidate in found]
         values = problem.judged([*candidates, start])
         if int(np.argmin(values)) == len(found):  # nothing is better than the start, which takes the first one's place
             candidates, values = [start, *candidates[1:]], np.array([values[-1], *values[1:]])
+            eps = [float(objective.measure.eps), *eps[1:]]
             result = Result.NO_IMPROVEMENT if result is Result.ALL_STEPS else result
         begun_at, values = values[-1], values[: len(candidates)]
         best = int(np.argmin(values))
@@ -124,7 +128,7 @@ class FixedPointNewton(Method):
             candidate_values=values,
             free={objective.space: np.ones(objective.x.shape[1], bool)},
             stages=(Stage(type(self).__name__, float(values[best]), result.name, seconds),),
-            stats={"steps": steps, "converged": converged, "seconds": seconds, **evident},
+            stats={"steps": steps, "converged": converged, "eps": eps[best], "seconds": seconds, **evident},
         )
 
 
@@ -135,8 +139,8 @@ def _fit(
     validation: ActivationSparsity | None,
     key: PRNGKeyArray,
     stopped: Callable[[], bool],
-) -> tuple[list[Float[Array, "d d"]], int, bool]:
-    """What every start ends at, the number of evaluations, and whether the best of them converged."""
+) -> tuple[list[Float[Array, "d d"]], list[float], int, bool]:
+    """What every start ends at and at which ε, the number of evaluations, and whether all of them converged."""
     x, measure = objective.x, objective.measure
     d = x.shape[1]
     # NumPy draws the order and the starts: JAX's permutation and QR take longer to compile than a small fit to run.
@@ -154,7 +158,8 @@ def _fit(
             else:
                 held_out = lambda run: judged_value(validation, {validation.space: run.search.anchor})  # noqa: E731
                 runs.append(_climb_down(blocks, r, measure, held_out))
-    return [run.search.anchor for run in runs], sum(int(run.steps) for run in runs), all(bool(run.done) for run in runs)
+    found, eps = [run.search.anchor for run in runs], [float(run.eps) for run in runs]
+    return found, eps, sum(int(run.steps) for run in runs), all(bool(run.done) for run in runs)
 
 
 def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
