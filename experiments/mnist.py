@@ -166,7 +166,7 @@ def study(network: Network, name: str, config: Config) -> tuple[dict[str, Any], 
     options = {
         "key": key,
         "scale_inputs": begin == 0,
-        "steps": config.steps if begin else config.pixel_steps,
+        "method": rs.default_method(steps=config.steps if begin else config.pixel_steps),
         "restarts": config.restarts if begin else 2,
         "validation": choose,
     }
@@ -219,12 +219,11 @@ def chain(network: Network, config: Config) -> dict[str, Any]:
     x, _, test = network.inputs[0]
     key = jax.random.key(config.seed + 1)
     for name, joint in {"separate": False, "joint": True}.items():
-        found = rs.fit_chain(network.layers, x, test=test, key=key, joint=joint, steps=config.chain_steps)
-        for solution in found.solutions:
-            solution.completed()
+        solution = rs.fit_chain(network.layers, x, key=key, joint=joint, method=rs.Anneal(steps=config.chain_steps))
+        found = rs.evaluate_chain(network.layers, test, solution, key=key)
         shares = [
             rs.evaluate(layer, of[2], r, scale_inputs=True, covariance=covariance(of[0])[1], key=key)[SHARE]._asdict()
-            for layer, of, r in zip(network.layers, network.inputs, found.rotations, strict=True)
+            for layer, of, r in zip(network.layers, network.inputs, rs.layer_rotations(solution), strict=True)
         ]
         result[name] = {"held_out_objective": found.values, "neurons": found.neuron_values, SHARE: shares}
         result[name] |= {"random": found.random_values, "matches": [str(match) for match in found.matches]}

@@ -82,14 +82,12 @@ def fit(
     edges = [frame[space_in].active * frame[space_out].active for space_in, space_out in (STAGES[s] for s in stages)]
     weights = [count / sum(edges) for count in edges]
 
-    def objective(rows, batch_size):
+    def objective(rows):
         terms: list[Objective] = []
         for stage in stages:
             layer, (space_in, space_out) = network.layers[stage], STAGES[stage]
             x = network.inputs[stage][rows]
-            term = JacobianSparsity(
-                layer, x, rs.Log(config.eps), space_in=space_in, space_out=space_out, batch_size=batch_size
-            )
+            term = JacobianSparsity(layer, x, rs.Log(config.eps), space_in=space_in, space_out=space_out)
             active = {space: frame[space].axes[: frame[space].active] for space in (space_in, space_out)}
             frame_in = np.kron(np.eye(COPIES[stage], dtype=np.float32), active[space_in])
             term = term.within(Subspace(layer, jnp.asarray(frame_in), jnp.asarray(active[space_out])))
@@ -98,15 +96,15 @@ def fit(
         return Held(total, {"logits": jnp.eye(frame["logits"].active)}) if "unembed" in stages else total
 
     n = config.examples
-    fitted = objective(network.train[:n], 16)
+    fitted = objective(network.train[:n])
     start = {name: jnp.eye(d) for name, d in fitted.spaces.items()}
     return rs.minimize(
         fitted,
         start,
+        method=rs.Anneal(steps=config.steps),
         key=jax.random.key(config.seed if seed is None else seed),
         restarts=config.restarts,
-        steps=config.steps,
-        validation=objective(network.train[n : 2 * n], None),
+        validation=objective(network.train[n : 2 * n]),
     ).completed()
 
 

@@ -112,7 +112,7 @@ def single_layer(config: Config, outputs: int, *, seed: int, dense: bool = False
 def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
     """Fit a planted network and its null model; how near is the truth, and what can be known without it?"""
     key = jax.random.key(config.seed + seed)
-    options = {"scale_inputs": False, "steps": config.steps, "restarts": config.restarts}
+    options = {"scale_inputs": False, "method": rs.default_method(steps=config.steps), "restarts": config.restarts}
     solution = rs.find_rotations(planted.layer, planted.x, key=key, **options).completed()
     rotations = sharpened(planted, solution, config, key=key)
     null = random_weights(planted.layer, key=jax.random.fold_in(key, 1))
@@ -142,15 +142,11 @@ def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
 
 def sharpened(planted: Planted, solution: rs.Solution, config: Config, *, key) -> rs.Rotations:
     """The rotations of a fit, followed as ε falls."""
-    bases = solution.bases
+    bases, polish = solution.bases, rs.Anneal(steps=config.steps // 4, angle=0.02)
     for eps in SHARPER:
-        objective = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(eps), scale_inputs=False, batch_size=16)
-
-        def polish(bases, objective=objective):
-            small = rs.Annealing(angle=0.02)
-            return rs.minimize(objective, bases, key=key, solver=small, steps=config.steps // 4).completed().bases
-
-        bases = rs.refine(objective.thinned(128), polish(bases), polish).bases
+        objective = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(eps), scale_inputs=False)
+        for method in (polish, rs.Refine(polish, examples=128)):
+            bases = rs.minimize(objective, bases, method=method, key=key).completed().bases
     return rs.Rotations(bases["in"], bases["out"])
 
 

@@ -210,7 +210,8 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
         return rs.evaluate(layer, x_test, rotations, scale_inputs=True, covariance=covariance, key=key)[SHARE]
 
     def learn(layer, key):
-        return rs.find_rotations(layer, x, key=key, steps=config.jacobian_steps).completed().rotations
+        method = rs.default_method(steps=config.jacobian_steps)
+        return rs.find_rotations(layer, x, key=key, method=method).completed().rotations
 
     b = rs.baselines
     svd = {"svd_weights": b.svd_weights, "svd_mean_jacobian": b.svd_mean_jacobian}

@@ -98,7 +98,7 @@ def _run(params, x):
 def study(network: Network, config: Config, seed: int) -> tuple[dict[str, Any], dict[str, rs.Rotations]]:
     """Fit the middle layer and its random-weight control, and compare with every baseline on held-out inputs."""
     key = jax.random.key(seed)
-    options = {"restarts": config.restarts, "steps": config.steps, "key": key}
+    options = {"restarts": config.restarts, "method": rs.default_method(steps=config.steps), "key": key}
     layer, x = network.layer, network.train
     solution = rs.find_rotations(layer, x, validation=network.test[::2], **options).completed()
     null = random_weights(layer, key=jax.random.fold_in(key, 1))
