@@ -7,7 +7,7 @@ a layer.
 PCA, and minimises over the same examples; `held-out` is the same objective on other examples. Times include
 compilation. CG and L-BFGS get the time that rotsparse took, Adam an eighth of its steps, each on all examples.
 `--figure` draws, and `--out` keeps, the course of every fit: objective against seconds and against evaluations (those
-of our solvers spread evenly over their steps, after compilation).
+of our methods spread evenly over their steps, after compilation).
 
 `evaluations` are values with gradients on all examples, or as many examples in minibatches; a value alone (in a line
 search, or a look at all examples by which steps are chosen) is half of one. What the pair searches and polishes at the
@@ -132,11 +132,7 @@ def compare(case: Case, examples: int, config: Config) -> list[dict]:
         adam = rs.Riemannian(optax.adam(0.2), steps=steps // 8, max_step=0.4)
         budget = 0.0
         fits: list[tuple[str, float, dict[str, Any]]] = [
-            (
-                "rotsparse",
-                batch / examples,
-                {"method": ours, "restarts": 2},
-            ),
+            ("rotsparse", batch / examples, {"method": ours, "restarts": 2}),
             ("Riemannian Adam", 1, {"method": adam}),
         ]
         for method, share, settings in fits:
