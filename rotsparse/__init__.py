@@ -63,3 +63,5 @@ from rotsparse.solvers.pair_search import Certificate as Certificate
 from rotsparse.solvers.pair_search import certify as certify
 from rotsparse.solvers.pair_search import pair_search as pair_search
 from rotsparse.solvers.refine import refine as refine
+
+__version__ = "0.2.0"
