@@ -1,7 +1,7 @@
 """Elementwise nonlinearities φ and their derivatives.
 
-An activation is any JAX function of a scalar that broadcasts. The named ones below are what model configurations
-call them; `derivative(φ)` is by forward-mode autodiff, which for an elementwise function costs one extra evaluation.
+An activation is any elementwise JAX function. The functions below carry the names that model configurations use.
+`derivative(φ)` uses forward-mode autodiff, which costs one extra evaluation for an elementwise function.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def as_activation(activation: str | Activation) -> Activation:
-    """The function itself, or the one with that name. Raises `ValueError` that lists the known names."""
+    """The function itself, or the one with that name. Raises `ValueError`, with a list of known names, for others."""
     if callable(activation):
         return activation
     if activation not in ACTIVATIONS:
