@@ -1,7 +1,6 @@
 """Signals: noted inside a fit, as usual outside of it."""
 
 import itertools
-import os
 import signal
 import threading
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from signals import send
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
@@ -17,10 +17,6 @@ from rotsparse.fit.minimize import Progress, minimize
 from rotsparse.fit.solution import Result
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
-
-
-def send(number):
-    os.kill(os.getpid(), number)
 
 
 def objective():
