@@ -24,8 +24,8 @@ from rich.console import Console
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
-from rotsparse.evaluation.compare import LABELS, heading, shown
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.names import LABELS, heading, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (SHARE, "edges_99")

@@ -151,7 +151,7 @@ class Network:
         }
         self.labels = (a + b) % P
         x = jnp.concatenate([embed[a] + position[0], embed[b] + position[1]], axis=1)
-        self.inputs: dict[str, Array] = {}
+        self.inputs: dict[str, Array | np.ndarray] = {}
         for stage, layer in self.layers.items():
             self.inputs[stage], x = x, layer(x)
         self.correct = float(np.mean(np.argmax(x, axis=1) == self.labels))
@@ -176,7 +176,7 @@ class Network:
         def run(y):
             for layer in later:
                 y = layer(y)
-            return y
+            return jnp.asarray(y)
 
         return run
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from rotsparse._core.files import write_atomically
-from rotsparse._core.types import Rows
+from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.devices import of_all_processes
 from rotsparse.data.sources import Source, read_ahead
 
 CHUNK_BYTES = 64 * 2**20
 
 
-def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
+def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[AnyArray, "m ..."], int]]:
     """`x` in chunks of `size` rows, each with the number of rows that count.
 
     The last chunk is padded by repeating its last row, so that a jitted function sees one shape only.
@@ -33,7 +33,7 @@ def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
         yield x[rows], count
 
 
-def evenly_spaced(x: Rows, count: int) -> Rows:
+def evenly_spaced(x: Shaped[AnyArray, "n *row"], count: int) -> Shaped[AnyArray, "m *row"]:
     """At most `count` of the rows, evenly spaced."""
     return x if count >= len(x) else x[np.arange(count) * len(x) // count]
 

@@ -7,12 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rotsparse._core import checks, orthogonal
 from rotsparse._core.files import write_atomically
+from rotsparse._core.types import AnyArray
 
 
 class Rotations(eqx.Module):
@@ -21,8 +22,8 @@ class Rotations(eqx.Module):
     Raises `ValueError` if a matrix is not square, not finite, or not orthogonal (`|R Rᵀ - I|` above 1e-3).
     """
 
-    r_in: Float[Array, "d_in d_in"]
-    r_out: Float[Array, "d_out d_out"]
+    r_in: Float[AnyArray, "d_in d_in"]
+    r_out: Float[AnyArray, "d_out d_out"]
 
     def __init__(self, r_in, r_out):
         self.r_in = checks.orthogonal("r_in", r_in)
@@ -39,11 +40,11 @@ class Rotations(eqx.Module):
         key_in, key_out = jax.random.split(key)
         return cls(orthogonal.haar(key_in, d_in, dtype), orthogonal.haar(key_out, d_out, dtype))
 
-    def apply_in(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_in"]:
+    def apply_in(self, x: Float[AnyArray, "*n d_in"]) -> Float[AnyArray, "*n d_in"]:
         """`R_in x` of every example."""
         return orthogonal.matmul(x, self.r_in.T)
 
-    def apply_out(self, y: Float[Array, "*n d_out"]) -> Float[Array, "*n d_out"]:
+    def apply_out(self, y: Float[AnyArray, "*n d_out"]) -> Float[AnyArray, "*n d_out"]:
         """`R_out y` of every example."""
         return orthogonal.matmul(y, self.r_out.T)
 

@@ -6,7 +6,7 @@ All magnitudes are in units of `rms(Z)`, the root mean square of all entries ove
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Data

@@ -1,7 +1,6 @@
 """Signals: noted inside a fit, as usual outside of it."""
 
 import itertools
-import os
 import signal
 import threading
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from signals import send
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
@@ -19,10 +19,6 @@ from rotsparse.fit.minimize import minimize
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
 from rotsparse.solvers import Anneal, FixedPointNewton, PairSearch, Refine, Then
-
-
-def send(number):
-    os.kill(os.getpid(), number)
 
 
 def objective():

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from signals import send
 
 from rotsparse.engine._log import read_log
 from rotsparse.engine.solution import Solution
@@ -38,7 +39,7 @@ def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
 
     def stop(self, done, **shown):
         if done >= 30:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "update", stop)
@@ -90,7 +91,7 @@ def test_stopped_or_failed_behind_the_fit(files, rotsparse, monkeypatch):
     code, said = rotsparse("runs", ".")
     assert "failed" in said and "No space left" in said
     with monkeypatch.context() as patched:
-        patched.setattr("rotsparse.report.write.write_report", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+        patched.setattr("rotsparse.report.write.write_report", lambda *a, **k: send(signal.SIGTERM))
         assert rotsparse(*fit(20, "--resume"))[0] == 75
     assert not (files / "run").exists()
     assert rotsparse(*fit(20, "--resume"))[0] == 0
