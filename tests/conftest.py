@@ -53,7 +53,7 @@ def strict():
 
 @pytest.fixture
 def untyped():
-    """Annotations are not checked: for arguments that are wrong on purpose, and which a check of our own must refuse."""
+    """Annotations are not checked: for arguments that are wrong on purpose, which our own checks must refuse."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rotsparse._core.orthogonal import haar, orthogonality_error
+from rotsparse.engine._record import Record
 from rotsparse.engine.method import Problem
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
@@ -193,15 +194,14 @@ def test_an_interrupted_search_continues_to_the_same_bits(tmp_path, monkeypatch)
     objective = jacobian_objective()
     bases, problem, method = random_bases(objective), Problem(objective), PairSearch(tolerance=0.0)
     search = lambda run: method.run(problem, (bases,), key=jax.random.key(0), run=run)  # noqa: E731
-    whole, sweep = search(Run()), PairSearch._sweep
+    whole, show = search(Run()), Record.show
 
-    def once(self, *arguments):
-        state = sweep(self, *arguments)
+    def once(self, *arguments, **shown):
         listening._stop.requested = True
-        return state
+        show(self, *arguments, **shown)
 
     with monkeypatch.context() as patch, Run(tmp_path).listening() as listening:
-        patch.setattr(PairSearch, "_sweep", once)
+        patch.setattr(Record, "show", once)
         stopped = search(listening)
     assert stopped.result is Result.INTERRUPTED and stopped.certificate is None
     assert stopped.value < stopped.start_value
