@@ -102,9 +102,10 @@ def check_counts(method: Stepwise) -> None:
 
 def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], key: PRNGKeyArray, run: Run) -> Solution:
     objective, steps, batch_size = problem.objective, method.steps, method.batch_size
-    if batch_size is None and any(e.source is not None for e in objective.examples):
+    if batch_size is None and (large := [e.source for e in objective.examples if e.source is not None]):
         raise ValueError(
-            "the examples are too many to look at all of them in every step: give the method a batch_size, such as 16"
+            f"{large[0]} is too large to be looked at as a whole in every step: give the method a batch_size, such as "
+            "16, or an array such as source.part(100_000) instead"
         )
     devices = Devices(run.mesh)
     devices.check(len(starts))
