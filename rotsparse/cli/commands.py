@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rotsparse._core import checks
+from rotsparse._core import checks, files
 from rotsparse.cli import model_commands
 from rotsparse.cli import options as opt
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, records, spelled
@@ -26,7 +26,7 @@ from rotsparse.examples import digits
 from rotsparse.fit.solution import Solution
 from rotsparse.layers.activations import ACTIVATIONS
 from rotsparse.layers.base import Layer
-from rotsparse.layers.files import load_layer, open_activations, save_layer
+from rotsparse.layers.files import load_layer, open_activations, save_array, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
@@ -82,8 +82,8 @@ def demo(command: "opt.Demo") -> int:
         )
         # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
         save_layer(folder / "layer.safetensors", layer)
-        np.save(folder / "activations.npy", train)
-        np.save(folder / "test_activations.npy", test)
+        save_array(folder / "activations.npy", train)
+        save_array(folder / "test_activations.npy", test)
         config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
         config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
         config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
@@ -129,7 +129,7 @@ def comparison(command: "opt.Compare") -> int:
     """`rotsparse compare`."""
     layer, train, test = _inputs(command.layer)
     if command.out is not None:
-        _new_file(command.out, command.overwrite)
+        files.check_new_file(command.out, command.overwrite)
     train, _ = in_memory(train)
     key = jax.random.key(command.layer.seed)
     key_baselines = jax.random.fold_in(key, 2)
@@ -150,9 +150,8 @@ def comparison(command: "opt.Compare") -> int:
     )
     console.print(table.table())
     if command.out is not None:
-        folders.write_json(
-            command.out, {"config": plain(command), "versions": folders.versions(), "metrics": table.to_json()}
-        )
+        content = {"config": plain(command), "versions": folders.versions(), "metrics": table.to_json()}
+        folders.write_json(command.out, {"format": "rotsparse comparison 1", **content})
     return 0
 
 
@@ -168,7 +167,7 @@ def benchmarked(command: "opt.Benchmark") -> int:
         if folder:
             folders.write_json(folder / folders.CONFIG, {"command": "benchmark", **plain(command)})
             folders.write_json(folder / layer_run.METRICS, {"versions": folders.versions(), **found.to_json()})
-            (folder / layer_run.TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            files.write_atomically(folder / layer_run.TABLE, f"{found.markdown()}\n{found.conclusion}\n".encode())
             found.solution.rotations.save(folder / layer_run.ROTATIONS, {"seed": command.layer.seed})
     return 0 if layer_run.succeeded(found.solution) else 1
 
@@ -181,7 +180,7 @@ def fold(command: "opt.Fold") -> int:
         )
     layer, rotations = _layer(command.layer), _rotations(command.rotations)
     x = _part(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
-    _new_file(command.out, command.overwrite)
+    files.check_new_file(command.out, command.overwrite)
     folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
     console.print(
@@ -241,15 +240,6 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
         console=console,
     )
     console.print(f"report: {run / 'report.html'}")
-
-
-def _new_file(path: Path, overwrite: bool) -> None:
-    """Make the folder of a file that is to be written. Raises `ValueError` where the file is there already."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another file, or pass --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _rotations(path: Path) -> Rotations:

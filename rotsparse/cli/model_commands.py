@@ -1,6 +1,7 @@
 """What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import itertools
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,14 +15,14 @@ from rich.table import Table
 
 from rotsparse import models
 from rotsparse._core.alignment import mean_max_cosine
-from rotsparse._core.files import new_folder, write_atomically
+from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.cli import options
 from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.evaluation.names import basis_name
 from rotsparse.fit.solution import Result
-from rotsparse.layers.files import save_layer
+from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import folders, layer_run
 
@@ -115,11 +116,11 @@ def fit(command: "options.FitModel", console: Console) -> int:
             if (part / layer_run.METRICS).exists():  # the last file of a layer: it was done before an interruption
                 results[i] = folders.read_json(part / layer_run.METRICS)
                 continue
-            part.mkdir(exist_ok=True)
+            make_folder(part)
             # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
             save_layer(part / layer_config["layer"], layer)
-            np.save(part / layer_config["activations"], train)
-            np.save(part / layer_config["test_activations"], test)
+            save_array(part / layer_config["activations"], train)
+            save_array(part / layer_config["test_activations"], test)
             own = config | layer_config | {"layer_number": i}
             fit = arguments | records(run, part)
             layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
@@ -149,7 +150,7 @@ def parts(run: Path) -> list[Path]:
 
 def fold(command: "options.FoldModel", console: Console) -> int:
     """`rotsparse fold-model`."""
-    if command.out.exists():
+    if os.path.lexists(command.out):
         raise ValueError(f"{command.out} exists: choose another name or remove it first")
     model = models.load_model(command.source.model)
     tokens = _tokens(_source(command.source, model), model)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import time
 import zipfile
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.types import Rows
 from rotsparse.data.devices import of_all_processes
 from rotsparse.data.sources import Source, read_ahead
@@ -138,9 +137,7 @@ def stream_moments(source: Source, path: str | os.PathLike | None = None, *, sav
 
 
 def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, about=about, **dataclasses.asdict(moments))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, npz(about=about, **dataclasses.asdict(moments)))
 
 
 def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:

@@ -4,6 +4,7 @@ The manifest says which model, layer, site and tokens they come from, and lists 
 SHA-256. It is replaced after each shard, so that whatever it lists is whole, and a capture can go on from there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rotsparse._core import files
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
@@ -105,7 +107,7 @@ class StoreWriter:
             self.manifest = begun
         elif begun is None and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no activations: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         self._open: _GrowingArray | None = None
 
     @property
@@ -130,8 +132,10 @@ class StoreWriter:
         assert index == self.shards, "shards are written in order"
         if self._open is None:
             if index == 0:
+                files.adopt(self.folder)
                 self._save()  # from now on the folder is known as this store, whatever happens
-            self._open = _GrowingArray(self.folder / f".{index:05d}.npy.part")
+            files.remove_leftovers(self.folder)
+            self._open = _GrowingArray(self.folder / f"{index:05d}.npy")
         self._open.append(rows)
 
     def close(self, index: int) -> None:
@@ -140,7 +144,7 @@ class StoreWriter:
             return
         assert self._open is not None, "a shard has rows"
         file = f"{index:05d}.npy"
-        rows, digest = self._open.move_to(self.folder / file)
+        rows, digest = self._open.finish()
         self._open = None
         self.manifest["shards"].append({"file": file, "rows": rows, "sha256": digest})
         self.manifest["rows"] += rows
@@ -182,12 +186,16 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
+class _Abandoned(Exception):
+    """A shard is given up before it is whole."""
+
+
 class _GrowingArray:
     """A `.npy` file that rows are added to, so that a shard never has to be in memory."""
 
     def __init__(self, path: Path):
-        self._path, self._rows = path, 0
-        self._file = path.open("w+b")
+        self._rows, self._writing = 0, contextlib.ExitStack()
+        self._file = self._writing.enter_context(files.writing(path))
 
     def append(self, rows: np.ndarray) -> None:
         if not self._rows:
@@ -196,21 +204,19 @@ class _GrowingArray:
         self._file.write(np.ascontiguousarray(rows).data)
         self._rows += len(rows)
 
-    def move_to(self, path: Path) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """Put the whole array in its place: the number of its rows, and its SHA-256."""
-        with self._file as file:
-            file.seek(0)
+        with self._writing:
+            self._file.seek(0)
             self._write_header()
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(self._path, path)
+            self._file.flush()
+            self._file.seek(0)
+            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         return self._rows, digest
 
     def remove(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(_Abandoned), self._writing:
+            raise _Abandoned
 
     def _write_header(self) -> None:
         # NumPy leaves room for any number of rows: the header can be written again in place.

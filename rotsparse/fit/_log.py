@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core import files
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -51,12 +51,13 @@ class LogWriter:
 
     def __init__(self, log: RunLog, step: int):
         folder = Path(log.folder)
-        self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.adopt(folder)
+            self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
             kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-            write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = (folder / LOG).open("a", buffering=1)  # a line at a time: who reads along sees whole lines
+            files.write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            # A line at a time: who reads along sees whole lines.
+            self._file = open(folder / LOG, "a", buffering=1, opener=lambda path, _: files.appending(path))
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -108,6 +109,8 @@ def _event_writer(folder: Path, step: int):
         raise ValueError(
             "logs for TensorBoard need the extra `tensorboard`: pip install 'rotsparse[tensorboard]'"
         ) from None
+    files.make_folder(folder)
+    files.expect(folder / "events.out.tfevents.")
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

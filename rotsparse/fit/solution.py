@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import io
 import json
 import os
 import zipfile
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 
 from rotsparse._core.alignment import match
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.orthogonal import exact_error
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import Bases, Objective
@@ -178,9 +177,8 @@ class Solution:
         for i, candidate in enumerate(self.candidates):
             arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
         arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **{"scalars": json.dumps(scalars), "candidate_values": self.candidate_values} | arrays)
-        write_atomically(path, buffer.getvalue())
+        scalars = {"scalars": json.dumps(scalars), "candidate_values": self.candidate_values}
+        write_atomically(path, npz(**scalars | arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Solution":

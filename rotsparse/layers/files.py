@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from rotsparse._core import checks
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically, writing
 from rotsparse.data.sources import RESIDENT_BYTES, NpyFile, Source
 from rotsparse.data.store import open_store
 from rotsparse.layers.activations import Activation
@@ -150,7 +150,14 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
             arrays["norm_scale"] = np.ones(
                 layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
             )
-    write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
+    held = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
+    write_atomically(path, save(held, metadata={SIGNATURE: "layer"}))
+
+
+def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one array as `.npy`. Atomic."""
+    with writing(path) as file:
+        np.save(file, array)
 
 
 def _norm(path, common, kind) -> Norm | None:

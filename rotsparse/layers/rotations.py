@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rotsparse._core import checks, orthogonal
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically
 
 
 class Rotations(eqx.Module):
@@ -67,7 +67,7 @@ class Rotations(eqx.Module):
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
         save leaves the earlier file. Raises `OSError` where the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
-        write_atomically(path, save(tensors, metadata={"rotsparse": json.dumps(metadata or {})}))
+        write_atomically(path, save(tensors, metadata={SIGNATURE: json.dumps(metadata or {})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
@@ -79,7 +79,7 @@ class Rotations(eqx.Module):
             with safe_open(path, framework="numpy") as f:
                 names = sorted(f.keys())
                 tensors = {name: f.get_tensor(name) for name in ("r_in", "r_out") if name in names}
-                metadata = (f.metadata() or {}).get("rotsparse", "{}")
+                metadata = (f.metadata() or {}).get(SIGNATURE, "{}")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"cannot read rotations from {path}: {error}") from None
         if len(tensors) < 2:

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from rotsparse._core.digests import array_digest
+from rotsparse._core.files import move
 from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
 from rotsparse.fit._checkpoint import Checkpoints, Session
@@ -164,7 +165,7 @@ def test_no_damage_goes_unnoticed(count, tmp_path):
         noticed += 1
         aside = tmp_path / "damaged-step-00000002"
         assert aside.is_dir() and not latest.exists(), what
-        aside.rename(latest)
+        move(aside, latest)
         path.write_bytes(intact)
     same(restore(tmp_path), a_state(2))
     print(
@@ -234,7 +235,7 @@ def test_a_second_session_is_refused(tmp_path):
         assert held(tmp_path)
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"), opened(tmp_path):
             pass
-        script = f"from rotsparse.lock import FolderLock; FolderLock({str(tmp_path)!r})"  # another process
+        script = f"from rotsparse._core.lock import FolderLock; FolderLock({str(tmp_path)!r})"  # another process
         refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert refused.returncode == 1 and f"in use by process {os.getpid()} on" in refused.stderr
         session.save(1, a_state(1), 0.0)
@@ -244,7 +245,7 @@ def test_a_second_session_is_refused(tmp_path):
 
 def test_remains_of_a_killed_save_are_removed(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "saving-00000002" / "state").mkdir(parents=True)
+    (tmp_path / ".rotsparse-0123456789abcdef" / "state").mkdir(parents=True)
     same(restore(tmp_path), a_state(1))
     assert names(tmp_path) == ["step-00000001"]
 
