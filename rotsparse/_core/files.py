@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def write_atomically(path: str | os.PathLike, payload: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def writing(path: str | os.PathLike) -> Iterator[io.BufferedRandom]:
     """A file, open for writing and reading, that becomes `path` when the block ends well and vanishes when it does not.
 
     The bytes reach the disk before the rename. Raises `ValueError` where `path` is something that rotsparse did not

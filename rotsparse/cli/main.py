@@ -53,6 +53,7 @@ def _main() -> int:
     )
     _cache_compilations()
     from rotsparse._core.interrupt import Interrupted, handled, terminated
+    from rotsparse._core.printable import visible
     from rotsparse.cli import commands
 
     try:
@@ -62,10 +63,10 @@ def _main() -> int:
                 stack.enter_context(handled(signal.SIGINT, signal.default_int_handler))
             return commands.run(command)
     except (ValueError, OSError) as error:
-        print(f"rotsparse: error: {error}", file=sys.stderr)
+        print(visible(f"rotsparse: error: {error}", lines=True), file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"rotsparse: {interruption}", file=sys.stderr)
+        print(visible(f"rotsparse: {interruption}", lines=True), file=sys.stderr)
         return 75
     except KeyboardInterrupt:
         print("rotsparse: interrupted; nothing was written", file=sys.stderr)

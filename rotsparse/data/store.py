@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from rotsparse._core import files
+from rotsparse._core.confined import confined
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
-_MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
+MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
 _PROGRESS = ("rows", "shards", "complete")
 
 
@@ -64,7 +65,7 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} holds no activations: there is no {_MANIFEST}")
+        raise ValueError(f"{folder} holds no activations: there is no {MANIFEST}")
     if fingerprint is not None and manifest["model"] != fingerprint:
         raise ValueError(
             f"the activations in {folder} come from another model (or from before it was folded): capture them again"
@@ -82,14 +83,36 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in a folder, `None` where there is none. Raises `ValueError` where it is something else."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {folder / _MANIFEST}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {folder / MANIFEST}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise ValueError(f"{folder / _MANIFEST} is not the manifest of an activation store")
+        raise ValueError(f"{folder / MANIFEST} is not the manifest of an activation store")
+    if not _whole(manifest):
+        raise ValueError(f"{folder / MANIFEST} is damaged: remove the store and capture again")
+    for shard in manifest["shards"]:
+        confined(folder, shard["file"], folder / MANIFEST)
     return manifest
+
+
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything that is read from a manifest is there and of its type."""
+    shards = manifest.get("shards")
+    return (
+        isinstance(manifest.get("model"), str)
+        and isinstance(manifest.get("complete"), bool)
+        and isinstance(manifest.get("tokens", {}), dict)
+        and _count(manifest.get("width"))
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and set(s) == {"file", "rows", "sha256"} and _count(s["rows"]) for s in shards)
+        and sum(shard["rows"] for shard in shards) == manifest.get("rows")
+    )
+
+
+def _count(number: Any) -> bool:
+    return type(number) is int and number > 0
 
 
 class StoreWriter:
@@ -164,7 +187,7 @@ class StoreWriter:
         return ActivationStore(self.folder, self.manifest)
 
     def _save(self) -> None:
-        write_atomically(self.folder / _MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def _check_same(self, begun: Mapping[str, Any]) -> None:
         wanted = {name: value for name, value in self.manifest.items() if name not in _PROGRESS}

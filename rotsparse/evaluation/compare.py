@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
+from rotsparse._core.printable import markdown, visible
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, evaluate
@@ -65,7 +66,7 @@ class Comparison:
                 style = "bold green" if best == basis else "green" if m.overlaps(self.metrics[best][name]) else ""
                 cells.append(Text(number(name, m.value), style))
             cells += [] if seconds is None else [Text(f"{seconds[basis]:.1f}")]
-            table.add_row(basis.replace("_", " "), *cells)
+            table.add_row(Text(visible(basis.replace("_", " "))), *cells)
         return table
 
     def markdown(self, *, seconds: dict[str, float] | None = None) -> str:
@@ -77,7 +78,7 @@ class Comparison:
         for basis, of in self.metrics.items():
             cells = [shown(name, m, bold=best[name] == basis) for name, m in of.items()]
             cells += [] if seconds is None else [f"{seconds[basis]:.1f}"]
-            lines.append(f"| {basis} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown(basis)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
     def verdict(self, learned: str = "learned") -> str:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ CONFIG = "config.json"
 STATUS = "status.json"
 RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "complete"
 
+# In a config: the SHA-256 of every file that the run was computed from, by the name of the option (see `inputs`).
+INPUTS = "inputs"
+
 # A run, and each of its parts, keeps its checkpoints in a folder of this name.
 CHECKPOINTS = "checkpoints"
 
 # Options that say how a command is run, and not what it computes.
-_HOW = ("out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
+_HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
 
 
 @contextlib.contextmanager
@@ -150,6 +153,7 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
         before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
                        for c in (status["config"], config))  # fmt: skip
         lines = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
+        lines += _changed(status["config"], config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines)
             raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")
@@ -181,6 +185,13 @@ def _move(work: Path, identity: str | None, out: Path, overwrite: bool) -> None:
     if files.identity(work) != identity:
         raise ValueError(f"{work} is no longer the folder that this run made: look there for what has become of it")
     files.put(work, out, replace=overwrite)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for every input that has changed between two configs of the same command."""
+    then, today = (config.get(INPUTS) or {} for config in (before, now))
+    names = [name for name in today if then.get(name) != today[name]]
+    return [f"{now.get(name, name)} has changed: its SHA-256 was {then.get(name)}, is {today[name]}" for name in names]
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from rotsparse._core.lock import held
+from rotsparse._core.printable import visible
 from rotsparse.fit._log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
@@ -39,13 +41,13 @@ def runs_in(folder: str | Path) -> list[Run]:
 def table(folder: str | Path) -> Table:
     """The runs in a folder as a table to print."""
     found = runs_in(folder)
-    title = None if found else f"no runs in {folder}"
+    title = None if found else Text(visible(f"no runs in {folder}"))
     shown = Table(Column("run", overflow="fold"), "command", "state", "steps", "best value", "note", title=title)
     for run in found:
         steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
         value = "" if math.isnan(run.value) else f"{run.value:.4f}"
         name = str(run.folder.relative_to(folder)) if run.folder != Path(folder) else str(run.folder)
-        shown.add_row(name, run.command, run.state, steps, value, run.note)
+        shown.add_row(*(Text(visible(cell)) for cell in (name, run.command, run.state, steps, value, run.note)))
     return shown
 
 
