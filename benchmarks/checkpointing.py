@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse.fit._checkpoint import Session
-from rotsparse.fit._log import read_log
+from rotsparse.engine._checkpoint import Session
+from rotsparse.engine._log import read_log
 from rotsparse.objectives import JacobianSparsity
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
-from rotsparse.fit.solution import Result
+from rotsparse.engine.solution import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -25,6 +25,7 @@ from rotsparse._core.record import (
     RECORD,
     Record,
     absolute,
+    appear,
     checked_descriptor,
     covering,
     folder_below,
@@ -99,7 +100,10 @@ def writing(path: str | os.PathLike) -> Iterator[io.BufferedRandom]:
             if _check_file(path, folder):
                 os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
             else:
-                _appear(temporary, path, folder)
+                try:
+                    appear(temporary, path.name, folder)
+                except FileExistsError:
+                    raise ValueError(f"{path} appeared while it was written: choose another name") from None
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
@@ -335,18 +339,6 @@ def _signed(path: Path, folder: int) -> bool:
             return SIGNATURE in json.loads(file.read(length)).get("__metadata__", {})
         except (ValueError, AttributeError, TypeError, RecursionError):
             return False
-
-
-def _appear(temporary: str, path: Path, folder: int) -> None:
-    """Give a file its name, unless there is something of that name by now."""
-    try:
-        os.link(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-    except FileExistsError:
-        raise ValueError(f"{path} appeared while it was written and is left alone: choose another name") from None
-    except OSError:  # a file system without hard links
-        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-    else:
-        os.unlink(temporary, dir_fd=folder)
 
 
 def _temporary_folder(parent: int, *, record: bool) -> str:

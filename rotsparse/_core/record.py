@@ -126,7 +126,13 @@ def read_record(folder: Path) -> Record | None:
 
 def new_record(folder: int, *, made: bool) -> None:
     """Begin a record in an open folder. Raises `FileExistsError` where something has its name."""
-    _write(RECORD, folder, [_header(secrets.token_hex(16), made)])
+    temporary = temporary_name()
+    _write(temporary, folder, [_header(secrets.token_hex(16), made)])
+    try:
+        appear(temporary, RECORD, folder)
+    except BaseException:
+        os.unlink(temporary, dir_fd=folder)
+        raise
 
 
 def covering(path: Path) -> Record | None:
@@ -200,6 +206,18 @@ def parent_folder(path: Path) -> Iterator[int]:
     """The open folder of a file: within what rotsparse made, no part of the way to it may be a symbolic link."""
     with folder_below(outermost(path) or path.parent, path.parent) as folder:
         yield folder
+
+
+def appear(temporary: str, name: str, folder: int) -> None:
+    """Give a file in an open folder its name. Raises `FileExistsError` where something has it."""
+    try:
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    else:
+        os.unlink(temporary, dir_fd=folder)
 
 
 def temporary_name() -> str:

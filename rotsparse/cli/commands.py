@@ -15,15 +15,17 @@ import numpy as np
 from rotsparse._core import checks, files
 from rotsparse.cli import model_commands
 from rotsparse.cli import options as opt
-from rotsparse.cli.arguments import check_seed, fit_arguments, plain, records, spelled
+from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import covariance, evenly_spaced
 from rotsparse.data.sources import RowRange, Source, in_memory
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
 from rotsparse.evaluation.compare import compare
 from rotsparse.examples import digits
-from rotsparse.fit.solution import Solution
+from rotsparse.fit.default_method import default_method
 from rotsparse.layers.activations import ACTIVATIONS
 from rotsparse.layers.base import Layer
 from rotsparse.layers.files import load_layer, open_activations, save_array, save_layer
@@ -87,16 +89,17 @@ def demo(command: "opt.Demo") -> int:
         config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
         config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
         config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
-        options = {"measure": measures.Log(0.1), "scale_inputs": False, "steps": command.steps, "restarts": 2}
         config["inputs"] = inputs.hashes(
             **{name: folder / config[name] for name in ("layer", "activations", "test_activations")}
         )
+        options = {"measure": measures.Log(0.1), "scale_inputs": False, "restarts": 2}
+        options |= {"method": default_method(steps=command.steps), "run": Run(progress=True)}
         solution = layer_run.run(
             folder,
             layer,
             train,
             test,
-            fit=options | {"progress": True},
+            fit=options,
             seed=command.seed,
             config=config,
             console=console,
@@ -113,7 +116,7 @@ def fit(command: "opt.Fit") -> int:
     config = {"command": "fit", **plain(command), folders.INPUTS: _hashes(command.layer, start=command.start)}
     run = command.run
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
-        options |= records(run, folder)
+        options = recorded(options, run, folder)
         solution = layer_run.run(
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )

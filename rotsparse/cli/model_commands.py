@@ -19,10 +19,10 @@ from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown
 from rotsparse.cli import options
-from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
-from rotsparse.fit.solution import Result
 from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import folders, inputs, layer_run
@@ -128,7 +128,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
                 **{name: part / layer_config[name] for name in ("layer", "activations", "test_activations")}
             )
             own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
-            fit = arguments | records(run, part)
+            fit = recorded(arguments, run, part)
             layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = folders.read_json(part / layer_run.METRICS)
         folders.write_json(

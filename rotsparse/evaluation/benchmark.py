@@ -17,14 +17,13 @@ from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Data
 from rotsparse.data.moments import covariance
 from rotsparse.data.sources import Source, in_memory
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import Comparison, compare, number, shown
 from rotsparse.evaluation.nulls import random_weights
 from rotsparse.evaluation.verdict import another_redraw, beyond_control
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import RunLog
 from rotsparse.fit.find_rotations import find_rotations
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics
 
@@ -136,9 +135,8 @@ def benchmark(
 
     def learn(layer, part):
         # Each fit has checkpoints and a log of its own.
-        kinds = {"checkpoint": Checkpoints, "log": RunLog}
-        places = {k: kind.of(fit[k]).part(part) for k, kind in kinds.items() if fit.get(k) is not None}
-        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | places).completed()
+        own: dict[str, Any] = {"run": Run.of(fit.get("run")).part(part)}
+        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | own).completed()
 
     solution = timed(LEARNED, lambda: learn(layer, "learned"))
     bases = {LEARNED: solution.rotations}

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.names import basis_name
-from rotsparse.fit.solution import SAME, Solution
 from rotsparse.layers.base import ClosedForm, Layer
 
 # Objectives of restarts that differ by less than this share count as equally good.

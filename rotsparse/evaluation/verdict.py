@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 
 from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Rows
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.ablation import EdgeAblation
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
 
 # A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1:
@@ -28,7 +28,7 @@ class Side:
 
     `agreement`: |cos| with the match in each other restart, the mean over restarts. `partners`: the effective number of
     directions on the other side that it talks to, the participation ratio `(Σm)²/Σm²` of its mean squared scaled
-    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `fitted`: which
+    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `free`: which
     directions the fit could turn; the others (outside the active subspace, or held) agree by construction and do not
     count.
     """
@@ -36,11 +36,11 @@ class Side:
     agreement: Float[np.ndarray, "d"]
     partners: Float[np.ndarray, "d"]
     null_partners: float
-    fitted: Bool[np.ndarray, "d"]
+    free: Bool[np.ndarray, "d"]
 
     def identified(self, cosine: float) -> int:
         """How many fitted directions the restarts agree on."""
-        return int(np.count_nonzero(self.fitted & (self.agreement >= cosine)))
+        return int(np.count_nonzero(self.free & (self.agreement >= cosine)))
 
     @property
     def gain(self) -> Float[np.ndarray, "d"]:
@@ -67,7 +67,7 @@ class Identifiability:
     @property
     def verdict(self) -> str:
         """One plain sentence or two."""
-        counts = {name: (side.identified(self.cosine), int(side.fitted.sum())) for name, side in self.sides.items()}
+        counts = {name: (side.identified(self.cosine), int(side.free.sum())) for name, side in self.sides.items()}
         found = " and ".join(f"{k} of {d} '{name}' directions" for name, (k, d) in counts.items())
         against = f"gain {self.gain:.2f} over random rotations, null models {max(self.null_gains):.2f}"
         some = any(k > 0.1 * d for k, d in counts.values())
@@ -102,10 +102,10 @@ def identifiability(
     partners = _partners(layer, x, solution)
     null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
     sides = {}
-    for name, fitted in solution.fitted().items():
-        null_partners = np.concatenate([found[name][s.fitted()[name]] for s, found in null])
-        if fitted.any():
-            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), fitted)
+    for name, free in solution.free.items():
+        null_partners = np.concatenate([found[name][s.free[name]] for s, found in null])
+        if free.any():
+            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), free)
     return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures

@@ -13,11 +13,11 @@ from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
 from rotsparse.data.moments import covariance, evenly_spaced
 from rotsparse.data.sources import Source, in_memory
+from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import Comparison, compare
 from rotsparse.evaluation.finding import finding, remarks
 from rotsparse.fit.find_rotations import find_rotations
-from rotsparse.fit.solution import Result, Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
 from rotsparse.objectives.floor import floor
@@ -93,7 +93,8 @@ def run(
             "orthogonality_error": solution.rotations.orthogonality_error(),
             "objective": {"start": solution.start_value, "train": solution.value, "floor": lowest},
             "result": solution.result.name,
-            "certificate": solution.certificate,
+            "certificate": "" if solution.certificate is None else str(solution.certificate),
+            "stages": [stage._asdict() for stage in solution.stages],
             "agreement": _agreement(solution),
             "fit": solution.stats,
             "seconds": time.perf_counter() - begun,

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from rotsparse._core.lock import held
 from rotsparse._core.printable import visible
-from rotsparse.fit._log import LOG, read_log
+from rotsparse.engine._log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
 

@@ -12,9 +12,9 @@ import pytest
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.benchmark import benchmark
 from rotsparse.fit.minimize import Progress, minimize
-from rotsparse.fit.solution import Result
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
 

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from rotsparse.fit._log import read_log
+from rotsparse.engine._log import read_log
+from rotsparse.engine.solution import Solution
 from rotsparse.fit.minimize import Progress
-from rotsparse.fit.solution import Solution
 
 D = 5
 

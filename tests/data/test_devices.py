@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rotsparse.data.devices import Devices, device_mesh
-from rotsparse.fit._log import read_log
+from rotsparse.engine._log import read_log
 
 PROGRAM = Path(__file__).with_name("distributed_fit.py")
 

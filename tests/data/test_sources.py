@@ -18,7 +18,7 @@ from rotsparse.data import sources
 from rotsparse.data.open import open_source
 from rotsparse.data.sources import Dataset, Mapped, NpyFile, RowRange, Shards, as_source, read_ahead
 from rotsparse.data.store import StoreWriter, open_store
-from rotsparse.fit._checkpoint import Checkpoints
+from rotsparse.engine._checkpoint import Checkpoints
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.fit.minimize import minimize
 from rotsparse.layers.mlp import MLP

@@ -20,10 +20,10 @@ from rotsparse._core.digests import array_digest
 from rotsparse._core.files import move
 from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
-from rotsparse.fit._checkpoint import Checkpoints, Session
-from rotsparse.fit._fingerprint import difference, fingerprint
+from rotsparse.engine._checkpoint import Checkpoints, Session
+from rotsparse.engine._fingerprint import difference, fingerprint
+from rotsparse.engine.solution import Result
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
 from rotsparse.solvers import Annealing, Riemannian

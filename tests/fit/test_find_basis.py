@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from rotsparse.engine.solution import Result
 from rotsparse.examples.digits import train
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 KEY = jax.random.key(0)

@@ -12,8 +12,8 @@ import pytest
 
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.orthogonal import haar, retract_cayley, retract_expm, retract_qr
+from rotsparse.engine.solution import Result, Solution
 from rotsparse.fit.find_rotations import find_rotations, minimize
-from rotsparse.fit.solution import Result, Solution
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.mlp import Dense

@@ -12,12 +12,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rotsparse._core.orthogonal import haar, retract_polar
 from rotsparse.data import sources
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import read_log
+from rotsparse.engine._checkpoint import Checkpoints
+from rotsparse.engine._log import read_log
+from rotsparse.engine.solution import Result
 from rotsparse.fit.chain import fit_chain
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.layers.mlp import Dense
 from rotsparse.objectives import ActivationSparsity, WeightedSum
 from rotsparse.objectives.measures import Log, TopK

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rotsparse.fit._log import RunLog, read_log
+from rotsparse.engine._log import RunLog, read_log
 
 
 def write(log, *steps, begun_at=0):

@@ -214,7 +214,7 @@ def test_the_list_of_runs(tmp_path):
     assert "30 of 50" in shown.get() and "disk on fire" in shown.get()
     assert listing.table(tmp_path / "good").title is None
     (tmp_path / "empty").mkdir()
-    assert listing.table(tmp_path / "empty").title == f"no runs in {tmp_path / 'empty'}"
+    assert str(listing.table(tmp_path / "empty").title) == f"no runs in {tmp_path / 'empty'}"
     with pytest.raises(ValueError, match="not a folder"):
         listing.runs_in(tmp_path / "missing")
 

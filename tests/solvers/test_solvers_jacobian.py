@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rotsparse._core.orthogonal import haar, orthogonality_error
+from rotsparse.engine.solution import Result
 from rotsparse.fit.find_rotations import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.layers.mlp import MLP
 from rotsparse.objectives import JacobianSparsity, Objective, WeightedSum
 from rotsparse.objectives.measures import Log

@@ -10,8 +10,12 @@ loading, the files are compared with their hashes before anything reads them (Or
 bit without a word), the arrays with theirs afterwards. The only file of the library that imports Orbax.
 """
 
+import asyncio
+import functools
 import json
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,6 @@ import numpy as np
 
 from rotsparse._core import files
 from rotsparse._core.digests import array_digest, digest
-from rotsparse.fit._orbax_noise import silence
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -154,3 +157,36 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- what Orbax prints
+#
+# Over a save or a load that fails, Orbax's threads log the exception with a traceback before they hand it on. It also
+# closes the event loop of a thread while TensorStore is still busy with other arrays: their failures are then logged
+# when their tasks are collected, and a thread of TensorStore's that meets the closed loop has an exception that nobody
+# can catch. The exception that is raised says all of it, and whoever calls Orbax here reports it.
+
+
+@functools.cache
+def silence() -> None:
+    """From now on, in this process, such messages are not printed. Others, of the same loggers too, are."""
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_orphan(record.getMessage()))
+    earlier = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None if _met_closed_loop(unraisable) else earlier(unraisable)
+
+
+def _is_orphan(message: str) -> bool:
+    """Whether asyncio found a failed task or future of Orbax's or TensorStore's that nobody asked for its result."""
+    return "exception was never retrieved" in message and ("orbax" in message or "tensorstore" in message)
+
+
+def _met_closed_loop(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether foreign code called `loop.call_soon_threadsafe` after the loop was closed: no Python stood behind it."""
+    trace = unraisable.exc_traceback
+    return (
+        isinstance(unraisable.exc_value, RuntimeError)
+        and trace is not None
+        and trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+        and trace.tb_frame.f_back is None
+    )
