@@ -104,9 +104,11 @@ def writing(path: str | os.PathLike) -> Iterator[io.BufferedRandom]:
                     appear(temporary, path.name, folder)
                 except FileExistsError:
                     raise ValueError(f"{path} appeared while it was written: choose another name") from None
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
+            if isinstance(error, OSError) and error.filename in (None, temporary):
+                error.filename = str(path)
             raise
 
 

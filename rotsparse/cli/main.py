@@ -63,7 +63,7 @@ def _main() -> int:
                 stack.enter_context(handled(signal.SIGINT, signal.default_int_handler))
             return commands.run(command)
     except (ValueError, OSError) as error:
-        print(visible(f"rotsparse: error: {error}", lines=True), file=sys.stderr)
+        print(visible(f"rotsparse: error: {_explained(error)}", lines=True), file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(visible(f"rotsparse: {interruption}", lines=True), file=sys.stderr)
@@ -71,6 +71,13 @@ def _main() -> int:
     except KeyboardInterrupt:
         print("rotsparse: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _explained(error: Exception) -> str:
+    """What an error says, without the number that the operating system gives it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
 
 
 def _cache_compilations() -> None:
