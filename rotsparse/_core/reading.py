@@ -67,6 +67,8 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if len(members) != _count_at_the_end(path):
+                raise ValueError("its directory is not the one that was written")
             declared, size = sum(member.file_size for member in members), path.stat().st_size
             if declared > max(ALWAYS_ALLOWED, MOST_INFLATION * size):
                 raise ValueError(
@@ -76,6 +78,16 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
             return {member.filename.removesuffix(".npy"): _member(archive, member) for member in members}
     except Exception as error:  # zipfile and zlib have exceptions of their own for damaged archives
         raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+
+
+def _count_at_the_end(path: Path) -> int | None:
+    """How many members an archive says it has, which `zipfile` does not look at: a damaged entry of its directory may
+    swallow the next ones."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16 - 22))
+        tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    return int.from_bytes(tail[at + 10 : at + 12], "little") if at >= 0 else None
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

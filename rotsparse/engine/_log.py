@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rotsparse._core import files
+from rotsparse._core.reading import regular_file
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -68,15 +69,18 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a log; none where there is none. The last line of a process that was killed may be cut off, and is
     left out."""
     try:
-        text = (Path(folder) / LOG).read_text()
-    except OSError:
+        text = regular_file(Path(folder) / LOG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return []
     lines = []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(read, dict) or not isinstance(read.get("step"), int):
+            break
+        lines.append(read)
     return lines
 
 

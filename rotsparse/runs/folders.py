@@ -20,6 +20,7 @@ from typing import Any
 from rotsparse._core import files
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.lock import LOCK, FolderLock
+from rotsparse._core.reading import regular_file
 
 CONFIG = "config.json"
 
@@ -202,8 +203,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file of a run. Raises `ValueError` where it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
 
 

@@ -8,12 +8,12 @@ from elsewhere cannot make rotsparse read what it does not already know.
 
 import hashlib
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rotsparse._core.confined import confined
+from rotsparse._core.reading import regular_file
 from rotsparse.data.store import MANIFEST
 from rotsparse.runs import folders
 
@@ -21,19 +21,16 @@ from rotsparse.runs import folders
 def hashes(**paths: str | os.PathLike | None) -> dict[str, str]:
     """The SHA-256 of every input, by its name in the config; of `None` there is none. Of a folder of activations that
     of the manifest, which has those of the files in it."""
-    return {name: file_hash(Path(path)) for name, path in paths.items() if path is not None}
+    return {name: file_hash(path) for name, path in paths.items() if path is not None}
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, or of what describes a folder of activations. Raises `ValueError`."""
-    file = path / MANIFEST if path.is_dir() else path
+    file = Path(path)
+    file = file / MANIFEST if file.is_dir() else file
     try:
-        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
-            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-                raise ValueError(f"{path} is no regular file")
+        with regular_file(file).open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist") from None
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from None
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.table import Column, Table
 from rich.text import Text
@@ -53,11 +54,11 @@ def table(folder: str | Path) -> Table:
 
 def _run(folder: Path) -> Run:
     status = folders.read_object(folder / folders.STATUS)
-    config = status.get("config") or folders.read_object(folder / folders.CONFIG)
+    config = _object(status.get("config")) or folders.read_object(folder / folders.CONFIG)
     metrics = folders.read_object(folder / layer_run.METRICS)
     # A folder of a run from before there was a status is complete, or it would not be there.
     state, note = status.get("state", folders.COMPLETE), str(status.get("error", ""))
-    results = [layer.get("result") for layer in metrics.get("layers", {"": metrics}).values()]
+    results = [_object(layer).get("result") for layer in _object(metrics.get("layers", {"": metrics})).values()]
     if state == folders.COMPLETE and "NON_FINITE" in results:
         state, note = folders.FAILED, "the objective became NaN or infinite"
     if state == folders.RUNNING and not held(folder):
@@ -82,5 +83,10 @@ def _run(folder: Path) -> Run:
     )
 
 
-def _finite(checked: list[float | None] | None) -> bool:
-    return bool(checked) and None not in checked
+def _finite(checked: Any) -> bool:
+    return isinstance(checked, list) and bool(checked) and all(isinstance(value, int | float) for value in checked)
+
+
+def _object(content: Any) -> dict[str, Any]:
+    """What should be an object; an empty one where it is something else: a damaged folder does not break the list."""
+    return content if isinstance(content, dict) else {}
