@@ -18,6 +18,8 @@ from _results import Results
 from rich.console import Console
 from rich.table import Table
 
+from rotsparse._core.files import PNG, writing
+
 N = 30
 THETAS = (0.1, 0.3, 0.5, 0.6)
 RATIOS = (5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160)
@@ -122,7 +124,8 @@ def draw(path: Path, thetas, ratios, errors) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of problems recovered")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata=PNG)
 
 
 if __name__ == "__main__":

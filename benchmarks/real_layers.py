@@ -38,6 +38,7 @@ from rich.table import Table
 from scipy.optimize import minimize as scipy_minimize
 
 import rotsparse as rs
+from rotsparse._core.files import PNG, writing
 from rotsparse._core.orthogonal import retract_cayley, skew
 from rotsparse.objectives import JacobianSparsity
 
@@ -321,7 +322,8 @@ def draw(path: Path, results: list[dict]) -> None:
         ):
             axis.set(xscale="log", xlabel=unit)
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata=PNG)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ minibatches come from the disk. The store is removed at the end, unless `--keep`
 
 import dataclasses
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from _results import Results
 from rich.console import Console
 
 import rotsparse as rs
+from rotsparse._core import files
 from rotsparse.data.sources import RESIDENT_EXAMPLES, Source
 from rotsparse.data.store import StoreWriter
 from rotsparse.objectives import JacobianSparsity
@@ -138,7 +138,9 @@ def main(config: Config) -> None:
         figures = measure(rs.open_source(folder), folder, config, console)
     finally:
         if not config.keep:
-            shutil.rmtree(parent if config.folder is None else folder, ignore_errors=True)
+            files.remove(folder)
+            if config.folder is None:
+                parent.rmdir()
     console.print(
         f"{figures['gigabytes']:.1f} GB: {figures['streamed_ms_per_step']:.1f} ms a step from the store, "
         f"{figures['in_memory_ms_per_step']:.1f} ms from memory: {figures['speed_ratio']:.0%} of its speed; "

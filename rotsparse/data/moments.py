@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
+from rotsparse._core.reading import load_npz
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.devices import of_all_processes
 from rotsparse.data.sources import Source, read_ahead
@@ -138,18 +137,16 @@ def stream_moments(source: Source, path: str | os.PathLike | None = None, *, sav
 
 
 def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, about=about, **dataclasses.asdict(moments))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, npz(about=about, **dataclasses.asdict(moments)))
 
 
 def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:
     """What was saved of a pass; nothing where there is no file, or a damaged one: the pass is taken again."""
     try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-            found = str(file["about"])
-            moments = Moments(int(file["count"]), file["mean"], file["scatter"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        file = load_npz(path)
+        found = str(file["about"])
+        moments = Moments(int(file["count"]), file["mean"], file["scatter"])
+    except (ValueError, KeyError, TypeError):
         return Moments.none(width)
     if found != about:
         raise ValueError(f"{path} holds the moments of {found}, not of {about}: remove it, or choose another path")

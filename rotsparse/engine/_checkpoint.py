@@ -7,7 +7,6 @@ passed over for the one before, and the user is told.
 
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rotsparse._core import files
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.devices import is_first_process
 from rotsparse.engine._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
@@ -178,7 +178,7 @@ class Session:
         values = {folder: self._value(folder) for folder in folders}
         keep = {*folders[-KEEP:], min(folders, key=values.__getitem__)}
         for folder in set(folders) - keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
 
     def _value(self, folder: Path) -> float:
         if folder.name not in self._values:
@@ -196,10 +196,9 @@ class Session:
             return
         for folder in damaged:
             aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        for folder in self._folder.glob("saving-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(aside)
+            files.move(folder, aside)
+        files.remove_leftovers(self._folder)
 
 
 def _leaf_paths(state: Any) -> dict[str, str]:

@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotsparse._core import files
 from rotsparse._core.digests import array_digest, digest
-from rotsparse._core.files import write_atomically
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -37,8 +36,14 @@ class Damaged(Exception):
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, first to last."""
-    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    """The checkpoints in a folder, first to last: those that rotsparse wrote there, not what else is called so."""
+    found = sorted(folder.glob("step-*"))
+    steps = {path: path.name.removeprefix("step-") for path in found if files.is_recorded(path)}
+    if found and not steps:
+        raise ValueError(
+            f"{folder} holds {found[0].name}, which was not written by this version of rotsparse (there is no "
+            f"{files.RECORD} that lists it) and is left alone: choose another folder, or remove it yourself"
+        )
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
@@ -48,10 +53,9 @@ def write_checkpoint(
     """Write the checkpoint of a step into `folder`. `paths` says what the arrays are, `about` is what else the manifest
     holds. Whenever the process stops, the checkpoint is either complete or not there. Raises what Orbax or the
     operating system do; nothing is left behind then."""
-    work, final = folder / f"saving-{step:08d}", folder / f"step-{step:08d}"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    final = folder / f"step-{step:08d}"
+    files.adopt(folder)
+    with files.new_folder(final) as work:
         _orbax_save(work / STATE, {name: leaf for name, leaf in leaves.items() if leaf.size})
         described = {
             name: {
@@ -64,13 +68,8 @@ def write_checkpoint(
         }
         manifest = {"format": FORMAT, "step": step, **about, "leaves": described, "files": _flushed_files(work)}
         payload = json.dumps(manifest | {"hash": digest(_canonical(manifest))}, indent=1).encode()
-        write_atomically(work / MANIFEST, payload)
+        files.write_atomically(work / MANIFEST, payload)
         _flush_folder(work)
-        work.rename(final)
-        _flush_folder(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return final
 
 

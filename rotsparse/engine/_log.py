@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core import files
+from rotsparse._core.reading import regular_file
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -29,12 +30,13 @@ class LogWriter:
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
-        self._events = _event_writer(folder / TENSORBOARD, step) if tensorboard else None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.adopt(folder)
+            self._events = _event_writer(folder / TENSORBOARD, step) if tensorboard else None
             kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-            write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = (folder / LOG).open("a", buffering=1)  # a line at a time: who reads along sees whole lines
+            files.write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            # A line at a time: who reads along sees whole lines.
+            self._file = open(folder / LOG, "a", buffering=1, opener=lambda path, _: files.appending(path))
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -67,15 +69,18 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a log; none where there is none. The last line of a process that was killed may be cut off, and is
     left out."""
     try:
-        text = (Path(folder) / LOG).read_text()
-    except OSError:
+        text = regular_file(Path(folder) / LOG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return []
     lines = []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(read, dict) or not isinstance(read.get("step"), int):
+            break
+        lines.append(read)
     return lines
 
 
@@ -86,6 +91,8 @@ def _event_writer(folder: Path, step: int):
         raise ValueError(
             "logs for TensorBoard need the extra `tensorboard`: pip install 'rotsparse[tensorboard]'"
         ) from None
+    files.make_folder(folder)
+    files.expect(folder / "events.out.tfevents.")
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

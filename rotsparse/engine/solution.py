@@ -2,10 +2,8 @@
 
 import dataclasses
 import enum
-import io
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +14,9 @@ import optax
 from jaxtyping import Bool
 
 from rotsparse._core.alignment import match
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.orthogonal import exact_error
+from rotsparse._core.reading import load_npz
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.base import Bases, Objective
 
@@ -215,16 +214,14 @@ class Solution:
             arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
         arrays |= {f"free/{name}": mask for name, mask in self.free.items()}
         arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **{"scalars": json.dumps(scalars), "candidate_values": self.candidate_values} | arrays)
-        write_atomically(path, buffer.getvalue())
+        scalars = {"scalars": json.dumps(scalars), "candidate_values": self.candidate_values}
+        write_atomically(path, npz(**scalars | arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Solution":
         """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
         try:
-            with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = load_npz(path)
             scalars = json.loads(str(arrays["scalars"]))
             certificate = scalars.pop("certificate")
             under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
@@ -239,7 +236,7 @@ class Solution:
                 stages=tuple(Stage(*stage) for stage in scalars.pop("stages")),
                 **scalars,
             )
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"cannot read a solution from {path}: {error}") from None
 
     def summary(self) -> str:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rotsparse._core.intervals import Interval
+from rotsparse._core.printable import markdown, visible
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import heading, number, shown
 
@@ -41,7 +42,7 @@ def rich_table(
             overlaps = m.overlaps(metrics[best[name]][name])
             style = "bold green" if best[name] == basis else "green" if overlaps else ""
             cells.append(Text(number(name, m.value), style))
-        table.add_row(Text(basis.replace("_", " ")), *cells, *last(basis))
+        table.add_row(Text(visible(basis.replace("_", " "))), *cells, *last(basis))
     if controls:
         table.add_section()
     for basis, of in (controls or {}).items():
@@ -59,7 +60,7 @@ def markdown_table(
     for basis, of in {**metrics, **(controls or {})}.items():
         cells = [shown(name, m, bold=basis in metrics and best[name] == basis) for name, m in of.items()]
         cells += [] if seconds is None else [f"{seconds[basis]:.1f}"]
-        lines.append(f"| {basis} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown(basis)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks
+from rotsparse._core.files import adopt
 from rotsparse._core.types import Data
 from rotsparse.data.moments import Moments, stream_moments
 from rotsparse.data.sources import Source, as_source, in_memory
@@ -139,5 +140,5 @@ def kept_moments(x, run: Run, name: str = "moments") -> Moments | None:
     source, folder = as_source(x), run.checkpoints
     if source is None or folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    adopt(folder)
     return stream_moments(source, folder / f"{name}.npz")

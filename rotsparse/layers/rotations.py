@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from rotsparse._core import checks, orthogonal
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically
+from rotsparse._core.reading import load_safetensors, safetensors
 from rotsparse._core.types import AnyArray
 
 
@@ -67,7 +66,7 @@ class Rotations(eqx.Module):
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
         save leaves the earlier file. Raises `OSError` if the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
-        write_atomically(path, save(tensors, metadata={"rotsparse": json.dumps(metadata or {})}))
+        write_atomically(path, safetensors(tensors, **{SIGNATURE: json.dumps(metadata or {})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
@@ -76,14 +75,12 @@ class Rotations(eqx.Module):
         Raises `ValueError`, with the file's name, if it is missing, unreadable, or holds something else.
         """
         try:
-            with safe_open(path, framework="numpy") as f:
-                names = sorted(f.keys())
-                tensors = {name: f.get_tensor(name) for name in ("r_in", "r_out") if name in names}
-                metadata = (f.metadata() or {}).get("rotsparse", "{}")
-        except (SafetensorError, OSError) as error:
+            tensors, about = load_safetensors(path)
+        except ValueError as error:
             raise ValueError(f"cannot read rotations from {path}: {error}") from None
-        if len(tensors) < 2:
-            raise ValueError(f"{path} holds {names}, expected r_in and r_out: is it a rotations file?")
+        metadata = about.get(SIGNATURE, "{}")
+        if not {"r_in", "r_out"} <= tensors.keys():
+            raise ValueError(f"{path} holds {sorted(tensors)}, expected r_in and r_out: is it a rotations file?")
         try:
             return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
         except json.JSONDecodeError as error:

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 
 from rotsparse._core.alignment import chance_cosine
+from rotsparse._core.printable import html as escape
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER

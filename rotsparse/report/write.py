@@ -1,12 +1,14 @@
 """The report of a run: figures, and one self-contained HTML page."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
@@ -43,8 +45,11 @@ def write_report(
     Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
     data = picture_data(layer, x_test, bases, scale_inputs=scale_inputs, covariance=covariance)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    adopt(folder)
     pictures = Path(folder) / "figures"
-    pictures.mkdir(exist_ok=True)
+    make_folder(pictures)
     drawn = {
         "overview": figures.overview(data, comparison),
         "heat_maps": figures.heat_maps(data, comparison),

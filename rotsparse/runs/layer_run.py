@@ -99,7 +99,7 @@ def run(
             "seconds": time.perf_counter() - begun,
         },
     )
-    console.print(f"\n[bold]{said[0]}[/]\n", highlight=False)
+    console.print(f"\n{said[0]}\n", style="bold", highlight=False, markup=False)
     for remark in said[1:]:
         console.print(remark, highlight=False)
     console.print(

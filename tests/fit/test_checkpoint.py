@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from rotsparse._core.digests import array_digest
+from rotsparse._core.files import move
 from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
 from rotsparse.engine import _checkpoint, _checkpoint_files
@@ -167,7 +168,7 @@ def test_no_damage_goes_unnoticed(count, tmp_path):
         noticed += 1
         aside = tmp_path / "damaged-step-00000002"
         assert aside.is_dir() and not latest.exists(), what
-        aside.rename(latest)
+        move(aside, latest)
         path.write_bytes(intact)
     same(restore(tmp_path), a_state(2))
     print(
@@ -247,7 +248,7 @@ def test_a_second_session_is_refused(tmp_path):
 
 def test_remains_of_a_killed_save_are_removed(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "saving-00000002" / "state").mkdir(parents=True)
+    (tmp_path / ".rotsparse-0123456789abcdef" / "state").mkdir(parents=True)
     same(restore(tmp_path), a_state(1))
     assert names(tmp_path) == ["step-00000001"]
 
