@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rotsparse.models.huggingface import load_huggingface, save_huggingface
+from rotsparse.models.huggingface import load_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
 from rotsparse.models.model import Model
 

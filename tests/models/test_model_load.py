@@ -5,7 +5,7 @@ import pytest
 from tiny_models import STORIES, message, needs_stories, same_parameters, tiny, tiny_llama2c
 
 from rotsparse import models
-from rotsparse.models.huggingface import save_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.model import Model
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat"]

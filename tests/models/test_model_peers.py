@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rotsparse.models.fold import fold_mlp, fold_stream
-from rotsparse.models.huggingface import load_huggingface, save_huggingface
+from rotsparse.models.huggingface import load_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.load import load_model, load_tokenizer
 from rotsparse.models.stream import keep_mean
 from rotsparse.models.transformer import run
