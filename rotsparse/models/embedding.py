@@ -33,7 +33,7 @@ def embed_tokens(
     config: TransformerConfig,
     tokens: Int[AnyArray, "batch tokens"],
     token_types: Int[AnyArray, "batch tokens"] | None,
-    positions: Int[Array, "tokens"],
+    positions: Int[Array, "*batch tokens"],
 ) -> Float[Array, "batch tokens d"]:
     """The stream in front of the first layer."""
     x = params["embed"][tokens] * config.embedding_scale

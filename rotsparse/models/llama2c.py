@@ -146,6 +146,8 @@ class Llama2cTokenizer:
 
     prefix: Sequence[int] = (1,)
     suffix: Sequence[int] = ()
+    special = frozenset((0, 1, 2))
+    pad: int | None = None
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         self.vocab_size = vocab_size

@@ -18,7 +18,7 @@ from rotsparse.models.model import Model
 from rotsparse.sources import NpyFile, Shards, Source
 
 _MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
-_PROGRESS = ("rows", "shards", "complete")
+_PROGRESS = ("rows", "shards", "complete", "heavy_rows")
 
 
 class ActivationStore(Source):

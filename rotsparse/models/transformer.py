@@ -67,7 +67,10 @@ def run(
                 f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them "
                 "shorter"
             )
-        x = embed_tokens(params, config, tokens, token_types, jnp.arange(tokens.shape[1]))
+        places = jnp.arange(tokens.shape[1])
+        if mask is not None and config.position_offset and config.position_pad is None:
+            places = jnp.cumsum(mask, axis=1) * mask - 1  # OPT counts the tokens that are looked at
+        x = embed_tokens(params, config, tokens, token_types, places)
     n = x.shape[1]
     positions = jnp.arange(n)
     bias = position_bias(params, n)

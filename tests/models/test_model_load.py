@@ -74,8 +74,8 @@ def test_load_by_what_is_there(folder):
 
 
 def test_neither_folder_nor_file(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a Hugging Face folder, or a llama2\.c file"):
-        models.load_model(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"expected a Hugging Face folder, a GGUF file"):
+        models.load_model(tmp_path / "model.onnx")
 
 
 def test_save_in_the_format_it_came_in(tmp_path):
