@@ -37,9 +37,9 @@ def _reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file, and however the library that reads it takes it, a user gets a `ValueError`."""
     try:
         yield
-    except ValueError:
+    except (ValueError, MemoryError):
         raise
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         raise ValueError(
             f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}. Is it damaged, or another format?"
         ) from error

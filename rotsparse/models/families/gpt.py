@@ -31,7 +31,7 @@ def _gpt2(s: Settings) -> dict[str, Any]:
 
 def _gpt_neo(s: Settings) -> dict[str, Any]:
     s = _with_hidden(s)
-    n, window = s.integer("num_hidden_layers"), s.integer("window_size")
+    n, window = s.layers(), s.integer("window_size")
     kinds = _expanded(s, n)
     if s.optional("attention_layers") not in (None, kinds):
         s.refuse("attention_layers", "it is not what attention_types says")
@@ -69,8 +69,13 @@ def _gpt_neox(s: Settings) -> dict[str, Any]:
             s.refuse(key, f"the {s.kind} model's own entry means {value:g}, which transformers takes")
     common = _common(s)
     rotary = rope.one_rotary(s, common["d_head"], theta=theta, share=share, partial=True)
-    parallel = s.on("use_parallel_residual")
-    return {**common, "rotary": rotary, "parallel": parallel, "causal": s.on("is_causal")}
+    return {
+        **common,
+        "max_positions": rope.reach(rotary, common["max_positions"]),
+        "rotary": rotary,
+        "parallel": s.on("use_parallel_residual"),
+        "causal": s.on("is_causal"),
+    }
 
 
 def _opt(s: Settings) -> dict[str, Any]:

@@ -32,19 +32,21 @@ _CARRIED = r"^(score|classifier|qa_outputs|v_head)\."
 def common(s: Settings, **rotary: Any) -> dict[str, Any]:
     """What all of them read the same."""
     sizes = s.sizes()
+    embedding = rope.one_rotary(s, sizes["d_head"], **rotary)
     return {
         **sizes,
+        "max_positions": rope.reach(embedding, sizes["max_positions"]),
         "gated": True,
         "norm": "rms",
         "norm_eps": s.number("rms_norm_eps"),
         "causal": s.on("is_causal"),
-        "rotary": rope.one_rotary(s, sizes["d_head"], **rotary),
+        "rotary": embedding,
     }
 
 
 def layer_types(s: Settings, usual: list[str]) -> list[str]:
     """Which layers look at a window only. Raises `ValueError` for another kind of attention."""
-    n, types = s.integer("num_hidden_layers"), s.optional("layer_types")
+    n, types = s.layers(), s.optional("layer_types")
     types = usual if types is None else types
     if not isinstance(types, list) or len(types) != n:
         s.refuse("layer_types", f"expected one for each of the {n} layers")
@@ -62,18 +64,18 @@ def windows(s: Settings, types: list[str]) -> tuple[int | None, ...]:
 
 
 def _mistral(s: Settings) -> dict[str, Any]:
-    return {**common(s), "windows": (s.optional_integer("sliding_window"),) * s.integer("num_hidden_layers")}
+    return {**common(s), "windows": (s.optional_integer("sliding_window"),) * s.layers()}
 
 
 def _phi3(s: Settings) -> dict[str, Any]:
     # Phi-3 calls LongRoPE by other names too, and its original length stands beside the scaling.
     kinds = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
-    everywhere = (s.optional_integer("sliding_window"),) * s.integer("num_hidden_layers")
+    everywhere = (s.optional_integer("sliding_window"),) * s.layers()
     return {**common(s, kinds=kinds, partial=True), "windows": everywhere}
 
 
 def _qwen(s: Settings) -> dict[str, Any]:
-    n = s.integer("num_hidden_layers")
+    n = s.layers()
     first = s.integer("max_window_layers", least=0)
     on = s.on("use_sliding_window") and s.optional_integer("sliding_window") is not None
     usual = ["sliding_attention" if on and i >= first else "full_attention" for i in range(n)]
@@ -91,13 +93,13 @@ def _gemma(s: Settings) -> dict[str, Any]:
 
 
 def _gemma2(s: Settings) -> dict[str, Any]:
-    n = s.integer("num_hidden_layers")
+    n = s.layers()
     types = layer_types(s, ["full_attention" if i % 2 else "sliding_attention" for i in range(n)])
     return {**common(s), **_gemma_attention(s), "windows": windows(s, types)}
 
 
 def _gemma3(s: Settings) -> dict[str, Any]:
-    n, sizes = s.integer("num_hidden_layers"), s.sizes()
+    n, sizes = s.layers(), s.sizes()
     pattern = s.integer("_sliding_window_pattern") if "_sliding_window_pattern" in s else 6
     pattern = s.integer("sliding_window_pattern") if "sliding_window_pattern" in s else pattern
     types = layer_types(s, ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)])

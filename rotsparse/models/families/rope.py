@@ -140,6 +140,12 @@ class Rope:
         return tuple(positive(f"{key} of {self._name}", value) for value in values)
 
 
+def reach(rotary: Rotary, max_positions: int) -> int:
+    """How many positions a model with this embedding has: dynamic scaling is there to go beyond the trained ones."""
+    scaling = rotary.scaling
+    return int(scaling.factor * max_positions) if isinstance(scaling, Dynamic) else max_positions
+
+
 def chosen(settings: Settings) -> Rope:
     """The entries that count: those of `rope_scaling` if there are any, otherwise of `rope_parameters`."""
     for name in ("rope_scaling", "rope_parameters"):

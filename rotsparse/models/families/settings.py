@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rotsparse.models.config import MAX_LAYERS
 from rotsparse.models.families.family import Family
 
 Raw = Mapping[str, Any]
@@ -97,6 +98,13 @@ class Settings:
     def integer(self, key: str, least: int = 1) -> int:
         return self._integer(key, self.need(key), least)
 
+    def layers(self) -> int:
+        """How many layers there are: few enough to make a list of something for each."""
+        n = self.integer("num_hidden_layers")
+        if n > MAX_LAYERS:
+            self.refuse("num_hidden_layers", f"at most {MAX_LAYERS} layers are")
+        return n
+
     def optional_integer(self, key: str, least: int = 1) -> int | None:
         value = self.optional(key)
         return None if value is None else self._integer(key, value, least)
@@ -133,7 +141,7 @@ class Settings:
         heads, d_model = self.integer("num_attention_heads"), self.integer("hidden_size")
         return {
             "architecture": self.kind,
-            "n_layers": self.integer("num_hidden_layers"),
+            "n_layers": self.layers(),
             "d_model": d_model,
             "d_hidden": self.integer("intermediate_size"),
             "n_heads": heads,
