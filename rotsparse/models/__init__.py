@@ -1,6 +1,6 @@
 """Real trained models: read them, look inside, and put rotations back into them.
 
-    model = models.load_model("path/to/model")                   # a Hugging Face folder, or llama2.c's .bin
+    model = models.load_model("path/to/model")                   # a Hugging Face folder, GGUF, or llama2.c's .bin
     tokenizer = models.load_tokenizer("path/to/model", model)
     text = models.TextFile("text.txt", tokenizer)
     (store,) = models.capture(model, text, [(0, "input")], "activations")

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -135,7 +134,8 @@ class _Work:
         self, per_shard: int, first: int, progress: Callable
     ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
         """Every shard from number `first` on: its number, and its rows in batches, an array for each point."""
-        params = jax.tree.map(jnp.asarray, self.model.params)
+        # Where the weights lie in memory as JAX needs them they are used there, not copied.
+        params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), self.model.params)
 
         def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
             for start in range(0, len(group), self.batch):

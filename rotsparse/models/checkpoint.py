@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_OTHER_FORMATS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".npz")
 _FLOATS = {"F16": np.float16, "BF16": None, "F32": np.float32, "F64": np.float64}
 _ALIGNMENT = 64  # bytes: JAX copies what is not aligned so
 
@@ -173,7 +174,8 @@ def _instead(folder: Path, found: list[str]) -> str:
         )
     if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
         return f": give the GGUF file itself, {folder / ggufs[0]}"
-    return ""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
+    return f": it has {', '.join(others[:3])}. Save the model again from transformers, as safetensors" if others else ""
 
 
 def why_not_a_model(folder: Path) -> str | None:

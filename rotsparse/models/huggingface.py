@@ -19,7 +19,8 @@ from rotsparse.models.model import Model, expected_shape, nested
 # What training wrappers put in front of a tensor's name (or, torch.compile, in the middle of it).
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+|(?<=\.)_orig_mod\.")
 _OLD_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
-_OTHER_HEADS = re.compile(r"ForCausalLM$|LMHeadModel$")
+_QUANTISED = (".qweight", ".weight_packed", ".W_q", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".scales")
+_LANGUAGE_MODELS = re.compile(r"ForCausalLM$|LMHeadModel$")
 
 
 def load_huggingface(folder: str | os.PathLike) -> Model:
@@ -52,7 +53,7 @@ def load_huggingface(folder: str | os.PathLike) -> Model:
 
 def is_language_model(raw: Mapping[str, Any]) -> bool:
     """Whether the file was saved with a language model's head. One that does not say is a language model."""
-    return bool(_OTHER_HEADS.search(_class(raw)))
+    return bool(_LANGUAGE_MODELS.search(_class(raw)))
 
 
 def _class(raw: Mapping[str, Any]) -> str:
@@ -86,6 +87,7 @@ class _Tensors:
             if entry.name not in self._stored:
                 raise ValueError(
                     f"{self._checkpoint.folder} has no tensor {entry.name!r}, which a {config.architecture} model needs"
+                    + _reason(list(self._stored))
                 )
             array = self._checkpoint.floats(self._stored.pop(entry.name))
             flat |= _split(entry, array, config)
@@ -146,8 +148,8 @@ def _generic(name: str) -> str:
 def _reason(names: list[str]) -> str:
     if any("lora_" in name or ".base_layer." in name for name in names):
         return ". An adapter was not merged: merge it first (merge_and_unload in peft)"
-    if any(name.endswith((".bias", ".weight_scale", ".qweight")) for name in names):
-        return " (biases that config.json switches off, or weights in a form of their own)"
+    if any(name.endswith(_QUANTISED) for name in names):
+        return ". Its weights are quantised: load the original checkpoint, or save a dequantised one"
     return ""
 
 

@@ -56,8 +56,15 @@ def load_model(path: str | os.PathLike) -> Model:
             return load_huggingface(path)
         if path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
             return load_gguf(path)
+        if _begins_with(path, b"PK\x03\x04"):
+            raise ValueError(
+                f"{path} is a file of PyTorch: save the model again with safe_serialization (from_pretrained, then "
+                "save_pretrained of transformers), and give the folder"
+            )
         if path.suffix == ".bin":
             return load_llama2c(path)
+        if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+            raise ValueError(f"{path} holds only the weights: give its folder, {path.parent}")
     raise ValueError(
         f"{path} is no model: expected a Hugging Face folder, a GGUF file that ends in .gguf, or a llama2.c file that "
         "ends in .bin"

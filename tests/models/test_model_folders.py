@@ -72,6 +72,12 @@ def test_what_is_there_instead(folder):
     refused(folder, "is an adapter: merge it")
 
 
+@pytest.mark.parametrize("file", ["tf_model.h5", "flax_model.msgpack", "model.onnx"])
+def test_weights_of_other_libraries(folder, file):
+    (folder / "model.safetensors").rename(folder / file)
+    refused(folder, f"it has {file}")
+
+
 def test_a_folder_of_the_hubs_cache(folder, tmp_path):
     (tmp_path / "cache/snapshots").mkdir(parents=True)
     folder.rename(tmp_path / "cache/snapshots/abc")

@@ -78,6 +78,14 @@ def test_neither_folder_nor_file(tmp_path):
         models.load_model(tmp_path / "model.onnx")
 
 
+def test_a_file_of_a_folder_or_of_pytorch(folder, tmp_path):
+    with pytest.raises(ValueError, match="give its folder"):
+        models.load_model(folder / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ValueError, match="a file of PyTorch"):
+        models.load_model(tmp_path / "pytorch_model.bin")
+
+
 def test_save_in_the_format_it_came_in(tmp_path):
     models.save_model(tiny_llama2c(), tmp_path / "m.bin")
     assert same_parameters(models.load_model(tmp_path / "m.bin"), tiny_llama2c())

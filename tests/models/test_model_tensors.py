@@ -114,6 +114,18 @@ def test_float8_weights_are_named(tmp_path):
     assert f"tensor '{name}' is float8_e4m3fn: expected a float16" in message(error)
 
 
+def test_quantised_weights_are_named_without_their_configuration(tmp_path):
+    name = "model.layers.0.mlp.up_proj."
+
+    def packed(tensors):
+        return {n: a for n, a in tensors.items() if n != f"{name}weight"} | {
+            f"{name}qweight": np.ones((4, 4), np.int32)
+        }
+
+    with pytest.raises(ValueError, match=r"no tensor .*up_proj\.weight.*Its weights are quantised"):
+        stored(tiny("llama"), tmp_path / "m", packed)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
 def test_quantised_models_are_named(method, tmp_path):
     with pytest.raises(ValueError, match=rf"the model is quantised \({method}\)"):

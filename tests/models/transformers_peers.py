@@ -82,7 +82,7 @@ def configurations() -> dict:
             vocab_size=61, dim=32, hidden_dim=40, n_layers=3, n_heads=4, max_position_embeddings=64
         ),
         "electra": t.ElectraConfig(**_SMALL, embedding_size=16),
-        "mpnet": t.MPNetConfig(**_SMALL, relative_attention_num_buckets=8),
+        "mpnet": t.MPNetConfig(**_SMALL),
         "vit": t.ViTConfig(
             **{k: v for k, v in _SMALL.items() if k not in ("vocab_size", "max_position_embeddings")},
             image_size=[8, 12],

@@ -37,8 +37,8 @@ def _roberta(s: Settings) -> dict[str, Any]:
 
 
 def _mpnet(s: Settings) -> dict[str, Any]:
-    # MPNet's code has the padding's number fixed, whatever its configuration says.
-    return {**_counted(_bert(s), 1), "position_buckets": s.integer("relative_attention_num_buckets", least=4)}
+    # MPNet's code has the padding's number and that of the ranges of distances fixed, whatever its configuration says.
+    return {**_counted(_bert(s), 1), "position_buckets": 32}
 
 
 def _counted(settings: dict[str, Any], pad: int) -> dict[str, Any]:
@@ -130,11 +130,10 @@ def _encoder(body: tuple[Entry, ...], prefix: str, settings, **rest: Any) -> Fam
         prefix,
         settings,
         head=None,
-        only=_ONLY,
         harmless=_HARMLESS,
         ignored=r"embeddings\.position_ids$",
         carried=_CARRIED,
-        **{"keys": "layer_norm_eps", "defaults": _DEFAULTS, **rest},
+        **{"keys": "layer_norm_eps", "defaults": _DEFAULTS, "only": _ONLY, **rest},
     )
 
 
@@ -166,7 +165,6 @@ FAMILIES = {
         _MPNET,
         "mpnet.",
         _mpnet,
-        keys="layer_norm_eps relative_attention_num_buckets",
-        defaults={**_DEFAULTS, "relative_attention_num_buckets": 32},
+        only={**_ONLY, "relative_attention_num_buckets": (32,)},
     ),
 }
