@@ -21,11 +21,20 @@ class Tokenizer(Protocol):
     """Text to token numbers and back. `prefix` and `suffix` are what the model expects around every sequence;
     `special` are the tokens that stand for no text (separators too), `pad` is the one that fills up sequences."""
 
-    vocab_size: int
-    prefix: Sequence[int]
-    suffix: Sequence[int]
-    special: AbstractSet[int]
-    pad: int | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def prefix(self) -> Sequence[int]: ...
+
+    @property
+    def suffix(self) -> Sequence[int]: ...
+
+    @property
+    def special(self) -> AbstractSet[int]: ...
+
+    @property
+    def pad(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
