@@ -28,7 +28,7 @@ class Results:
     """
 
     def __init__(self, config: Any):
-        from provenance import plain, provenance
+        from _provenance import plain, provenance
 
         options, defaults = dataclasses.asdict(config), dataclasses.asdict(type(config)())
         given = [f"{k}={v}" for k, v in options.items() if k not in _ELSEWHERE and v != defaults[k]]

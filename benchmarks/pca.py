@@ -21,11 +21,12 @@ from _publish import publish
 from _results import Results, described, read
 from rich.console import Console
 
+import rotsparse as rs
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
-from rotsparse.evaluation.compare import LABELS, heading, shown
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.names import LABELS, heading, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (SHARE, "edges_99")
@@ -60,7 +61,7 @@ def run(case: Case, config: Config) -> Benchmark:
     rng = np.random.default_rng(config.seed)
     fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
-    options: dict[str, Any] = {"steps": config.steps, "restarts": 2, **case.options}
+    options: dict[str, Any] = {"method": rs.default_method(steps=config.steps), "restarts": 2, **case.options}
     return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
 
 

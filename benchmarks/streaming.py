@@ -26,6 +26,7 @@ from rotsparse._core import files
 from rotsparse.data.sources import RESIDENT_EXAMPLES, Source
 from rotsparse.data.store import StoreWriter
 from rotsparse.objectives import JacobianSparsity
+from rotsparse.objectives.base import thinned
 
 
 @dataclasses.dataclass
@@ -88,8 +89,9 @@ def step_seconds(objective: JacobianSparsity, config: Config) -> float:
     """The time of a step of a fit of an objective, without compilation."""
     start = {name: jnp.eye(d) for name, d in objective.spaces.items()}
     # One small look at the end is what judging costs: the fits are compared by their steps.
-    judge = objective.thinned(config.batch_size)
-    solution = rs.minimize(objective, start, key=jax.random.key(0), steps=config.steps, validation=judge).completed()
+    judge = thinned(objective, config.batch_size)
+    method = rs.Anneal(steps=config.steps, batch_size=config.batch_size)
+    solution = rs.minimize(objective, start, method=method, key=jax.random.key(0), validation=judge).completed()
     assert solution.stats["steps"] == config.steps, solution.result
     return (solution.stats["seconds"] - solution.stats["compile_seconds"]) / config.steps
 
@@ -101,10 +103,9 @@ def measure(source: Source, folder: Path, config: Config, console: Console) -> d
     pass_seconds = time.perf_counter() - begun
     console.print(f"covariance of {len(source):,} examples: {pass_seconds:.0f} s, peak {peak_bytes() / 1e9:.2f} GB")
 
-    options = {"batch_size": config.batch_size, "moments": moments}
-    streamed = JacobianSparsity(layer, source, rs.Log(0.1), **options)
-    in_memory = JacobianSparsity(layer, source.part(RESIDENT_EXAMPLES), rs.Log(0.1), **options)
-    assert streamed.source is source and in_memory.source is None
+    streamed = JacobianSparsity(layer, source, rs.Log(0.1), moments=moments)
+    in_memory = JacobianSparsity(layer, source.part(RESIDENT_EXAMPLES), rs.Log(0.1), moments=moments)
+    assert streamed.data.source is source and in_memory.data.source is None
     seconds = {"streamed": [], "in memory": []}
     for _ in range(config.rounds):
         forget(folder)

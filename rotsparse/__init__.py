@@ -18,8 +18,6 @@ The floors, top to bottom; imports go downward only:
     layers, data, _core               layers and their Jacobians; examples; orthogonal matrices, files, checks
 """
 
-import importlib.metadata
-
 from rotsparse._core.alignment import amari_distance as amari_distance
 from rotsparse._core.alignment import match as match
 from rotsparse._core.alignment import mean_max_cosine as mean_max_cosine
@@ -41,6 +39,7 @@ from rotsparse.evaluation.chain import evaluate_chain as evaluate_chain
 from rotsparse.evaluation.compare import Comparison as Comparison
 from rotsparse.evaluation.compare import compare as compare
 from rotsparse.evaluation.metrics import evaluate as evaluate
+from rotsparse.evaluation.verdict import against_baselines as against_baselines
 from rotsparse.fit.chain import fit_chain as fit_chain
 from rotsparse.fit.chain import layer_rotations as layer_rotations
 from rotsparse.fit.default_method import default_basis_method as default_basis_method
@@ -88,4 +87,4 @@ from rotsparse.solvers.quasi_newton import QuasiNewton as QuasiNewton
 from rotsparse.solvers.refine import Refine as Refine
 from rotsparse.solvers.riemannian import Riemannian as Riemannian
 
-__version__ = importlib.metadata.version("rotsparse")
+__version__ = "0.2.0"

@@ -43,9 +43,9 @@ def network():
 @pytest.fixture
 def few_steps(monkeypatch):
     """Fits are short, and without the pair searches that follow, where the text says nothing of that."""
-    monkeypatch.setattr("rotsparse.fit.find_rotations.LARGEST_SEARCH", 0)
-    monkeypatch.setitem(rs.find_rotations.__kwdefaults__, "steps", 200)
-    monkeypatch.setitem(rs.find_basis.__kwdefaults__, "steps", 200)
+    monkeypatch.setitem(rs.find_rotations.__kwdefaults__, "method", rs.Anneal(steps=200))
+    few = functools.partial(rs.default_basis_method, steps=200)
+    monkeypatch.setattr("rotsparse.fit.find_basis.default_basis_method", few)
 
 
 def test_the_examples_of_the_readme_run(folder, few_steps, capsys):

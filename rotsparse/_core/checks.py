@@ -1,6 +1,4 @@
-"""Checks of what a user hands in. Every message says what was expected, what came, and what to do."""
-
-from typing import cast
+"""Checks of user input. Every message says what was expected, what came, and what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,10 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from rotsparse._core.orthogonal import exact_error
+from rotsparse._core.types import AnyArray
 
 
-def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
+def weight(name: str, value, shape: tuple[int | None, ...]) -> AnyArray:
     """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).
 
     NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`.
@@ -33,12 +32,12 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
             f"{name} contains NaN or infinity ({finite.size - np.count_nonzero(finite):,} of {finite.size:,} entries, "
             f"the first at {[int(i) for i in first]}): check where it comes from"
         )
-    return cast(Array, value)  # a NumPy array serves wherever an Array does
+    return value
 
 
-def orthogonal(name: str, value, width: int | None = None) -> Array:
-    """`value` as an orthogonal matrix, of that width if it is given, to 1e-3: what is beyond is no rounding error.
-    Raises `ValueError`."""
+def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
+    """`value` as an orthogonal matrix, of that width if one is given. Raises `ValueError` if the largest entry of
+    `|R Rᵀ - I|` is above 1e-3, which rounding does not explain."""
     r = weight(name, value, (width, width))
     if r.shape[0] != r.shape[1]:
         raise ValueError(f"{name} should be square, got {list(r.shape)}")
@@ -52,8 +51,8 @@ def orthogonal(name: str, value, width: int | None = None) -> Array:
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
-    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and, where
-    that is more than one, not all the same. Raises `ValueError`."""
+    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` examples, and not all the
+    same if `at_least` is more than one. Raises `ValueError` otherwise."""
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if value.ndim != 2 or value.shape[1] != width:
         hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
@@ -67,7 +66,7 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
         x = jnp.asarray(value)
     if isinstance(x, Tracer):
         return x
-    # What is on the host already is not fetched from the device again.
+    # Use the host's copy if there is one, in place of a transfer from the device.
     host = np.asarray(value if x.dtype == value.dtype else x)
     if x.dtype != value.dtype and not np.isfinite(host).all():
         largest = np.abs(value).max()
@@ -80,5 +79,5 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
 
 
 def _constant(x: np.ndarray) -> bool:
-    """Whether all examples are the same. NumPy, because JAX would compile three programs for it."""
+    """Whether all examples are the same. In NumPy, because JAX would compile three programs."""
     return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())

@@ -18,13 +18,13 @@ from rotsparse.cli import model_commands
 from rotsparse.cli import options as opt
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
-from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.data.moments import evenly_spaced
 from rotsparse.data.sources import RowRange, Source, in_memory
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
-from rotsparse.evaluation.compare import compare
+from rotsparse.evaluation.compare import compare_with_baselines
 from rotsparse.examples import digits
 from rotsparse.fit.default_method import default_method
 from rotsparse.layers.activations import ACTIVATIONS
@@ -149,14 +149,13 @@ def comparison(command: "opt.Compare") -> int:
             f"{given[name]} would be called {name!r} after its folder, as a baseline is: rename the folder"
         )
     bases = {name: _rotations(path) for name, path in given.items()}
-    bases |= baselines.all_baselines(layer, train, key=key_baselines)
-    table = compare(
+    table, _ = compare_with_baselines(
         layer,
+        train,
         test,
         bases,
+        keys=(key_baselines, jax.random.fold_in(key, 3)),
         scale_inputs=command.layer.input_scale == "std",
-        covariance=covariance(train)[1],
-        key=jax.random.fold_in(key, 3),
     )
     console.print(table.table())
     if command.out is not None:

@@ -1,7 +1,7 @@
 """Activations on disk: a folder with `manifest.json` and the rows in `.npy` shards.
 
 The manifest says which model, layer, site and tokens they come from, and lists every finished shard with its rows and
-SHA-256. It is replaced after each shard, so that whatever it lists is whole, and a capture can go on from there.
+SHA-256. It is replaced after each shard, so every listed shard is complete, and a capture can continue from there.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ _PROGRESS = ("rows", "shards", "complete")
 
 
 class ActivationStore(Source):
-    """A finished store: `rows x width` numbers, of which only what is asked for is read (as float32).
+    """A finished store: `rows x width` numbers, of which only requested rows are read (as float32).
 
-    Raises `ValueError` where a shard is missing or is not what the manifest says.
+    Raises `ValueError` if a shard is missing or differs from the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
@@ -44,7 +44,8 @@ class ActivationStore(Source):
         return self._shards._rows(rows)
 
     def verify(self) -> None:
-        """Read everything once and compare it with the manifest's hashes. Raises `ValueError` that names the shard."""
+        """Read everything once and compare it with the manifest's hashes. Raises `ValueError`, with the shard's name,
+        if they differ."""
         for shard in self.manifest["shards"]:
             with (self.folder / shard["file"]).open("rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
@@ -60,7 +61,7 @@ class ActivationStore(Source):
 def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> ActivationStore:
     """The store in a folder; with a model's `fingerprint()`, only if it was captured from that model.
 
-    Raises `ValueError` where there is no store, it is unfinished or a shard is missing, or another model wrote it.
+    Raises `ValueError` if there is no store, it is unfinished, a shard is missing, or another model wrote it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -81,7 +82,7 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder, `None` where there is none. Raises `ValueError` where it is something else."""
+    """The manifest in a folder; `None` if there is none. Raises `ValueError` if the file is not a manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -116,9 +117,9 @@ def _count(number: Any) -> bool:
 
 
 class StoreWriter:
-    """Adds shards to a store, beginning or going on.
+    """Adds shards to a new store or to an unfinished one.
 
-    `settings` is everything that determines the rows; a store that was begun with others is refused.
+    `settings` is everything that determines the rows. Raises `ValueError` for a store that began with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -143,26 +144,26 @@ class StoreWriter:
         return len(self.manifest["shards"])
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Shard number `index`, whole; one that is there already is left alone."""
+        """Write the complete shard number `index`; does nothing if it exists."""
         self.append(index, rows)
         self.close(index)
 
     def append(self, index: int, rows: np.ndarray) -> None:
-        """Add rows to shard number `index`, the next one, which nobody sees before `close`. Of one that is there
-        already nothing changes."""
+        """Add rows to shard number `index`, the next one, which becomes visible with `close`. Does nothing if it
+        exists."""
         if index < self.shards:
             return
         assert index == self.shards, "shards are written in order"
         if self._open is None:
             if index == 0:
                 files.adopt(self.folder)
-                self._save()  # from now on the folder is known as this store, whatever happens
+                self._save()  # from now on the folder is known as this store, also after an interruption
             files.remove_leftovers(self.folder)
             self._open = _GrowingArray(self.folder / f"{index:05d}.npy")
         self._open.append(rows)
 
     def close(self, index: int) -> None:
-        """Shard number `index` is whole."""
+        """Complete shard number `index` and list it in the manifest."""
         if index < self.shards:
             return
         assert self._open is not None, "a shard has rows"
@@ -174,13 +175,13 @@ class StoreWriter:
         self._save()
 
     def abandon(self) -> None:
-        """Forget a shard that was not closed."""
+        """Remove a shard that was not closed."""
         if self._open is not None:
             self._open.remove()
             self._open = None
 
     def finish(self) -> ActivationStore:
-        """Mark the store as complete."""
+        """Mark the store as complete, and open it."""
         if not self.complete:
             self.manifest["complete"] = True
             self._save()
@@ -194,7 +195,7 @@ class StoreWriter:
         found = {name: value for name, value in begun.items() if name not in _PROGRESS}
         if wanted["model"] != found["model"]:
             raise ValueError(f"{self.folder} holds activations of another model: choose another folder")
-        # What was asked for comes before what follows from it.
+        # Report what the user set before what is derived from it.
         (before, now), derived = map(_flat, (found, wanted)), "sequences_per_shard"
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name == derived, name)):
             if before.get(name) != now.get(name):
@@ -205,7 +206,7 @@ class StoreWriter:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the settings of what gave the tokens among the others."""
+    """The settings with those of `tokens` on the same level."""
     return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
@@ -214,7 +215,7 @@ class _Abandoned(Exception):
 
 
 class _GrowingArray:
-    """A `.npy` file that rows are added to, so that a shard never has to be in memory."""
+    """A `.npy` file that grows by rows, so that no shard has to fit into memory."""
 
     def __init__(self, path: Path):
         self._rows, self._writing = 0, contextlib.ExitStack()
@@ -228,7 +229,7 @@ class _GrowingArray:
         self._rows += len(rows)
 
     def finish(self) -> tuple[int, str]:
-        """Put the whole array in its place: the number of its rows, and its SHA-256."""
+        """Move the complete array into its place. Returns the number of its rows and its SHA-256."""
         with self._writing:
             self._file.seek(0)
             self._write_header()
@@ -242,7 +243,7 @@ class _GrowingArray:
             raise _Abandoned
 
     def _write_header(self) -> None:
-        # NumPy leaves room for any number of rows: the header can be written again in place.
+        # NumPy's header has room for any number of rows, so it can be overwritten in place.
         descr = np.lib.format.dtype_to_descr(self._like.dtype)
         shape = (self._rows, *self._like.shape[1:])
         np.lib.format.write_array_header_1_0(self._file, {"descr": descr, "fortran_order": False, "shape": shape})

@@ -2,7 +2,7 @@
 
 The loop takes steps, all starts at once (vmapped), in slices of a second or two, each a jitted loop. Between them, in
 plain Python, it saves checkpoints, writes the log, shows the progress and listens to signals. Every few slices, at the
-end of a *chunk*, it looks at the objective, keeps the best rotations of every start, and decides whether to stop.
+end of a *stretch*, it looks at the objective, keeps the best rotations of every start, and decides whether to stop.
 
 Everything that the course of a fit depends on is in `FitState`; which examples step t draws follows from
 `fold_in(key, t)`. Chunks end at steps that are known beforehand, and where slices end makes no difference to any bit of
@@ -14,9 +14,9 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,17 +25,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.data.devices import Devices
-from rotsparse.data.sources import read_ahead
+from rotsparse.engine._compiled import CompiledFit, values_of
 from rotsparse.engine._record import Record
 from rotsparse.engine._state import FitState
 from rotsparse.engine.method import Method, Problem
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result, Solution, Stage, evidence
-from rotsparse.objectives.base import Bases, Objective, reading, sampled, spread
+from rotsparse.objectives.base import Bases, Objective, spread
 
-# A run is cut into about this many chunks, of at least MIN_CHUNK steps.
-CHUNKS = 40
-MIN_CHUNK = 20
+# A schedule maps the share of the steps that is done (0 to 1) to a factor or a value.
+Schedule = Callable[[Array], Array]
+
+# A run is cut into about this many stretches, of at least MIN_STRETCH steps.
+STRETCHES = 40
+MIN_STRETCH = 20
 
 # Looking at all examples may cost this share of what the steps cost.
 CHECKING = 0.25
@@ -99,9 +102,10 @@ def check_counts(method: Stepwise) -> None:
 
 def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], key: PRNGKeyArray, run: Run) -> Solution:
     objective, steps, batch_size = problem.objective, method.steps, method.batch_size
-    if batch_size is None and any(e.source is not None for e in objective.examples):
+    if batch_size is None and (large := [e.source for e in objective.examples if e.source is not None]):
         raise ValueError(
-            "the examples are too many to look at all of them in every step: give the method a batch_size, such as 16"
+            f"{large[0]} is too large to be looked at as a whole in every step: give the method a batch_size, such as "
+            "16, or an array such as source.part(100_000) instead"
         )
     devices = Devices(run.mesh)
     devices.check(len(starts))
@@ -109,11 +113,11 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
     keys = jax.random.split(jax.random.fold_in(key, 1), len(starts))
     stepped = spread(objective, devices, batch_size)
     judge = stepped if problem.validation is None else spread(problem.validation, devices, None)
-    chunk = min(steps, max(MIN_CHUNK, -(-steps // CHUNKS)))
+    stretch = min(steps, max(MIN_STRETCH, -(-steps // STRETCHES)))
     fetched = sum(e.fetched_bytes(batch_size) for e in stepped.examples)
-    if fetched:  # two chunks are in memory, and one on the devices
-        chunk = max(1, min(chunk, FETCHED_BYTES // (len(starts) * fetched)))
-    check_every = _check_every(method, chunk, objective, problem.judge)
+    if fetched:  # two stretches are in memory, and one on the devices
+        stretch = max(1, min(stretch, FETCHED_BYTES // (len(starts) * fetched)))
+    check_every = _check_every(method, stretch, objective, problem.judge)
     state = FitState.first(method, stacked, 3 + steps // check_every, devices)
     config = {
         "objective": objective, "validation": problem.validation, "method": method, "key": key, "start": starts,
@@ -133,7 +137,9 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
         )
         state = state if record.restored is None else record.restored
         begun = time.perf_counter()
-        fit = stack.enter_context(contextlib.closing(_Fit(method, stepped, judge, keys, state, chunk, devices)))
+        fit = stack.enter_context(
+            contextlib.closing(CompiledFit(method, stepped, judge, keys, state, stretch, devices))
+        )
         compile_seconds = time.perf_counter() - begun
         state, result, detail = _loop(fit, state, check_every, method.patience, record, run)
     # The last look is not saved: a run that goes on has to be like one that never stopped.
@@ -147,9 +153,9 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
     return _solution(method, state, stacked, problem, result, detail, stats)
 
 
-def _check_every(method: Stepwise, chunk: int, objective: Objective, judge: Objective) -> int:
-    """Steps from one check to the next, in whole chunks: few enough that one falls into each window of `patience`, and
-    as many as keep the cost of checks down (a value costs half of a value with its gradient)."""
+def _check_every(method: Stepwise, stretch: int, objective: Objective, judge: Objective) -> int:
+    """Steps from one check to the next, in whole stretches: few enough that one falls into each window of `patience`,
+    and as many as keep the cost of checks down (a value costs half of a value with its gradient)."""
     examples = objective.examples
     rows = sum(len(e.x) for e in examples)
     share = sum(e.share(method.batch_size) for e in examples) / max(1, len(examples))
@@ -157,75 +163,12 @@ def _check_every(method: Stepwise, chunk: int, objective: Objective, judge: Obje
         widths = list(objective.spaces.values())
         share *= min(1.0, math.prod(method.submatrix) / (widths[0] * widths[-1]))
     cost = 0.5 * sum(len(e.x) for e in judge.examples) / (rows * share) if rows else 0.5  # of a check, in steps
-    every = chunk * math.ceil(cost / (CHECKING * chunk))
-    return every if method.patience is None else min(every, chunk * max(1, method.patience // chunk))
-
-
-class _Fit:
-    """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples. Examples that
-    are not in memory are fetched a chunk at a time, those of the next chunk while the steps of this one are taken."""
-
-    def __init__(self, method: Stepwise, objective, judge, keys, state: FitState, chunk: int, devices: Devices):
-        self.chunk, self.steps, self._batch_size = chunk, method.steps, method.batch_size
-        self._fetches = any(e.fetched_bytes(method.batch_size) for e in objective.examples)
-        self._objective, self._keys, self._devices = objective, keys, devices
-        first = min(int(state.step), self.steps - 1) // chunk
-        self._ahead = read_ahead(map(self._reading, range(first, -(-self.steps // chunk))))
-        self._fetched_chunk, self._fetched = first, devices.batches(next(self._ahead))
-
-        shared, judged_on = devices.replicate((method, objective)), devices.replicate(judge)
-        self._shared, self._layout = shared, devices.layout((*shared, *self._bounds(0, 0)))
-        self._placed_keys = devices.over_restarts(keys)
-        self._judged_on, self._judged_layout = judged_on, devices.layout(judged_on)
-        self._slice = _run_slice.lower(*self._slice_arguments(state, 0, 0)).compile()
-        self._values = _values.lower(devices, self._judged_layout, judged_on, state.bases).compile()
-
-    def advance(self, state: FitState, count: int) -> tuple[FitState, Float[np.ndarray, "restarts count"]]:
-        """The state `count` steps later, and the objective before each of these steps. At most up to the end of the
-        chunk."""
-        done, end = int(state.step), int(state.step) + count
-        assert done // self.chunk == (end - 1) // self.chunk
-        if done // self.chunk != self._fetched_chunk:
-            self._fetched_chunk += 1
-            assert done // self.chunk == self._fetched_chunk
-            self._fetched = self._devices.batches(next(self._ahead))
-        bases, method_state, values = self._slice(*self._slice_arguments(state, done, end))
-        values = np.asarray(self.gather(values))[:, :count]
-        # In place: what lies behind `step` is not part of the state yet.
-        state.objective[:, done:end] = values
-        return dataclasses.replace(state, bases=bases, method=method_state, step=np.asarray(end)), values
-
-    def judge(self, state: FitState) -> FitState:
-        """The state with the objective checked."""
-        values = self._values(self._devices, self._judged_layout, self._judged_on, state.bases)
-        return state.judged(np.asarray(self.gather(values)))
-
-    def gather(self, values):
-        """Arrays that every process can read."""
-        return self._devices.gather(values)
-
-    def close(self) -> None:
-        """End the reading ahead."""
-        self._ahead.close()
-
-    def _slice_arguments(self, state: FitState, begin: int, end: int) -> tuple:
-        restarts = state.bases, state.method, self._placed_keys
-        shared = *self._shared, *self._bounds(begin, end)
-        return self._devices, self._layout, shared, restarts, self._fetched, self.chunk
-
-    def _bounds(self, begin: int, end: int) -> tuple[Array, Array]:
-        return self._devices.replicate((jnp.asarray(begin), jnp.asarray(end)))  # arrays, so that they are traced
-
-    def _reading(self, index: int):
-        """The function that reads the examples of a chunk's steps."""
-        if not self._fetches:
-            return lambda: None
-        steps = index * self.chunk + np.arange(self.chunk)
-        return reading(self._objective, _step_keys(self._keys, steps), self._batch_size, self._devices)
+    every = stretch * math.ceil(cost / (CHECKING * stretch))
+    return every if method.patience is None else min(every, stretch * max(1, method.patience // stretch))
 
 
 def _loop(
-    fit: _Fit, state: FitState, check_every: int, patience: int | None, record: Record, run: Run
+    fit: CompiledFit, state: FitState, check_every: int, patience: int | None, record: Record, run: Run
 ) -> tuple[FitState, Result, str]:
     """Take steps until the end, or a reason to stop: the state, the result, and the detail."""
     begun = record.begun - float(state.seconds)
@@ -236,8 +179,8 @@ def _loop(
         while True:
             done = int(state.step)
             finished = done == fit.steps
-            # As many steps as fit in a slice, but not beyond the end of a chunk or the next save.
-            count = min(fit.chunk - done % fit.chunk, fit.steps - done, max(1, int(SLICE_SECONDS / per_step)))
+            # As many steps as fit in a slice, but not beyond the end of a stretch or the next save.
+            count = min(fit.stretch - done % fit.stretch, fit.steps - done, max(1, int(SLICE_SECONDS / per_step)))
             if left := record.steps_left(done):
                 count = min(count, left)
             count, due, stopped = _agreed(count, record.due(done), run.stopped)
@@ -283,7 +226,7 @@ def _loop(
 
 
 def _before_failure(
-    fit: _Fit, state: FitState, moved: FitState, values: Float[np.ndarray, "restarts count"]
+    fit: CompiledFit, state: FitState, moved: FitState, values: Float[np.ndarray, "restarts count"]
 ) -> tuple[FitState, Result, str]:
     """What `_loop` returns where the steps of a slice, from `state` to `moved`, led to NaN: the last sound rotations,
     looked at. They are those before the objective was not finite, or one step earlier: wherever the slice began."""
@@ -326,7 +269,7 @@ def _solution(
     if problem.validation is None:
         start_values = state.checked[:, 0]
     else:
-        start_values = np.asarray(_values(Devices(None), None, problem.objective, starts))
+        start_values = np.asarray(values_of(Devices(None), None, problem.objective, starts))
     seconds = float(state.seconds)
     return Solution(
         bases=bases,
@@ -349,48 +292,6 @@ def _solution(
             **evident,
         },
     )
-
-
-@eqx.filter_jit
-def _run_slice(devices: Devices, layout, shared, restarts, fetched, chunk: int):
-    """Steps `begin` to `end` of every restart, all of them in one chunk. The bounds are traced, so one compilation
-    serves the whole run. `fetched` are the examples of the whole chunk, if they are not in memory."""
-
-    def run_all(shared, restarts, fetched):
-        method, objective, begin, end = shared
-
-        def run(bases, state, key, fetched):
-            def body(i, carry):
-                bases, state, history = carry
-                key_i = jax.random.fold_in(key, i)
-                rows = None if fetched is None else jax.tree.map(lambda x: x[i % chunk], fetched)
-                batch = sampled(objective, key_i, method.batch_size, method.submatrix, rows)
-                bases, state, value = method.step(batch, bases, state, i)
-                return bases, state, history.at[i - begin].set(value)
-
-            history = jnp.zeros(chunk, jax.tree.leaves(bases)[0].dtype)
-            return jax.lax.fori_loop(begin, end, body, (bases, state, history))
-
-        bases, state, keys = restarts
-        return jax.vmap(run)(bases, state, keys, fetched)
-
-    return devices.map(run_all, layout, shared, restarts, fetched)
-
-
-@jax.jit
-def _step_keys(keys: PRNGKeyArray, steps: Int[Array, "steps"]) -> PRNGKeyArray:
-    """The key of every step of every restart."""
-    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(steps))(keys)
-
-
-@eqx.filter_jit
-def _values(devices: Devices, layout, objective, bases):
-    """The objective of every restart, one after the other."""
-
-    def values(objective, bases, _):
-        return jax.lax.map(objective.value, bases)
-
-    return devices.map(values, layout, objective, bases)
 
 
 def _agreed(count: int, save: bool, stop: bool) -> tuple[int, bool, bool]:

@@ -1,7 +1,7 @@
 """Elementwise nonlinearities φ and their derivatives.
 
-An activation is any JAX function of a scalar that broadcasts. The named ones below are what model configurations
-call them; `derivative(φ)` is by forward-mode autodiff, which for an elementwise function costs one extra evaluation.
+An activation is any elementwise JAX function. The functions below carry the names that model configurations use.
+`derivative(φ)` uses forward-mode autodiff, which costs one extra evaluation for an elementwise function.
 """
 
 from collections.abc import Callable
@@ -10,50 +10,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Activation = Callable[[Array], Array]
+from rotsparse._core.types import AnyArray
+
+Activation = Callable[[AnyArray], AnyArray]
 
 
-def identity(a: Array) -> Array:
+def identity(a: AnyArray) -> AnyArray:
     """`φ(a) = a`: a linear layer."""
     return a
 
 
-def relu(a: Array) -> Array:
+def relu(a: AnyArray) -> Array:
     """`φ(a) = max(a, 0)`, with `φ'(0) = 0`."""
     return jax.nn.relu(a)
 
 
-def gelu(a: Array) -> Array:
+def gelu(a: AnyArray) -> Array:
     """`φ(a) = a Φ(a)`, exact. (Hendrycks & Gimpel 2016.)"""
     return jax.nn.gelu(a, approximate=False)
 
 
-def gelu_tanh(a: Array) -> Array:
+def gelu_tanh(a: AnyArray) -> Array:
     """The tanh approximation of gelu that GPT-2 and Gemma use."""
     return jax.nn.gelu(a, approximate=True)
 
 
-def silu(a: Array) -> Array:
+def silu(a: AnyArray) -> Array:
     """`φ(a) = a σ(a)`, also called swish."""
     return jax.nn.silu(a)
 
 
-def tanh(a: Array) -> Array:
+def tanh(a: AnyArray) -> Array:
     """`φ(a) = tanh(a)`."""
     return jnp.tanh(a)
 
 
-def sigmoid(a: Array) -> Array:
+def sigmoid(a: AnyArray) -> Array:
     """`φ(a) = 1/(1 + exp(-a))`."""
     return jax.nn.sigmoid(a)
 
 
-def quick_gelu(a: Array) -> Array:
+def quick_gelu(a: AnyArray) -> Array:
     """`φ(a) = a σ(1.702 a)`, as in CLIP."""
-    return a * jax.nn.sigmoid(1.702 * a)
+    return jax.nn.sigmoid(1.702 * a) * a
 
 
-def squared_relu(a: Array) -> Array:
+def squared_relu(a: AnyArray) -> Array:
     """`φ(a) = max(a, 0)²`. (So et al., "Primer", 2021.)"""
     return jnp.square(jax.nn.relu(a))
 
@@ -72,7 +74,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def as_activation(activation: str | Activation) -> Activation:
-    """The function itself, or the one with that name. Raises `ValueError` that lists the known names."""
+    """The function itself, or the one with that name. Raises `ValueError`, with a list of known names, for others."""
     if callable(activation):
         return activation
     if activation not in ACTIVATIONS:
@@ -83,11 +85,11 @@ def as_activation(activation: str | Activation) -> Activation:
     return ACTIVATIONS[activation]
 
 
-def value_and_derivative(activation: Activation, a: Array) -> tuple[Array, Array]:
+def value_and_derivative(activation: Activation, a: AnyArray) -> tuple[Array, Array]:
     """`φ(a)` and `φ'(a)` of every entry."""
     return jax.jvp(activation, (a,), (jnp.ones_like(a),))
 
 
-def derivative(activation: Activation, a: Array) -> Array:
+def derivative(activation: Activation, a: AnyArray) -> Array:
     """`φ'(a)` of every entry."""
     return value_and_derivative(activation, a)[1]

@@ -2,7 +2,7 @@
 
 The Jacobian of a layer made of weights is `J(x) = Σ_k L diag(g_k(x)) M_k`, with small corrections for a norm in front
 and a skip connection around it (`ClosedForm`). Rotated, `R_out J R_inᵀ = Σ_k (R_out L) diag(g_k) (M_k R_inᵀ)`: the
-rotations act on the weights once, the examples only on the gates. No autodiff Jacobian is ever built.
+rotations multiply the weights once, and only the gates depend on the example. No autodiff Jacobian is built.
 
 Conventions: `x` is `[..., d_in]`, weights are `[out, in]`, `J` is `[d_out, d_in]`. A rotation argument of `None` means
 the identity; it may have fewer rows than columns, and then selects a subspace.
@@ -15,48 +15,49 @@ import jax
 from jaxtyping import Array, Float
 
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms
 from rotsparse.layers.activations import Activation
 from rotsparse.layers.norms import Norm
 
-Matrix = Float[Array, "out in"]
+Matrix = Float[AnyArray, "_ _"]
 
 
 class Layer(eqx.Module):
-    """One stage `y = f(x)` of a network."""
+    """One stage `y = f(x)` of a network. Subclass it for a layer with a closed-form Jacobian of your own."""
 
     d_in: eqx.AbstractVar[int]
     d_out: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def __call__(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_out"]:
+    def __call__(self, x: Float[AnyArray, "*n d_in"]) -> Float[AnyArray, "*n d_out"]:
         """The layer's output."""
 
     @abc.abstractmethod
-    def jacobian(self, x: Float[Array, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
-        """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is how far rotated output o moves for a small change
-        of rotated input i."""
+    def jacobian(self, x: Float[AnyArray, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
+        """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is the derivative of rotated output o with respect to
+        rotated input i."""
 
     @abc.abstractmethod
     def rotate(self, r_in: Matrix | None, r_out: Matrix | None) -> "Layer":
-        """The layer `z ↦ R_out f(R_inᵀ z)`, in the same arithmetic as its weights. `rotsparse.fold` does this in
-        float64 and checks the result."""
+        """The layer `z ↦ R_out f(R_inᵀ z)`, computed in the dtype of its weights. `rotsparse.fold` does this in float64
+        and checks the result."""
 
-    def gathered(self, x: Float[Array, "n d_in"]) -> "Layer":
-        """The same layer with a faster `jacobian` for these examples, where most hidden neurons have a gate of exactly
-        zero on each of them (ReLU): only the active ones enter the matrix products. Itself where that does not pay.
+    def gathered(self, x: Float[AnyArray, "n d_in"]) -> "Layer":
+        """The same layer with a faster `jacobian` for these examples, if most hidden neurons have a gate of exactly
+        zero on each of them (ReLU): only active neurons enter the matrix products. Returns `self` if that is no faster.
 
-        For other examples, on which more neurons are active than on any of these, its Jacobian is NaN.
+        For an example with more active neurons than any of these, its Jacobian is NaN.
         """
         return self
 
-    def weights(self) -> dict[str, Array]:
-        """The layer's weight matrices and biases by name; empty for a layer that has none of its own."""
+    def weights(self) -> dict[str, AnyArray]:
+        """The layer's weight matrices and biases by name; empty for a layer without weights."""
         return {}
 
-    def with_weights(self, **weights: Array) -> "Layer":
-        """The same layer with other values of some of its `weights()`. Raises `ValueError` for a name that is not
-        among them, or another shape."""
+    def with_weights(self, **weights: AnyArray) -> "Layer":
+        """The same layer with some of its `weights()` replaced. Raises `ValueError` for an unknown name or another
+        shape."""
         own = self.weights()
         for name, value in weights.items():
             if name not in own or value.shape != own[name].shape:
@@ -66,17 +67,17 @@ class Layer(eqx.Module):
 
 
 class ClosedForm(Layer):
-    """A layer whose Jacobian is `Σ_k L diag(g_k(x)) M_k`, corrected for a norm in front and a skip connection."""
+    """A layer with the Jacobian `Σ_k L diag(g_k(x)) M_k`, plus terms for a norm in front and a skip connection."""
 
     skip: eqx.AbstractVar[Matrix | None]
     norm: eqx.AbstractVar[Norm | None]
     activation: eqx.AbstractVar[Activation]
-    active: eqx.AbstractVar[int | None]  # how many neurons of each example `jacobian` gathers
+    active: eqx.AbstractVar[int | None]  # how many neurons of each example `jacobian` gathers; None: all
 
     @property
     @abc.abstractmethod
     def left(self) -> Matrix | None:
-        """L `[d_out, hidden]`; `None` for the identity: the outputs are the neurons."""
+        """L `[d_out, hidden]`; `None` for the identity, where the outputs are the neurons."""
 
     @property
     @abc.abstractmethod
@@ -84,9 +85,9 @@ class ClosedForm(Layer):
         """Every `M_k` `[hidden, d_in]`, without the norm."""
 
     @abc.abstractmethod
-    def gates(self, x: Float[Array, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
-        """Every `g_k(x)`. In full precision whatever the objective's is: which neurons are active must not depend on
-        who asks."""
+    def gates(self, x: Float[AnyArray, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
+        """Every `g_k(x)`, in full precision whatever the objective's precision is: which neurons are active must not
+        depend on it."""
 
     def jacobian(self, x, r_in=None, r_out=None):
         return _closed_forms.jacobian(
@@ -97,11 +98,11 @@ class ClosedForm(Layer):
         return self if self.left is None else replace_fields(self, active=_closed_forms.active_to_gather(self, x))
 
 
-def normalized(norm: Norm | None, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+def normalized(norm: Norm | None, x: Float[AnyArray, "*n d"]) -> Float[AnyArray, "*n d"]:
     """`N(x)`."""
     return x if norm is None else norm(x)
 
 
 def full_precision():
-    """A context in which matrix products are exact to float32 on every device."""
+    """A context in which matrix products have full float32 precision on every device."""
     return jax.default_matmul_precision("highest")

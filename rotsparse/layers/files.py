@@ -6,9 +6,9 @@ A layer file holds named arrays, matrices `[out, in]`:
 - `w_in`, `b_in`, `w_out`, `b_out`: an MLP block
 - `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
 
-Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front, with the ε of `norm_eps`
-(one number; 1e-5 where it is missing); `skip` is the matrix of a skip connection. What a LayerNorm removes is along
-`norm_mean_direction`, a unit vector (that of equal entries where it is missing); an RMSNorm has none.
+Biases are optional. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `norm_eps` is its ε (one
+number, by default 1e-5). `skip` is the matrix of a skip connection. A LayerNorm removes the component along
+`norm_mean_direction`, a unit vector (by default the one with equal entries); an RMSNorm has no such vector.
 """
 
 import os
@@ -36,9 +36,9 @@ _COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "norm_eps", "skip")
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every named array of a safetensors or `.npz` file; that of a `.npy` file is called "array".
+    """All named arrays of a safetensors or `.npz` file; the array of a `.npy` file is called "array".
 
-    Raises `ValueError` where the file is missing, damaged, or of another kind.
+    Raises `ValueError` if the file is missing, damaged, or of another kind.
     """
     path = Path(path)
     match path.suffix:
@@ -52,7 +52,8 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
-    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, or unfit ones."""
+    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, another shape, or values
+    that are not finite."""
     arrays = load_arrays(path)
     if len(arrays) != 1:
         raise ValueError(
@@ -62,9 +63,9 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
 
 
 def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source:
-    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, and where a `.npy` file or a
-    folder holds more than `LOADED_BYTES` a source. Raises `ValueError` for unfit ones: of a source only the width is
-    looked at, and a folder is compared with its hashes."""
+    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, or a source if a `.npy` file
+    or a folder holds more than `LOADED_BYTES`. Compares a folder with its hashes. Raises `ValueError` for activations
+    that do not fit; of a source only the width is checked."""
     path = Path(path)
     if path.is_dir():
         source = open_store(path)
@@ -85,8 +86,8 @@ def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source
 def load_layer(
     path: str | os.PathLike, activation: str | Activation, *, norm: str | None = None, skip: bool = False
 ) -> Layer:
-    """The layer in a file. `norm` ("rms" or "layer") says what `norm_scale` is the scale of; `skip` adds a skip
-    connection. Raises `ValueError` that says which names were expected and which came."""
+    """The layer in a file. `norm` ("rms" or "layer") is the kind of norm that `norm_scale` belongs to; `skip` adds a
+    skip connection. Raises `ValueError`, with the expected names and those found, for other arrays."""
     arrays = load_arrays(path)
     kinds = [kind for kind in _KINDS if kind in arrays]
     known = {kinds[0], *_KINDS[kinds[0]], *_COMMON} if len(kinds) == 1 else set()
@@ -117,7 +118,7 @@ def load_layer(
 
 
 def _advice(arrays: dict[str, np.ndarray]) -> str:
-    """What may be the matter with arrays whose shapes do not fit each other."""
+    """A likely cause for arrays whose shapes do not fit each other, to append to the message."""
     if "w_in" in arrays and "b_out" in arrays and "w_out" not in arrays:
         return "; there is no w_out: is it missing?"
     for matrix, bias in (("w", "b"), ("w_in", "b_in"), ("w_gate", "b_gate"), ("w_up", "b_up"), ("w_down", "b_down")):
@@ -128,8 +129,7 @@ def _advice(arrays: dict[str, np.ndarray]) -> str:
 
 
 def save_layer(path: str | os.PathLike, layer: Layer) -> None:
-    """Write a layer in the form that `load_layer` reads, as safetensors. Atomic. Raises `ValueError` for a layer that
-    is not made of weights."""
+    """Write a layer as safetensors, for `load_layer`. Atomic. Raises `ValueError` for a layer without weights."""
     if not isinstance(layer, ClosedForm):
         raise ValueError(f"a {type(layer).__name__} has no weights to write")
     arrays: dict[str, Any] = {**layer.weights(), "skip": layer.skip}

@@ -1,10 +1,11 @@
 """Gated MLP blocks."""
 
 import equinox as eqx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms as cf
 from rotsparse.layers.activations import Activation, as_activation, value_and_derivative
 from rotsparse.layers.base import ClosedForm, Matrix, full_precision, normalized
@@ -12,21 +13,21 @@ from rotsparse.layers.norms import Norm
 
 
 class GatedMLP(ClosedForm):
-    """`y = W_down (φ(W_gate N(x)) ⊙ W_up N(x))  (+ x)`: SwiGLU and its relatives (Shazeer, "GLU Variants Improve
+    """`y = W_down (φ(W_gate N(x)) ⊙ W_up N(x))  (+ x)`: SwiGLU and similar blocks (Shazeer, "GLU Variants Improve
     Transformer", 2020).
 
     `J = W_down [diag(φ'(a) ⊙ u) W_gate + diag(φ(a)) W_up] N'(x) (+ I)`. The two terms are added before the large
     matrix product, so a gated block costs the same `2·d_out·d_hidden·d_in` as a plain one.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w_gate: Matrix
     w_up: Matrix
     w_down: Matrix
-    b_gate: Float[Array, "hidden"] | None
-    b_up: Float[Array, "hidden"] | None
-    b_down: Float[Array, "d_out"] | None
+    b_gate: Float[AnyArray, "hidden"] | None
+    b_up: Float[AnyArray, "hidden"] | None
+    b_down: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)

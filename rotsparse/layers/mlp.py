@@ -2,10 +2,11 @@
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms as cf
 from rotsparse.layers.activations import Activation, as_activation, derivative
 from rotsparse.layers.base import ClosedForm, Matrix, full_precision, normalized
@@ -18,13 +19,13 @@ class MLP(ClosedForm):
     `J = W_out diag(φ'(a)) W_in N'(x) (+ I)`, `a = W_in N(x) + b_in`. Forward cost of one rotated Jacobian:
     `2·d_out·d_hidden·d_in` flops.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w_in: Matrix
-    b_in: Float[Array, "hidden"] | None
+    b_in: Float[AnyArray, "hidden"] | None
     w_out: Matrix
-    b_out: Float[Array, "d_out"] | None
+    b_out: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)
@@ -85,15 +86,15 @@ class MLP(ClosedForm):
 class Dense(ClosedForm):
     """A single layer `y = φ(W N(x) + b) (+ x)`: `L = I`, `g = φ'(Wx + b)`, `M = W`.
 
-    Its outputs are neurons: an elementwise φ pins their basis, so only a block that ends in a linear map has outputs
-    that can be rotated for free. Rotating them here is still meaningful for analysis: the rotated layer is an `MLP`
-    that ends in `R_out`, and the next layer absorbs the inverse.
+    Its outputs are neurons: an elementwise φ fixes their basis. To rotate them, `rotate` returns an `MLP` that ends in
+    the matrix `R_out`, and the next layer must multiply by `R_outᵀ`; in a block that ends in a linear map no matrix is
+    added.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w: Matrix
-    b: Float[Array, "d_out"] | None
+    b: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)

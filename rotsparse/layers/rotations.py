@@ -1,4 +1,4 @@
-"""`Rotations`: the answer of a fit, one orthogonal matrix for a layer's inputs and one for its outputs."""
+"""`Rotations`: one orthogonal matrix for a layer's inputs and one for its outputs."""
 
 import json
 import os
@@ -7,22 +7,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks, orthogonal
 from rotsparse._core.files import SIGNATURE, write_atomically
 from rotsparse._core.reading import load_safetensors, safetensors
+from rotsparse._core.types import AnyArray
 
 
 class Rotations(eqx.Module):
     """`z_in = R_in x` and `z_out = R_out y`. The rows of each matrix are the new directions.
 
-    Raises `ValueError` where a matrix is not square, not finite, or not orthogonal (beyond 1e-3: that is no rounding
-    error).
+    Raises `ValueError` if a matrix is not square, not finite, or not orthogonal (`|R Rᵀ - I|` above 1e-3).
     """
 
-    r_in: Float[Array, "d_in d_in"]
-    r_out: Float[Array, "d_out d_out"]
+    r_in: Float[AnyArray, "d_in d_in"]
+    r_out: Float[AnyArray, "d_out d_out"]
 
     def __init__(self, r_in, r_out):
         self.r_in = checks.orthogonal("r_in", r_in)
@@ -39,11 +39,11 @@ class Rotations(eqx.Module):
         key_in, key_out = jax.random.split(key)
         return cls(orthogonal.haar(key_in, d_in, dtype), orthogonal.haar(key_out, d_out, dtype))
 
-    def apply_in(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_in"]:
+    def apply_in(self, x: Float[AnyArray, "*n d_in"]) -> Float[AnyArray, "*n d_in"]:
         """`R_in x` of every example."""
         return orthogonal.matmul(x, self.r_in.T)
 
-    def apply_out(self, y: Float[Array, "*n d_out"]) -> Float[Array, "*n d_out"]:
+    def apply_out(self, y: Float[AnyArray, "*n d_out"]) -> Float[AnyArray, "*n d_out"]:
         """`R_out y` of every example."""
         return orthogonal.matmul(y, self.r_out.T)
 
@@ -52,7 +52,7 @@ class Rotations(eqx.Module):
         return Rotations(self.r_in.T, self.r_out.T)
 
     def compose(self, first: "Rotations") -> "Rotations":
-        """Apply `first`, then these: `R = R_self R_first` on both sides."""
+        """First apply `first`, then these: `R = R_self R_first` on both sides."""
         return Rotations(
             orthogonal.matmul(self.r_in, first.r_in),
             orthogonal.matmul(self.r_out, first.r_out),
@@ -64,7 +64,7 @@ class Rotations(eqx.Module):
 
     def save(self, path: str | os.PathLike, metadata: dict | None = None) -> None:
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
-        save leaves the earlier file. Raises `OSError` where the folder is missing or cannot be written."""
+        save leaves the earlier file. Raises `OSError` if the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
         write_atomically(path, safetensors(tensors, **{SIGNATURE: json.dumps(metadata or {})}))
 
@@ -72,7 +72,7 @@ class Rotations(eqx.Module):
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
         """The rotations in a file that `save` wrote, and their metadata.
 
-        Raises `ValueError`, naming the file, where it is missing, unreadable, or holds something else.
+        Raises `ValueError`, with the file's name, if it is missing, unreadable, or holds something else.
         """
         try:
             tensors, about = load_safetensors(path)
@@ -90,7 +90,7 @@ class Rotations(eqx.Module):
 
 
 def checked(name: str, value) -> Rotations:
-    """`value`, if it is a pair of rotations. Raises `ValueError`."""
+    """Return `value`. Raises `ValueError` if it is not a pair of rotations."""
     if isinstance(value, Rotations):
         return value
     advice = f": take its .rotations, {name}.rotations" if hasattr(type(value), "rotations") else ""

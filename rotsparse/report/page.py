@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself: the figures are inside, and it loads nothing."""
+"""The report as one self-contained HTML page: figures are embedded, and it loads nothing."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -11,9 +11,9 @@ import jax
 from rotsparse._core.alignment import chance_cosine
 from rotsparse._core.printable import html as escape
 from rotsparse.engine.solution import SAME, Solution
-from rotsparse.evaluation.compare import LABELS, Comparison
+from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import basis_name, metric_meaning, metric_name, metric_value
+from rotsparse.evaluation.names import LABELS, basis_name, metric_meaning, metric_name, metric_value
 from rotsparse.report.data import AFTER, BEFORE
 
 
@@ -30,7 +30,7 @@ def render(
     floor: float | None = None,
     function_error: float | None = None,
 ) -> str:
-    """The page. `figures` holds PNG files, named as `write_report` does; `examples` is how many were held out."""
+    """The page. `figures` holds PNG files by the names of `write_report`; `examples` is the number of held-out ones."""
     captions = _captions(examples, scale_inputs, floor is not None)
     embedded = {name: _figure(figures[name], caption) for name, caption in captions.items()}
     config = dict(config)
@@ -153,7 +153,7 @@ def _fit_facts(solution: Solution, floor: float | None, function_error: float | 
 
 
 def _agreement(solution: Solution) -> str:
-    """How many directions of each side the other restarts found again, beside what chance would give."""
+    """How many directions of each side the other restarts found again, and what chance would give."""
     reproduced = solution.reproduced()
     if not reproduced:
         return ""

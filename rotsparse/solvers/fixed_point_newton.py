@@ -83,6 +83,10 @@ class FixedPointNewton(Method):
 
     random_starts: int = eqx.field(static=True, default=0)
 
+    def __check_init__(self):
+        if self.random_starts < 0:
+            raise ValueError(f"random_starts should not be negative, got {self.random_starts}")
+
     def run(self, problem, starts, *, key, run):
         begun = time.perf_counter()
         objective = check_objective(problem.objective)
@@ -96,21 +100,25 @@ class FixedPointNewton(Method):
         result = Result.ALL_STEPS
         try:
             with run.listening() as run:
-                found, steps, converged = _fit(objective, r, self.random_starts, validation, key, lambda: run.stopped)
+                runs = _fit(objective, r, self.random_starts, validation, key, lambda: run.stopped)
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            found, steps, converged, result = [], 0, False, Result.INTERRUPTED
+            runs, result = [], Result.INTERRUPTED
         start = {objective.space: r[0]}
-        candidates = [{objective.space: candidate} for candidate in found]
+        candidates = [{objective.space: run.search.anchor} for run in runs]
         values = problem.judged([*candidates, start])
-        if int(np.argmin(values)) == len(found):  # nothing is better than the start, which takes the first one's place
+        improved = int(np.argmin(values)) < len(runs)
+        if not improved:  # nothing is better than the start, which takes the first one's place
             candidates, values = [start, *candidates[1:]], np.array([values[-1], *values[1:]])
             result = Result.NO_IMPROVEMENT if result is Result.ALL_STEPS else result
         begun_at, values = values[-1], values[: len(candidates)]
         best = int(np.argmin(values))
         bases = candidates[best]
         value, evident = evidence(objective, bases)
+        stats = {"steps": sum(int(run.steps) for run in runs)}
+        if improved:
+            stats |= {"converged": bool(runs[best].done), "eps": float(runs[best].eps)}
         seconds = time.perf_counter() - begun
         return Solution(
             bases=bases,
@@ -124,7 +132,7 @@ class FixedPointNewton(Method):
             candidate_values=values,
             free={objective.space: np.ones(objective.x.shape[1], bool)},
             stages=(Stage(type(self).__name__, float(values[best]), result.name, seconds),),
-            stats={"steps": steps, "converged": converged, "seconds": seconds, **evident},
+            stats={**stats, "seconds": seconds, **evident},
         )
 
 
@@ -135,8 +143,8 @@ def _fit(
     validation: ActivationSparsity | None,
     key: PRNGKeyArray,
     stopped: Callable[[], bool],
-) -> tuple[list[Float[Array, "d d"]], int, bool]:
-    """What every start ends at, the number of evaluations, and whether the best of them converged."""
+) -> list[_Run]:
+    """Where every start ends."""
     x, measure = objective.x, objective.measure
     d = x.shape[1]
     # NumPy draws the order and the starts: JAX's permutation and QR take longer to compile than a small fit to run.
@@ -154,7 +162,7 @@ def _fit(
             else:
                 held_out = lambda run: judged_value(validation, {validation.space: run.search.anchor})  # noqa: E731
                 runs.append(_climb_down(blocks, r, measure, held_out))
-    return [run.search.anchor for run in runs], sum(int(run.steps) for run in runs), all(bool(run.done) for run in runs)
+    return runs
 
 
 def _match(blocks: _Blocks, r, measure: Measure) -> _Run:

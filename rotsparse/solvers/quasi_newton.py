@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse._core.orthogonal import matmul, polar
-from rotsparse.engine.steps import Stepwise, check_counts
+from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 from rotsparse.objectives.measures import Measure
 from rotsparse.solvers._moments import Moments, check_objective, moments
-from rotsparse.solvers.riemannian import Schedule
 
 # The curvature of a pair is at least this share of the mean of |E[S'(z_i) z_i]|: flat pairs take long steps, not
 # endless ones.

@@ -54,7 +54,8 @@ class Refine(Method):
         start = {space: starts[0][space] for space in searched.spaces}
         at_start, first = judged_value(searched, start), judged_value(few, start)
         with run.listening() as run:
-            bases, certificate = look.search(few, start, run.part("look"))
+            certificate = None  # until the last search has left one
+            bases, _ = look.search(few, start, run.part("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
                 if not run.stopped:

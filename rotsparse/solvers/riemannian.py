@@ -9,18 +9,13 @@ Large bounded steps that decay are not a safety net but the method: the early, h
 minima of sharp measures on trained layers.
 """
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
 from rotsparse._core.orthogonal import Retraction, bound_step, retract_polar, skew
-from rotsparse.engine.steps import Stepwise, check_counts
-
-# A schedule maps the share of the run that is done (0 to 1) to a factor or a value.
-Schedule = Callable[[jax.Array], jax.Array]
+from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 
 
 def cosine(share: jax.Array) -> jax.Array:

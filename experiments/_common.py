@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _provenance import plain, provenance
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from provenance import plain, provenance
 
 from rotsparse._core.files import write_atomically, writing
 from rotsparse.runs.folders import CONFIG, new_run, write_json
