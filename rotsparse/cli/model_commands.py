@@ -82,9 +82,8 @@ def capture(command: "options.Capture", console: Console) -> int:
     except KeyboardInterrupt:
         raise Interrupted("interrupted: to go on, give the same command again") from None
     for store in stores:
-        console.print(
-            f"{visible(store.folder)}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False
-        )
+        said = f"{visible(store.folder)}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each"
+        console.print(said, highlight=False)
     return 0
 
 
@@ -221,7 +220,8 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
             save_layer(part / "layer.safetensors", models.mlp_layer(folded, i))
             shutil.copy(path, part)
     console.print(
-        f"wrote {visible(command.out)}: layer files of {len(files)} MLPs, each in coordinates of its own, and their rotations\n"
+        f"wrote {visible(command.out)}: layer files of {len(files)} MLPs, each in coordinates of its own, and their "
+        "rotations\n"
         f"on {tokens.size} tokens, outputs of up to {np.abs(before).max():.3g} differ by up to "
         f"{np.abs(after - before).max():.1e} "
         f"(in float64 throughout, one MLP at a time, {max(step.exact_error for step in steps):.1e})",

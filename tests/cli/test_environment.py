@@ -223,7 +223,6 @@ def test_sixty_kills(inputs):
     """Kill -9 at random moments of every command: nothing half-written is taken for whole, and the same command given
     again (with --resume or --overwrite where it asks for one) succeeds."""
     rng = np.random.default_rng(0)
-    sys.path.append(str(Path(__file__).parents[1] / "models"))
     from tiny_models import tiny_llama2c
 
     from rotsparse.models import open_store, save_model
