@@ -46,7 +46,7 @@ def _widened(path: Path, array: np.ndarray) -> np.ndarray:
     """float16 and bfloat16 as float32: too coarse to rotate in."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2 and path.suffix != ".safetensors":
         raise ValueError(
-            f"{path} holds {array.dtype.str}, numbers of two bytes whose type NumPy did not keep (bfloat16?): save them "
+            f"{path} holds {array.dtype.str}, numbers of two bytes whose type NumPy did not keep: save them "
             "as float32, np.load(path).view(ml_dtypes.bfloat16).astype('float32')"
         )
     return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
