@@ -168,8 +168,13 @@ class HuggingFaceTokenizer:
                 f"{path} has token number {max(words)}, but the model has embeddings for {vocab_size} only: "
                 "they do not belong together"
             )
+        self.prefix: Sequence[int]
+        self.suffix: Sequence[int]
         self.prefix, self.suffix = _around(fast, path)
-        self.special = frozenset(i for i, token in added.items() if token.special) | {*self.prefix, *self.suffix}
+        self.special: AbstractSet[int] = frozenset(i for i, token in added.items() if token.special) | {
+            *self.prefix,
+            *self.suffix,
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without `prefix` and `suffix`."""
