@@ -51,9 +51,7 @@ def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
     return _mean_over_examples(_gram_sum, layer, x)[0]
 
 
-def jacobians(
-    layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int | None = None
-) -> Iterator[np.ndarray]:
+def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int | None = None) -> Iterator[np.ndarray]:
     """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
 
     The rows of `r_in` and `r_out` may have any length: a row scaled by s scales its column (row) of the Jacobian.

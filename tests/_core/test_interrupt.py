@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from signals import send
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
@@ -17,6 +16,7 @@ from rotsparse.fit.minimize import Progress, minimize
 from rotsparse.fit.solution import Result
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
+from signals import send
 
 
 def objective():

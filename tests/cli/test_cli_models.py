@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
 
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models import generate, load_model, load_tokenizer, mlp_layer, open_store, run, save_model
+from rotsparse.runs import layer_run
+from signals import send
+from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_fit_model_goes_on_with_the_layer_it_was_stopped_in(rotsparse, model, tm
             send(signal.SIGTERM)
         return run(folder, *arguments, **options)
 
-    monkeypatch.setattr(job, "run", spy)
+    monkeypatch.setattr(layer_run, "run", spy)
     code, said = rotsparse(*FIT, "--layers", "0-1")
     assert code == 75 and "--resume" in said and not (tmp_path / "run").exists()
     first = (tmp_path / "run.unfinished" / "layer-0" / "metrics.json").read_bytes()

@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from signals import send
 
 from rotsparse.fit._log import read_log
 from rotsparse.fit.minimize import Progress
 from rotsparse.fit.solution import Solution
+from signals import send
 
 D = 5
 

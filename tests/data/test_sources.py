@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -157,7 +159,11 @@ def test_a_grain_pipeline(x):
 
 KEY = jax.random.key(0)
 ADAM = Riemannian(optax.adam(0.05))
-OPTIONS = {"key": KEY, "solver": ADAM, "steps": 60, "batch_size": 8, "restarts": 2}
+OPTIONS: dict[str, Any] = {"key": KEY, "solver": ADAM, "steps": 60, "batch_size": 8, "restarts": 2}
+
+
+def fit(layer, x, **changes: Any):
+    return find_rotations(layer, x, **{**OPTIONS, **changes})
 
 
 @pytest.fixture
@@ -176,14 +182,20 @@ def problem(rng, tmp_path, monkeypatch):
 
 def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(problem):
     layer, x, source = problem
-    start = {"in": np.eye(WIDTH, dtype=np.float32), "out": np.eye(4, dtype=np.float32)}
+    start = {"in": jnp.eye(WIDTH), "out": jnp.eye(4)}
     from_source = JacobianSparsity(layer, source, Log(0.1), batch_size=8)
     assert len(from_source.x) == 60
     from_array = JacobianSparsity(layer, x, Log(0.1), batch_size=8)
     np.testing.assert_array_equal(from_source.covariance, from_array.covariance)  # of all rows, either way
     # The mean Jacobian Gram matrix is that of the part in memory: take it from there.
     from_array = eqx.tree_at(lambda o: o.gram, from_array, from_source.gram)
-    options = {"key": KEY, "solver": ADAM, "steps": 60, "restarts": 2, "validation": from_array.on(x[:100])}
+    options: dict[str, Any] = {
+        "key": KEY,
+        "solver": ADAM,
+        "steps": 60,
+        "restarts": 2,
+        "validation": from_array.on(x[:100]),
+    }
     one, other = (minimize(objective, start, **options) for objective in (from_source, from_array))
     np.testing.assert_array_equal(one.history.objective, other.history.objective)
     np.testing.assert_array_equal(one.bases["in"], other.bases["in"])
@@ -192,7 +204,7 @@ def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(pr
 def test_sources_that_fit_into_memory_are_arrays(problem, monkeypatch):
     layer, x, source = problem
     monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 300)
-    one, other = (find_rotations(layer, data, **OPTIONS | {"batch_size": None}) for data in (source, x))
+    one, other = (fit(layer, data, batch_size=None) for data in (source, x))
     assert one.value == other.value
 
 
@@ -200,7 +212,7 @@ def test_activations_from_a_source(problem):
     _, x, source = problem
     one, other = (ActivationSparsity(data, Log(0.1), batch_size=8) for data in (source, x))
     np.testing.assert_allclose(one.rms, other.rms, rtol=1e-6)
-    solution = minimize(one, {"in": np.eye(WIDTH, dtype=np.float32)}, key=KEY, solver=ADAM, steps=40)
+    solution = minimize(one, {"in": jnp.eye(WIDTH)}, key=KEY, solver=ADAM, steps=40)
     assert solution.value < solution.start_value
 
 
@@ -269,7 +281,7 @@ def test_fits_that_a_source_cannot_serve(problem):
     with pytest.raises(ValueError, match=r"x should have shape \[examples, 3\]"):
         find_rotations(layer, sources.ArrayRows(x[:, :2]), key=KEY)
     with pytest.raises(ValueError, match="validation: all 60 examples are equal"):
-        find_rotations(layer, source, **OPTIONS | {"validation": sources.ArrayRows(np.ones_like(x))})
+        fit(layer, source, validation=sources.ArrayRows(np.ones_like(x)))
 
 
 # --- what can be wrong --------------------------------------------------------------------------------------------

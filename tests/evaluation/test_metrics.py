@@ -1,7 +1,5 @@
 """Metrics against plain NumPy on the dense Jacobians, at their extremes, and as statistics."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers import SHARED
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.data import moments
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
+from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
 
@@ -164,7 +164,7 @@ def test_a_layer_where_nothing_moves_is_refused(x):
         evaluate(dead, x, Rotations.identity(6, 3), key=KEY)
 
 
-def test_rotations_of_another_layer_are_refused(layer, x):
+def test_rotations_of_another_layer_are_refused(layer, x, untyped):
     with pytest.raises(ValueError, match=r"r_in should have shape \[6, 6\]"):
         evaluate(layer, x, Rotations.identity(5, 5), key=KEY)
     with pytest.raises(ValueError, match=r"covariance should have shape \[6, 6\]"):
@@ -204,12 +204,11 @@ def test_intervals_cover_the_truth(layer, rng):
 
 def test_known_values_of_a_trained_network():
     """The second layer of a 784-100-100-10 network on held-out MNIST images."""
-    data = Path(__file__).parents[3] / "shared" / "data"
-    if not data.exists():
+    if not SHARED.exists():
         pytest.skip("../shared/data is not there: MNIST and the trained network are needed")
     safetensors = pytest.importorskip("safetensors.numpy")
-    w = safetensors.load_file(data / "mlp_mnist" / "model.safetensors")
-    with np.load(data / "mnist" / "mnist.npz") as images:
+    w = safetensors.load_file(SHARED / "mlp_mnist" / "model.safetensors")
+    with np.load(SHARED / "mnist" / "mnist.npz") as images:
         pixels = images["test_x"][:1000].reshape(-1, 784).astype(np.float32) / 255
     x = np.maximum(pixels @ w["layers.0.W"] + w["layers.0.b"], 0)
     layer = Dense(w["layers.1.W"].T, w["layers.1.b"])
@@ -228,7 +227,7 @@ def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
     layer = MLP(w_in.astype(np.float32), b_in, w_out.astype(np.float32))
     r = basis(layer, x)
     found = evaluate(layer, x, r, scale_inputs=False, key=KEY)
-    squares = np.concatenate(list(jacobians.jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
+    squares = np.concatenate(list(jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
     for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
         ordered = -np.sort(-(bootstrap_counts(40, 200, key=KEY).astype(float) @ squares), axis=1)
         cumulative = np.cumsum(ordered, axis=1)

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from rotsparse._core.interrupt import Interrupted
+from rotsparse.runs import folders, listing
 
 
 def content(folder):
