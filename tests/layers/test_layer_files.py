@@ -1,5 +1,7 @@
 """Layer and activation files: what was written is read, and everything unfit is named."""
 
+from typing import Any
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -86,10 +88,10 @@ def test_unreadable_files(tmp_path):
         load_arrays(tmp_path / "objects.npy")
 
 
-def layer_error(tmp_path, arrays, match, **options):
+def layer_error(tmp_path, arrays, match, **options: Any):
     np.savez(tmp_path / "layer.npz", **arrays)
     with pytest.raises(ValueError, match=match):
-        load_layer(tmp_path / "layer.npz", **({"activation": "relu"} | options))
+        load_layer(tmp_path / "layer.npz", **{"activation": "relu", **options})
 
 
 def test_unfit_layers(tmp_path):
