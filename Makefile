@@ -9,13 +9,14 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test slow lint format bench experiments clean
+.PHONY: help demo test slow lint format docs bench experiments clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
 	@echo "make test         fast tests          make slow    long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
 	@echo "make experiments  all experiments, in their quick form, into runs/experiments/NAME-quick"
 	@echo "make clean        remove .venv, build outputs and caches (runs/ stays)"
@@ -30,9 +31,10 @@ $(BIN)/pip:
 extras-core :=
 extras-tests := [tests,models,tensorboard]
 extras-dev := [dev]
+extras-docs := [docs]
 extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
-extras-peers := [tests,peers]
+extras-peers := [tests,peers,release]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."
@@ -56,6 +58,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
 
 # The quick form has a folder of its own: its minutes do not replace hours.
 RESULTS := runs/benchmarks$(if $(filter --quick,$(ARGS)),-quick)

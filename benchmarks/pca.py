@@ -6,7 +6,7 @@ how many directions other restarts find again. Digits, x² and the planted netwo
 need the experiments' data (`--data`) and, for MiniLM, its folder (`--minilm`), and are skipped, visibly, without them.
 
 Inputs are scaled by their standard deviations, except where a network's row says raw. `--publish` writes the tables
-into docs/results.md and README.md, between their markers.
+into docs/results.md, between its markers.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from rotsparse.evaluation.compare import LABELS, heading, shown
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
 METRICS = (SHARE, "edges_99")
 """What the published tables show; the JSON file has every metric."""
 
@@ -47,7 +48,7 @@ class Config:
     """A JSON file for the figures (in which networks of earlier runs of the same form are kept, each with its own
     commit and versions); the tables go beside it, into a Markdown file of the same name."""
     publish: bool = False
-    """Write the tables into docs/results.md and README.md."""
+    """Write the tables into docs/results.md."""
     seed: int = 0
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
@@ -132,8 +133,7 @@ def main(config: Config) -> None:
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
     config.out.with_suffix(".md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
     if config.publish:
-        publish(ROOT / "docs/results.md", "pca", text)
-        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]) + source)
+        publish(PAGE, "pca", text)
 
 
 if __name__ == "__main__":
