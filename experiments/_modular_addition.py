@@ -109,17 +109,11 @@ class Copies(Objective):
         return self.inner.spaces | {self.space: self.inner.spaces[self.space] // self.copies}
 
     @property
-    def batch_share(self):
-        return self.inner.batch_share
+    def examples(self):
+        return self.inner.examples
 
-    def sample(self, key):
-        return Copies(self.inner.sample(key), self.space, self.copies)
-
-    def thinned(self, examples):
-        return Copies(self.inner.thinned(examples), self.space, self.copies)
-
-    def with_eps(self, eps):
-        return Copies(self.inner.with_eps(eps), self.space, self.copies)
+    def with_examples(self, examples):
+        return Copies(self.inner.with_examples(examples), self.space, self.copies)
 
     def _blocks(self, bases):
         r = bases[self.space]
@@ -157,7 +151,7 @@ class Network:
         }
         self.labels = (a + b) % P
         x = jnp.concatenate([embed[a] + position[0], embed[b] + position[1]], axis=1)
-        self.inputs: dict[str, Array] = {}
+        self.inputs: dict[str, Array | np.ndarray] = {}
         for stage, layer in self.layers.items():
             self.inputs[stage], x = x, layer(x)
         self.correct = float(np.mean(np.argmax(x, axis=1) == self.labels))
@@ -182,7 +176,7 @@ class Network:
         def run(y):
             for layer in later:
                 y = layer(y)
-            return y
+            return jnp.asarray(y)
 
         return run
 

@@ -4,12 +4,20 @@ import signal
 import sys
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from rotsparse.cli import commands
-from rotsparse.cli import main as cli
+# Annotations are checked at every call of a function of these packages, arrays with their shapes. Before the first
+# import of rotsparse: what is imported already stays unchecked.
+CHECKED = ["_core", "data", "layers", "evaluation", "report", "examples"]
+jaxtyping.install_import_hook([f"rotsparse.{package}" for package in CHECKED], "typechecking.checked")
+
+from rotsparse.cli import commands  # noqa: E402
+from rotsparse.cli import main as cli  # noqa: E402
+
+pytest_plugins = ["signals"]
 
 # Derandomised: the same commit gives the same verdict. No deadline: the first example of a test compiles.
 settings.register_profile(
@@ -41,6 +49,14 @@ def strict():
     """
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """Annotations are not checked: for arguments that are wrong on purpose, which our own checks must refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rotsparse as rs
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = PROJECT["version"]
+VERSION = rs.__version__
 
 # What the CPU wheels of all extras need but brings no constraint of its own: torch pins its CUDA libraries itself.
 UNPINNED = {"rotsparse"}

@@ -39,7 +39,7 @@ print(solution.summary())
 bases = {"learned": solution.rotations} | rs.baselines.all_baselines(layer, x, key=jax.random.key(1))
 table = rs.compare(layer, x_test, bases, key=jax.random.key(2))
 print(table.markdown())
-print(table.verdict())
+print(rs.against_baselines(table))
 
 # %% [markdown]
 # ## The Jacobians

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from rotsparse._core import orthogonal
 from rotsparse._core.checks import weight
 from rotsparse._core.intervals import Interval
+from rotsparse._core.types import AnyArray
 
-Directions = Float[Array, "k d"] | Float[np.ndarray, "k d"]
+Directions = Float[AnyArray, "_ d"]
 
 
 class Match(NamedTuple):

@@ -1,7 +1,5 @@
 """Checks of user input. Every message says what was expected, what came, and what to do."""
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,10 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from rotsparse._core.orthogonal import exact_error
+from rotsparse._core.types import AnyArray
 
 
-def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
+def weight(name: str, value, shape: tuple[int | None, ...]) -> AnyArray:
     """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).
 
     NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`.
@@ -33,10 +32,10 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> Array:
             f"{name} contains NaN or infinity ({finite.size - np.count_nonzero(finite):,} of {finite.size:,} entries, "
             f"the first at {[int(i) for i in first]}): check where it comes from"
         )
-    return cast(Array, value)  # a NumPy array serves wherever an Array does
+    return value
 
 
-def orthogonal(name: str, value, width: int | None = None) -> Array:
+def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
     """`value` as an orthogonal matrix, of that width if one is given. Raises `ValueError` if the largest entry of
     `|R Rᵀ - I|` is above 1e-3, which rounding does not explain."""
     r = weight(name, value, (width, width))

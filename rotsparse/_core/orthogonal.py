@@ -6,12 +6,14 @@ computed in tf32 or bf16 is orthogonal to three digits only, and folding it woul
 """
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from rotsparse._core.types import AnyArray
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -19,11 +21,17 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 Retraction = Callable[[Float[Array, "d d"], Float[Array, "d d"]], Float[Array, "d d"]]
 
 
-def matmul(a: Array, b: Array) -> Array:
+@overload
+def matmul(a: Array, b: AnyArray) -> Array: ...
+@overload
+def matmul(a: AnyArray, b: Array) -> Array: ...
+@overload
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray: ...
+def matmul(a: AnyArray, b: AnyArray) -> AnyArray:
     """`a @ b` in full precision on every backend. Two NumPy arrays give a NumPy array, so float64 needs no
     `jax_enable_x64`."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return cast(Array, a @ b)
+        return a @ b
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 

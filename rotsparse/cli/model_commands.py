@@ -1,6 +1,7 @@
 """What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import itertools
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,16 +15,17 @@ from rich.table import Table
 
 from rotsparse import models
 from rotsparse._core.alignment import mean_max_cosine
-from rotsparse._core.files import new_folder, write_atomically
+from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
+from rotsparse._core.printable import markdown
 from rotsparse.cli import options
-from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
-from rotsparse.fit.solution import Result
-from rotsparse.layers.files import save_layer
+from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
-from rotsparse.runs import folders, layer_run
+from rotsparse.runs import folders, inputs, layer_run
 
 TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
 COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")
@@ -108,6 +110,8 @@ def fit(command: "options.FitModel", console: Console) -> int:
     }
     results = {}
     config, run = {"command": "fit-model", **plain(command)}, command.run
+    stores = {f"store {i}": command.store / f"{i}.{command.site}" for i, *_ in work}
+    config[folders.INPUTS] = {"model": model.fingerprint(), **inputs.hashes(**stores)}
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
@@ -115,13 +119,16 @@ def fit(command: "options.FitModel", console: Console) -> int:
             if (part / layer_run.METRICS).exists():  # the last file of a layer: it was done before an interruption
                 results[i] = folders.read_json(part / layer_run.METRICS)
                 continue
-            part.mkdir(exist_ok=True)
+            make_folder(part)
             # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
             save_layer(part / layer_config["layer"], layer)
-            np.save(part / layer_config["activations"], train)
-            np.save(part / layer_config["test_activations"], test)
-            own = config | layer_config | {"layer_number": i}
-            fit = arguments | records(run, part)
+            save_array(part / layer_config["activations"], train)
+            save_array(part / layer_config["test_activations"], test)
+            written = inputs.hashes(
+                **{name: part / layer_config[name] for name in ("layer", "activations", "test_activations")}
+            )
+            own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
+            fit = recorded(arguments, run, part)
             layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = folders.read_json(part / layer_run.METRICS)
         folders.write_json(
@@ -149,7 +156,7 @@ def parts(run: Path) -> list[Path]:
 
 def fold(command: "options.FoldModel", console: Console) -> int:
     """`rotsparse fold-model`."""
-    if command.out.exists():
+    if os.path.lexists(command.out):
         raise ValueError(f"{command.out} exists: choose another name or remove it first")
     model = models.load_model(command.source.model)
     tokens = _tokens(_source(command.source, model), model)
@@ -188,7 +195,14 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
     files = {i: path for i, path in files.items() if path.exists()}
     if not files:
         raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")
-    if folders.read_json(command.rotations / folders.CONFIG).get("site") != "input":
+    config = folders.read_object(command.rotations / folders.CONFIG)
+    fitted = (config.get(folders.INPUTS) or {}).get("model")
+    if fitted is not None and fitted != model.fingerprint():
+        raise ValueError(
+            f"{command.rotations} was fitted to another model than {command.source.model} is now (the fingerprint of "
+            "its weights is not the one in the run's config): give that model"
+        )
+    if config.get("site") != "input":
         raise ValueError(
             f"{command.rotations} rotates the stream in front of the norms, not the MLPs behind them: fold one of its "
             "rotations files into the whole stream, or fit with --site input"
@@ -229,7 +243,7 @@ def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _markdown(rows: Iterable[Iterable[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows)
     return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
 
 

@@ -3,25 +3,24 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from rotsparse._core.files import write_atomically
-from rotsparse._core.types import Rows
+from rotsparse._core.files import npz, write_atomically
+from rotsparse._core.reading import load_npz
+from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.devices import of_all_processes
 from rotsparse.data.sources import Source, read_ahead
 
 CHUNK_BYTES = 64 * 2**20
 
 
-def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
+def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[AnyArray, "m ..."], int]]:
     """`x` in chunks of `size` rows, each with the number of rows that count.
 
     The last chunk is padded by repeating its last row, so that a jitted function sees one shape only.
@@ -33,7 +32,7 @@ def chunks(x: Rows, size: int) -> Iterator[tuple[Rows, int]]:
         yield x[rows], count
 
 
-def evenly_spaced(x: Rows, count: int) -> Rows:
+def evenly_spaced(x: Shaped[AnyArray, "n *row"], count: int) -> Shaped[AnyArray, "m *row"]:
     """At most `count` of the rows, evenly spaced."""
     return x if count >= len(x) else x[np.arange(count) * len(x) // count]
 
@@ -138,18 +137,16 @@ def stream_moments(source: Source, path: str | os.PathLike | None = None, *, sav
 
 
 def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, about=about, **dataclasses.asdict(moments))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, npz(about=about, **dataclasses.asdict(moments)))
 
 
 def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:
     """What was saved of a pass; nothing where there is no file, or a damaged one: the pass is taken again."""
     try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-            found = str(file["about"])
-            moments = Moments(int(file["count"]), file["mean"], file["scatter"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        file = load_npz(path)
+        found = str(file["about"])
+        moments = Moments(int(file["count"]), file["mean"], file["scatter"])
+    except (ValueError, KeyError, TypeError):
         return Moments.none(width)
     if found != about:
         raise ValueError(f"{path} holds the moments of {found}, not of {about}: remove it, or choose another path")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
+from rotsparse._core.reading import npy_header, regular_file
 from rotsparse._core.types import Data
 
 # How much of a source is kept in memory, for judging rotations, `E[JᵀJ]`, the outputs' covariance and pair searches.
@@ -103,12 +104,10 @@ class NpyFile(Source):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            with self.path.open("rb") as f:
-                version = np.lib.format.read_magic(f)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran_order, self.dtype = header[version](f)
+            with regular_file(self.path).open("rb") as f:
+                shape, fortran_order, self.dtype = npy_header(f)
                 self.offset = f.tell()
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except Exception as error:  # of a damaged header NumPy's parser raises many kinds
             raise ValueError(f"cannot read {self.path}: {error}") from None
         if len(shape) != 2 or fortran_order or self.dtype.kind != "f":
             order = " in Fortran order" if fortran_order else ""

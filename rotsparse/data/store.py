@@ -4,6 +4,7 @@ The manifest says which model, layer, site and tokens they come from, and lists 
 SHA-256. It is replaced after each shard, so every listed shard is complete, and a capture can continue from there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from rotsparse._core import files
+from rotsparse._core.confined import confined
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
-_MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
+MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
 _PROGRESS = ("rows", "shards", "complete")
 
 
@@ -63,7 +66,7 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} holds no activations: there is no {_MANIFEST}")
+        raise ValueError(f"{folder} holds no activations: there is no {MANIFEST}")
     if fingerprint is not None and manifest["model"] != fingerprint:
         raise ValueError(
             f"the activations in {folder} come from another model (or from before it was folded): capture them again"
@@ -81,14 +84,36 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in a folder; `None` if there is none. Raises `ValueError` if the file is not a manifest."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {folder / _MANIFEST}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {folder / MANIFEST}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise ValueError(f"{folder / _MANIFEST} is not the manifest of an activation store")
+        raise ValueError(f"{folder / MANIFEST} is not the manifest of an activation store")
+    if not _whole(manifest):
+        raise ValueError(f"{folder / MANIFEST} is damaged: remove the store and capture again")
+    for shard in manifest["shards"]:
+        confined(folder, shard["file"], folder / MANIFEST)
     return manifest
+
+
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything that is read from a manifest is there and of its type."""
+    shards = manifest.get("shards")
+    return (
+        isinstance(manifest.get("model"), str)
+        and isinstance(manifest.get("complete"), bool)
+        and isinstance(manifest.get("tokens", {}), dict)
+        and _count(manifest.get("width"))
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and set(s) == {"file", "rows", "sha256"} and _count(s["rows"]) for s in shards)
+        and sum(shard["rows"] for shard in shards) == manifest.get("rows")
+    )
+
+
+def _count(number: Any) -> bool:
+    return type(number) is int and number > 0
 
 
 class StoreWriter:
@@ -106,7 +131,7 @@ class StoreWriter:
             self.manifest = begun
         elif begun is None and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no activations: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         self._open: _GrowingArray | None = None
 
     @property
@@ -131,8 +156,10 @@ class StoreWriter:
         assert index == self.shards, "shards are written in order"
         if self._open is None:
             if index == 0:
+                files.adopt(self.folder)
                 self._save()  # from now on the folder is known as this store, also after an interruption
-            self._open = _GrowingArray(self.folder / f".{index:05d}.npy.part")
+            files.remove_leftovers(self.folder)
+            self._open = _GrowingArray(self.folder / f"{index:05d}.npy")
         self._open.append(rows)
 
     def close(self, index: int) -> None:
@@ -141,7 +168,7 @@ class StoreWriter:
             return
         assert self._open is not None, "a shard has rows"
         file = f"{index:05d}.npy"
-        rows, digest = self._open.move_to(self.folder / file)
+        rows, digest = self._open.finish()
         self._open = None
         self.manifest["shards"].append({"file": file, "rows": rows, "sha256": digest})
         self.manifest["rows"] += rows
@@ -161,7 +188,7 @@ class StoreWriter:
         return ActivationStore(self.folder, self.manifest)
 
     def _save(self) -> None:
-        write_atomically(self.folder / _MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def _check_same(self, begun: Mapping[str, Any]) -> None:
         wanted = {name: value for name, value in self.manifest.items() if name not in _PROGRESS}
@@ -183,12 +210,16 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
+class _Abandoned(Exception):
+    """A shard is given up before it is whole."""
+
+
 class _GrowingArray:
     """A `.npy` file that grows by rows, so that no shard has to fit into memory."""
 
     def __init__(self, path: Path):
-        self._path, self._rows = path, 0
-        self._file = path.open("w+b")
+        self._rows, self._writing = 0, contextlib.ExitStack()
+        self._file = self._writing.enter_context(files.writing(path))
 
     def append(self, rows: np.ndarray) -> None:
         if not self._rows:
@@ -197,21 +228,19 @@ class _GrowingArray:
         self._file.write(np.ascontiguousarray(rows).data)
         self._rows += len(rows)
 
-    def move_to(self, path: Path) -> tuple[int, str]:
-        """Move the complete array to `path`. Returns the number of its rows and its SHA-256."""
-        with self._file as file:
-            file.seek(0)
+    def finish(self) -> tuple[int, str]:
+        """Move the complete array into its place. Returns the number of its rows and its SHA-256."""
+        with self._writing:
+            self._file.seek(0)
             self._write_header()
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(self._path, path)
+            self._file.flush()
+            self._file.seek(0)
+            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         return self._rows, digest
 
     def remove(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(_Abandoned), self._writing:
+            raise _Abandoned
 
     def _write_header(self) -> None:
         # NumPy's header has room for any number of rows, so it can be overwritten in place.

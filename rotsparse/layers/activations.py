@@ -10,50 +10,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Activation = Callable[[Array], Array]
+from rotsparse._core.types import AnyArray
+
+Activation = Callable[[AnyArray], AnyArray]
 
 
-def identity(a: Array) -> Array:
+def identity(a: AnyArray) -> AnyArray:
     """`φ(a) = a`: a linear layer."""
     return a
 
 
-def relu(a: Array) -> Array:
+def relu(a: AnyArray) -> Array:
     """`φ(a) = max(a, 0)`, with `φ'(0) = 0`."""
     return jax.nn.relu(a)
 
 
-def gelu(a: Array) -> Array:
+def gelu(a: AnyArray) -> Array:
     """`φ(a) = a Φ(a)`, exact. (Hendrycks & Gimpel 2016.)"""
     return jax.nn.gelu(a, approximate=False)
 
 
-def gelu_tanh(a: Array) -> Array:
+def gelu_tanh(a: AnyArray) -> Array:
     """The tanh approximation of gelu that GPT-2 and Gemma use."""
     return jax.nn.gelu(a, approximate=True)
 
 
-def silu(a: Array) -> Array:
+def silu(a: AnyArray) -> Array:
     """`φ(a) = a σ(a)`, also called swish."""
     return jax.nn.silu(a)
 
 
-def tanh(a: Array) -> Array:
+def tanh(a: AnyArray) -> Array:
     """`φ(a) = tanh(a)`."""
     return jnp.tanh(a)
 
 
-def sigmoid(a: Array) -> Array:
+def sigmoid(a: AnyArray) -> Array:
     """`φ(a) = 1/(1 + exp(-a))`."""
     return jax.nn.sigmoid(a)
 
 
-def quick_gelu(a: Array) -> Array:
+def quick_gelu(a: AnyArray) -> Array:
     """`φ(a) = a σ(1.702 a)`, as in CLIP."""
-    return a * jax.nn.sigmoid(1.702 * a)
+    return jax.nn.sigmoid(1.702 * a) * a
 
 
-def squared_relu(a: Array) -> Array:
+def squared_relu(a: AnyArray) -> Array:
     """`φ(a) = max(a, 0)²`. (So et al., "Primer", 2021.)"""
     return jnp.square(jax.nn.relu(a))
 
@@ -83,11 +85,11 @@ def as_activation(activation: str | Activation) -> Activation:
     return ACTIVATIONS[activation]
 
 
-def value_and_derivative(activation: Activation, a: Array) -> tuple[Array, Array]:
+def value_and_derivative(activation: Activation, a: AnyArray) -> tuple[Array, Array]:
     """`φ(a)` and `φ'(a)` of every entry."""
     return jax.jvp(activation, (a,), (jnp.ones_like(a),))
 
 
-def derivative(activation: Activation, a: Array) -> Array:
+def derivative(activation: Activation, a: AnyArray) -> Array:
     """`φ'(a)` of every entry."""
     return value_and_derivative(activation, a)[1]

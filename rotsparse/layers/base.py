@@ -15,11 +15,12 @@ import jax
 from jaxtyping import Array, Float
 
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms
 from rotsparse.layers.activations import Activation
 from rotsparse.layers.norms import Norm
 
-Matrix = Float[Array, "out in"]
+Matrix = Float[AnyArray, "_ _"]
 
 
 class Layer(eqx.Module):
@@ -29,11 +30,11 @@ class Layer(eqx.Module):
     d_out: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def __call__(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_out"]:
+    def __call__(self, x: Float[AnyArray, "*n d_in"]) -> Float[AnyArray, "*n d_out"]:
         """The layer's output."""
 
     @abc.abstractmethod
-    def jacobian(self, x: Float[Array, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
+    def jacobian(self, x: Float[AnyArray, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
         """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is the derivative of rotated output o with respect to
         rotated input i."""
 
@@ -42,7 +43,7 @@ class Layer(eqx.Module):
         """The layer `z ↦ R_out f(R_inᵀ z)`, computed in the dtype of its weights. `rotsparse.fold` does this in float64
         and checks the result."""
 
-    def gathered(self, x: Float[Array, "n d_in"]) -> "Layer":
+    def gathered(self, x: Float[AnyArray, "n d_in"]) -> "Layer":
         """The same layer with a faster `jacobian` for these examples, if most hidden neurons have a gate of exactly
         zero on each of them (ReLU): only active neurons enter the matrix products. Returns `self` if that is no faster.
 
@@ -50,11 +51,11 @@ class Layer(eqx.Module):
         """
         return self
 
-    def weights(self) -> dict[str, Array]:
+    def weights(self) -> dict[str, AnyArray]:
         """The layer's weight matrices and biases by name; empty for a layer without weights."""
         return {}
 
-    def with_weights(self, **weights: Array) -> "Layer":
+    def with_weights(self, **weights: AnyArray) -> "Layer":
         """The same layer with some of its `weights()` replaced. Raises `ValueError` for an unknown name or another
         shape."""
         own = self.weights()
@@ -84,7 +85,7 @@ class ClosedForm(Layer):
         """Every `M_k` `[hidden, d_in]`, without the norm."""
 
     @abc.abstractmethod
-    def gates(self, x: Float[Array, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
+    def gates(self, x: Float[AnyArray, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
         """Every `g_k(x)`, in full precision whatever the objective's precision is: which neurons are active must not
         depend on it."""
 
@@ -97,7 +98,7 @@ class ClosedForm(Layer):
         return self if self.left is None else replace_fields(self, active=_closed_forms.active_to_gather(self, x))
 
 
-def normalized(norm: Norm | None, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+def normalized(norm: Norm | None, x: Float[AnyArray, "*n d"]) -> Float[AnyArray, "*n d"]:
     """`N(x)`."""
     return x if norm is None else norm(x)
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from rotsparse._core import checks
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically, writing
+from rotsparse._core.reading import load_npy, load_npz, load_safetensors, safetensors
 from rotsparse.data.sources import RESIDENT_BYTES, NpyFile, Source
 from rotsparse.data.store import open_store
 from rotsparse.layers.activations import Activation
@@ -42,21 +41,13 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises `ValueError` if the file is missing, damaged, or of another kind.
     """
     path = Path(path)
-    try:
-        match path.suffix:
-            case ".safetensors":
-                return load_file(path)
-            case ".npz":
-                with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-                    return {name: arrays[name] for name in arrays.files}
-            case ".npy":
-                return {"array": np.load(path, allow_pickle=False)}
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
-    except Exception as error:  # zipfile and zlib have exceptions of their own for damaged archives
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+    match path.suffix:
+        case ".safetensors":
+            return load_safetensors(path)[0]
+        case ".npz":
+            return load_npz(path)
+        case ".npy":
+            return {"array": load_npy(path)}
     raise ValueError(f"{path}: expected a .npy, .npz or .safetensors file, got {path.suffix or 'no extension'!r}")
 
 
@@ -150,7 +141,14 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
             arrays["norm_scale"] = np.ones(
                 layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
             )
-    write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
+    held = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
+    write_atomically(path, safetensors(held, **{SIGNATURE: "layer"}))
+
+
+def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one array as `.npy`. Atomic."""
+    with writing(path) as file:
+        np.save(file, array)
 
 
 def _norm(path, common, kind) -> Norm | None:

@@ -10,10 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core import checks
-from rotsparse._core.types import Data
+from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations, checked
 
@@ -35,7 +35,7 @@ class Folded:
     scale: float
 
 
-def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = None) -> Folded:
+def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None = None) -> Folded:
     """The layer in rotated coordinates: the same function, `f(x) = R_outᵀ f'(R_in x)`.
 
     `x`: inputs `[n, d_in]` on which this is checked (default: 64 standard normal ones; real activations are better).
@@ -73,7 +73,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[Data, "n d_in"] | None = N
     return Folded(rotated, exact, error, scale)
 
 
-def _orthogonalized(r: Array) -> np.ndarray:
+def _orthogonalized(r: AnyArray) -> np.ndarray:
     """The nearest orthogonal matrix in float64, by Newton-Schulz steps; `r` is orthogonal to float32 already."""
     x = np.asarray(r, np.float64)
     for _ in range(4):

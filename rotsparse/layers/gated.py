@@ -1,10 +1,11 @@
 """Gated MLP blocks."""
 
 import equinox as eqx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms as cf
 from rotsparse.layers.activations import Activation, as_activation, value_and_derivative
 from rotsparse.layers.base import ClosedForm, Matrix, full_precision, normalized
@@ -24,9 +25,9 @@ class GatedMLP(ClosedForm):
     w_gate: Matrix
     w_up: Matrix
     w_down: Matrix
-    b_gate: Float[Array, "hidden"] | None
-    b_up: Float[Array, "hidden"] | None
-    b_down: Float[Array, "d_out"] | None
+    b_gate: Float[AnyArray, "hidden"] | None
+    b_up: Float[AnyArray, "hidden"] | None
+    b_down: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import activations
-from rotsparse._core.types import Rows
+from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data import moments
 from rotsparse.data.moments import chunks, covariance
 from rotsparse.layers.base import Layer
@@ -51,9 +51,7 @@ def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
     return _mean_over_examples(_gram_sum, layer, x)[0]
 
 
-def jacobians(
-    layer: Layer, x: Float[Array, "n d_in"], r_in=None, r_out=None, *, chunk_bytes: int | None = None
-) -> Iterator[np.ndarray]:
+def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int | None = None) -> Iterator[np.ndarray]:
     """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
 
     The rows of `r_in` and `r_out` may have any length: a row scaled by s scales its column (row) of the Jacobian.
@@ -93,10 +91,10 @@ class LayerStatistics:
 
 
 @eqx.filter_jit
-def apply(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "n d_out"]:
+def apply(layer: Layer, x: Float[AnyArray, "n d_in"]) -> Float[Array, "n d_out"]:
     """The layer's outputs, jitted and in full precision."""
     with jax.default_matmul_precision("highest"):
-        return layer(x)
+        return jnp.asarray(layer(x))
 
 
 @eqx.filter_jit

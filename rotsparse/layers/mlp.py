@@ -2,10 +2,11 @@
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms as cf
 from rotsparse.layers.activations import Activation, as_activation, derivative
 from rotsparse.layers.base import ClosedForm, Matrix, full_precision, normalized
@@ -22,9 +23,9 @@ class MLP(ClosedForm):
     """
 
     w_in: Matrix
-    b_in: Float[Array, "hidden"] | None
+    b_in: Float[AnyArray, "hidden"] | None
     w_out: Matrix
-    b_out: Float[Array, "d_out"] | None
+    b_out: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)
@@ -93,7 +94,7 @@ class Dense(ClosedForm):
     """
 
     w: Matrix
-    b: Float[Array, "d_out"] | None
+    b: Float[AnyArray, "d_out"] | None
     skip: Matrix | None
     norm: Norm | None
     activation: Activation = eqx.field(static=True)

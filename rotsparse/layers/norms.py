@@ -14,38 +14,39 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import weight
+from rotsparse._core.types import AnyArray
 
 
 class Norm(eqx.Module):
     """`N(x) = γ ⊙ n̂(x) + β`. Make one with `rms_norm` or `layer_norm`."""
 
-    scale: Float[Array, "d"] | None
-    bias: Float[Array, "d"] | None
-    mean_direction: Float[Array | np.ndarray, "d"] | None
+    scale: Float[AnyArray, "d"] | None
+    bias: Float[AnyArray, "d"] | None
+    mean_direction: Float[AnyArray, "d"] | None
     d: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
 
-    def direction(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
+    def direction(self, x: Float[AnyArray, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
         """`n̂(x)` and `1/r(x)`."""
         if self.mean_direction is not None:
             x = x - (x @ self.mean_direction)[..., None] * self.mean_direction
         # The mean square is over all d coordinates, also in a rotated basis.
         inverse = 1 / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) / self.d + self.eps)
-        return x * inverse, inverse
+        return inverse * x, inverse
 
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    def __call__(self, x: Float[AnyArray, "*n d"]) -> Float[Array, "*n d"]:
         y = self.direction(x)[0]
         y = y if self.scale is None else y * self.scale
         return y if self.bias is None else y + self.bias
 
-    def absorb(self, w: Float[Array, "h d"]) -> Float[Array, "h d"]:
+    def absorb(self, w: Float[AnyArray, "h d"]) -> Float[AnyArray, "h d"]:
         """`W diag(γ) P`."""
         w = w if self.scale is None else w * self.scale
         if self.mean_direction is None:
             return w
         return w - (w @ self.mean_direction)[:, None] * self.mean_direction
 
-    def rotate(self, r: Float[Array, "d d"]) -> "Norm":
+    def rotate(self, r: Float[AnyArray, "k d"]) -> "Norm":
         """The norm of `z = R x`, after γ and β have moved into the weights that follow.
 
         Raises `ValueError` for a LayerNorm and a rotation with fewer rows than columns, which would lose the mean

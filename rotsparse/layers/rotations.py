@@ -7,12 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks, orthogonal
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically
+from rotsparse._core.reading import load_safetensors, safetensors
+from rotsparse._core.types import AnyArray
 
 
 class Rotations(eqx.Module):
@@ -21,8 +21,8 @@ class Rotations(eqx.Module):
     Raises `ValueError` if a matrix is not square, not finite, or not orthogonal (`|R Rᵀ - I|` above 1e-3).
     """
 
-    r_in: Float[Array, "d_in d_in"]
-    r_out: Float[Array, "d_out d_out"]
+    r_in: Float[AnyArray, "d_in d_in"]
+    r_out: Float[AnyArray, "d_out d_out"]
 
     def __init__(self, r_in, r_out):
         self.r_in = checks.orthogonal("r_in", r_in)
@@ -39,11 +39,11 @@ class Rotations(eqx.Module):
         key_in, key_out = jax.random.split(key)
         return cls(orthogonal.haar(key_in, d_in, dtype), orthogonal.haar(key_out, d_out, dtype))
 
-    def apply_in(self, x: Float[Array, "*n d_in"]) -> Float[Array, "*n d_in"]:
+    def apply_in(self, x: Float[AnyArray, "*n d_in"]) -> Float[AnyArray, "*n d_in"]:
         """`R_in x` of every example."""
         return orthogonal.matmul(x, self.r_in.T)
 
-    def apply_out(self, y: Float[Array, "*n d_out"]) -> Float[Array, "*n d_out"]:
+    def apply_out(self, y: Float[AnyArray, "*n d_out"]) -> Float[AnyArray, "*n d_out"]:
         """`R_out y` of every example."""
         return orthogonal.matmul(y, self.r_out.T)
 
@@ -66,7 +66,7 @@ class Rotations(eqx.Module):
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
         save leaves the earlier file. Raises `OSError` if the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
-        write_atomically(path, save(tensors, metadata={"rotsparse": json.dumps(metadata or {})}))
+        write_atomically(path, safetensors(tensors, **{SIGNATURE: json.dumps(metadata or {})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
@@ -75,14 +75,12 @@ class Rotations(eqx.Module):
         Raises `ValueError`, with the file's name, if it is missing, unreadable, or holds something else.
         """
         try:
-            with safe_open(path, framework="numpy") as f:
-                names = sorted(f.keys())
-                tensors = {name: f.get_tensor(name) for name in ("r_in", "r_out") if name in names}
-                metadata = (f.metadata() or {}).get("rotsparse", "{}")
-        except (SafetensorError, OSError) as error:
+            tensors, about = load_safetensors(path)
+        except ValueError as error:
             raise ValueError(f"cannot read rotations from {path}: {error}") from None
-        if len(tensors) < 2:
-            raise ValueError(f"{path} holds {names}, expected r_in and r_out: is it a rotations file?")
+        metadata = about.get(SIGNATURE, "{}")
+        if not {"r_in", "r_out"} <= tensors.keys():
+            raise ValueError(f"{path} holds {sorted(tensors)}, expected r_in and r_out: is it a rotations file?")
         try:
             return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
         except json.JSONDecodeError as error:

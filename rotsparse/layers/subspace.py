@@ -1,7 +1,8 @@
 """A layer restricted to some of its input and output directions."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer, Matrix
 
 
@@ -10,8 +11,8 @@ class Subspace(Layer):
     coordinates, so gates and norms are those of the original layer."""
 
     layer: Layer
-    frame_in: Float[Array, "k_in d_in"]
-    frame_out: Float[Array, "k_out d_out"]
+    frame_in: Float[AnyArray, "k_in d_in"]
+    frame_out: Float[AnyArray, "k_out d_out"]
 
     def __init__(self, layer: Layer, frame_in: Matrix, frame_out: Matrix):
         self.layer, self.frame_in, self.frame_out = layer, frame_in, frame_out

@@ -6,7 +6,7 @@ All magnitudes are in units of `rms(Z)`, the root mean square of all entries ove
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Data
@@ -45,7 +45,7 @@ def picture_data(
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     examples: int = 3,
 ) -> PictureData:
     """Compute the arrays for all figures from held-out inputs `x`, with one pass over the examples for each basis.

@@ -1,15 +1,17 @@
 """The report of a run: figures, and one self-contained HTML page."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures
@@ -26,7 +28,7 @@ def write_report(
     comparison: Comparison,
     solution: Solution,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),
@@ -43,8 +45,11 @@ def write_report(
     Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
     data = picture_data(layer, x_test, bases, scale_inputs=scale_inputs, covariance=covariance)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    adopt(folder)
     pictures = Path(folder) / "figures"
-    pictures.mkdir(exist_ok=True)
+    make_folder(pictures)
     drawn = {
         "overview": figures.overview(data, comparison),
         "heat_maps": figures.heat_maps(data, comparison),

@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from rotsparse._core.lock import held
-from rotsparse.fit._log import LOG, read_log
+from rotsparse._core.printable import visible
+from rotsparse.engine._log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
 
@@ -39,23 +42,23 @@ def runs_in(folder: str | Path) -> list[Run]:
 def table(folder: str | Path) -> Table:
     """The runs in a folder as a table to print."""
     found = runs_in(folder)
-    title = None if found else f"no runs in {folder}"
+    title = None if found else Text(visible(f"no runs in {folder}"))
     shown = Table(Column("run", overflow="fold"), "command", "state", "steps", "best value", "note", title=title)
     for run in found:
         steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
         value = "" if math.isnan(run.value) else f"{run.value:.4f}"
         name = str(run.folder.relative_to(folder)) if run.folder != Path(folder) else str(run.folder)
-        shown.add_row(name, run.command, run.state, steps, value, run.note)
+        shown.add_row(*(Text(visible(cell)) for cell in (name, run.command, run.state, steps, value, run.note)))
     return shown
 
 
 def _run(folder: Path) -> Run:
     status = folders.read_object(folder / folders.STATUS)
-    config = status.get("config") or folders.read_object(folder / folders.CONFIG)
+    config = _object(status.get("config")) or folders.read_object(folder / folders.CONFIG)
     metrics = folders.read_object(folder / layer_run.METRICS)
     # A folder of a run from before there was a status is complete, or it would not be there.
     state, note = status.get("state", folders.COMPLETE), str(status.get("error", ""))
-    results = [layer.get("result") for layer in metrics.get("layers", {"": metrics}).values()]
+    results = [_object(layer).get("result") for layer in _object(metrics.get("layers", {"": metrics})).values()]
     if state == folders.COMPLETE and "NON_FINITE" in results:
         state, note = folders.FAILED, "the objective became NaN or infinite"
     if state == folders.RUNNING and not held(folder):
@@ -80,5 +83,10 @@ def _run(folder: Path) -> Run:
     )
 
 
-def _finite(checked: list[float | None] | None) -> bool:
-    return bool(checked) and None not in checked
+def _finite(checked: Any) -> bool:
+    return isinstance(checked, list) and bool(checked) and all(isinstance(value, int | float) for value in checked)
+
+
+def _object(content: Any) -> dict[str, Any]:
+    """What should be an object; an empty one where it is something else: a damaged folder does not break the list."""
+    return content if isinstance(content, dict) else {}

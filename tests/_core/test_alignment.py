@@ -92,12 +92,12 @@ def test_chance_is_what_random_bases_reach_and_falls_with_dimension(rng):
         (np.eye(2), np.full((2, 2), np.nan), "NaN"),
     ],
 )
-def test_what_cannot_be_matched_is_refused(a, b, message):
+def test_what_cannot_be_matched_is_refused(a, b, message, untyped):
     with pytest.raises(ValueError, match=message):
         match(a, b)
 
 
 @pytest.mark.parametrize("b", [np.array([[1.0, 0.0], [0.6, 0.8]]), np.eye(3), np.eye(2)[:1]])
-def test_amari_distance_needs_orthogonal_matrices_of_one_size(b):
+def test_amari_distance_needs_orthogonal_matrices_of_one_size(b, untyped):
     with pytest.raises(ValueError, match="orthogonal"):
         amari_distance(np.eye(2), b)

@@ -1,20 +1,17 @@
 """The subcommands for whole models, as a user meets them."""
 
 import json
-import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
 
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models import generate, load_model, load_tokenizer, mlp_layer, open_store, run, save_model
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
+from rotsparse.runs import layer_run
 
 
 @pytest.fixture
@@ -139,7 +136,7 @@ def test_a_store_of_another_model_is_refused(rotsparse, model):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_capture_that_is_stopped_says_that_the_same_command_goes_on(rotsparse, model, monkeypatch, number):
-    monkeypatch.setattr("rotsparse.models.capture", lambda *a, **k: os.kill(os.getpid(), number))
+    monkeypatch.setattr("rotsparse.models.capture", lambda *a, **k: send(number))
     code, said = rotsparse(*CAPTURE)
     assert code == 75 and "interrupted: to go on, give the same command again" in said
 
@@ -151,10 +148,10 @@ def test_fit_model_goes_on_with_the_layer_it_was_stopped_in(rotsparse, model, tm
     def spy(folder, *arguments, **options):
         fitted.append(folder.name)
         if len(fitted) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signal.SIGTERM)
         return run(folder, *arguments, **options)
 
-    monkeypatch.setattr(job, "run", spy)
+    monkeypatch.setattr(layer_run, "run", spy)
     code, said = rotsparse(*FIT, "--layers", "0-1")
     assert code == 75 and "--resume" in said and not (tmp_path / "run").exists()
     first = (tmp_path / "run.unfinished" / "layer-0" / "metrics.json").read_bytes()

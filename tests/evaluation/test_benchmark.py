@@ -11,9 +11,10 @@ import rotsparse as rs
 from rotsparse._core.orthogonal import haar
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
+from rotsparse.evaluation.nulls import random_weights
 
 KEY = jax.random.key(0)
-ANNEAL = {"solver": rs.Annealing(), "steps": 600}  # without pair searches, which take longer to compile than to run
+ANNEAL = {"method": rs.Anneal(steps=600)}  # without pair searches, which take longer to compile than to run
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_structure_that_is_there_is_found_and_that_of_the_control_is_not(planted
 
 def test_random_weights_are_not_called_structure(planted):
     layer, x = planted
-    null = rs.controls.random_weights(layer, key=KEY)
+    null = random_weights(layer, key=KEY)
     found = benchmark(null, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL)
     assert "no sparse basis here beyond chance" in found.conclusion
     assert found.reproduced is None  # one restart cannot tell
@@ -58,7 +59,7 @@ def test_random_weights_are_not_called_structure(planted):
 def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
     layer, x = planted
     function = rs.FunctionLayer(function=lambda v: layer(v), d_in=8, d_out=8)
-    options = {**ANNEAL, "steps": 20, "key": KEY}
+    options = {"method": rs.Anneal(steps=20), "key": KEY}
     plain, controlled = (benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, [layer]))
     assert plain.control is None and CONTROL not in plain.seconds
     assert controlled.control is not None

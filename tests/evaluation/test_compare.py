@@ -20,7 +20,7 @@ from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
 from rotsparse.objectives.measures import GemanMcClure
-from rotsparse.solvers import Annealing
+from rotsparse.solvers import Anneal
 
 KEY = jax.random.key(0)
 
@@ -161,7 +161,7 @@ def test_bad_inputs_are_named(layer, x):
 def test_what_is_no_pair_of_rotations_is_named(rng):
     layer = Dense(rng.standard_normal((4, 3)).astype(np.float32))
     x = rng.standard_normal((40, 3)).astype(np.float32)
-    solution = find_rotations(layer, x, key=jax.random.key(0), steps=2, solver=Annealing())
+    solution = find_rotations(layer, x, key=jax.random.key(0), method=Anneal(steps=2))
     with pytest.raises(ValueError, match=r"bases\['mine'\] should be Rotations, got Solution: take its .rotations"):
         compare(layer, x, {"mine": solution}, key=jax.random.key(0))
     with pytest.raises(ValueError, match="rotations should be Rotations, got ndarray"):

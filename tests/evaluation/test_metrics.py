@@ -14,6 +14,7 @@ from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_inte
 from rotsparse.data import moments
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
+from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
 
@@ -228,7 +229,7 @@ def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
     layer = MLP(w_in.astype(np.float32), b_in, w_out.astype(np.float32))
     r = basis(layer, x)
     found = evaluate(layer, x, r, scale_inputs=False, key=KEY)
-    squares = np.concatenate(list(jacobians.jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
+    squares = np.concatenate(list(jacobians(layer, jnp.asarray(x), r.r_in, r.r_out))).reshape(40, -1) ** 2
     for name, share in (("edges_90", 0.9), ("edges_99", 0.99)):
         ordered = -np.sort(-(bootstrap_counts(40, 200, key=KEY).astype(float) @ squares), axis=1)
         cumulative = np.cumsum(ordered, axis=1)

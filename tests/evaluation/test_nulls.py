@@ -90,7 +90,8 @@ def test_finite_effects_count_by_the_definition(rng):
 
 
 def fitted(layer, x, key):
-    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, steps=150, scale_inputs=False)
+    method = rs.default_method(steps=150)
+    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, method=method, scale_inputs=False)
 
 
 def test_a_planted_basis_is_identified(rng):
@@ -123,7 +124,7 @@ def test_directions_outside_the_active_subspace_do_not_count(rng):
     layer = rs.Dense(rng.standard_normal((6, 6)).astype(np.float32), activation="tanh")
     x = (rng.standard_normal((200, 6)) * [1, 1, 1, 1e-4, 1e-4, 1e-4]).astype(np.float32)
     fit = lambda key: rs.find_rotations(  # noqa: E731
-        layer, x, key=jax.random.key(key), restarts=2, steps=20, active_subspace=0.99
+        layer, x, key=jax.random.key(key), restarts=2, method=rs.default_method(steps=20), active_subspace=0.99
     )
     report = identifiability(layer, x, fit(0), [(layer, x, fit(1))])
     assert report.sides["in"].fitted.sum() == 3
@@ -133,7 +134,7 @@ def test_directions_outside_the_active_subspace_do_not_count(rng):
 def test_a_null_and_restarts_are_needed(rng):
     layer = rs.Dense(rng.standard_normal((3, 3)).astype(np.float32))
     x = rng.standard_normal((50, 3)).astype(np.float32)
-    single = rs.find_rotations(layer, x, key=jax.random.key(0), steps=5)
+    single = rs.find_rotations(layer, x, key=jax.random.key(0), method=rs.default_method(steps=5))
     with pytest.raises(ValueError, match="without a null model"):
         identifiability(layer, x, single, [])
     with pytest.raises(ValueError, match="restarts"):

@@ -13,7 +13,7 @@ from rotsparse.data import moments as moments_module
 from rotsparse.data.moments import Moments, chunks, covariance, evenly_spaced, stream_moments
 from rotsparse.data.sources import ArrayRows
 from rotsparse.layers.function import FunctionLayer
-from rotsparse.layers.jacobians import LayerStatistics, chunk_size, jacobian_gram, jacobian_moments
+from rotsparse.layers.jacobians import LayerStatistics, chunk_size, jacobian_gram, jacobian_moments, jacobians
 from rotsparse.layers.mlp import MLP, Dense
 
 
@@ -130,7 +130,7 @@ def test_jacobians_come_in_order_and_scaled_by_the_rows_of_the_rotations(rng, mo
     monkeypatch.setattr(moments_module, "CHUNK_BYTES", 4 * 35 * 4)  # four examples a chunk
     layer, x = mlp(rng), jnp.asarray(rng.standard_normal((10, 5)), jnp.float32)
     scaled = np.diag([1.0, 2, 3, 4, 5])
-    parts = list(jacobians.jacobians(layer, x, scaled))
+    parts = list(jacobians(layer, x, scaled))
     assert [len(p) for p in parts] == [4, 4, 2]
     expected = layer.jacobian(x) * np.arange(1, 6, dtype="f")
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_jacobians_come_in_order_and_scaled_by_the_rows_of_the_rotations(rng, mo
 
 def test_chunk_size_counts_the_hidden_layer_and_never_falls_to_zero():
     wide = MLP(np.ones((3072, 768), np.float32), None, np.ones((768, 3072), np.float32))
-    assert chunk_size(wide) == jacobians.CHUNK_BYTES // (4 * 768 * 3072)
+    assert chunk_size(wide) == moments_module.CHUNK_BYTES // (4 * 768 * 3072)
     assert chunk_size(FunctionLayer(function=jnp.tanh, d_in=8, d_out=8), 4 * 64 * 10) == 10
     assert chunk_size(wide, 1) == 1
 
@@ -152,7 +152,7 @@ def test_the_jacobian_is_traced_once_however_many_chunks(rng, monkeypatch):
         return jnp.tanh(x)
 
     layer, x = FunctionLayer(function=function, d_in=3, d_out=3), jnp.asarray(rng.standard_normal((50, 3)), jnp.float32)
-    assert len(list(jacobians.jacobians(layer, x))) == 7
+    assert len(list(jacobians(layer, x))) == 7
     assert len(traces) == 1
 
 

@@ -95,7 +95,7 @@ def test_unfit_layers(tmp_path):
     w = draw(OUT, D)
     layer_error(tmp_path, {"weight": w}, "holds weight: expected w, b .single layer., or w_in")
     layer_error(tmp_path, {"w": w, "w_in": w}, "holds w, w_in: expected")
-    layer_error(tmp_path, {"w": w, "b": draw(OUT + 1)}, r"layer.npz: b_in should have shape \[5\].*got \[6\]")
+    layer_error(tmp_path, {"w": w, "b": draw(OUT + 1)}, r"layer.npz: b should have shape \[5\].*got \[6\]")
     layer_error(tmp_path, {"w_in": draw(H, D), "w_out": draw(OUT, H + 1)}, r"w_out should have shape \[any, 7\]")
     layer_error(tmp_path, {"w_gate": draw(H, D)}, "w_down, w_up missing")
     layer_error(tmp_path, {"w": np.full((3, 3), np.nan, np.float32)}, "NaN or infinity")

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from rotsparse import MLP, GatedMLP, Rotations
-from rotsparse.layers import fold
+from rotsparse.layers.fold import fold
 from rotsparse.models.adapters import (
     EQUINOX,
     FLAX,

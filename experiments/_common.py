@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _provenance import plain, provenance
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from provenance import plain, provenance
 
+from rotsparse._core.files import write_atomically, writing
 from rotsparse.runs.folders import CONFIG, new_run, write_json
 
 DATA = Path(os.environ.get("ROTSPARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -53,9 +54,10 @@ class Run:
     def finish(self, metrics: Mapping[str, Any], report: str, **figures: Figure) -> None:
         """Write `metrics.json`, `report.md` and a PNG file for each figure, and print the report."""
         write_json(self.folder / "metrics.json", {"config": self.config, **self.provenance, **metrics})
-        (self.folder / "report.md").write_text(report, encoding="utf-8")
+        write_atomically(self.folder / "report.md", report.encode())
         for name, figure in figures.items():
-            figure.savefig(self.folder / f"{name}.png")
+            with writing(self.folder / f"{name}.png") as file:
+                figure.savefig(file)
         print(report)
 
 

@@ -17,7 +17,6 @@ import rotsparse as rs
 from rotsparse import models
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.evaluation.substitution import KeepAbove, KeepLargest, substitution
-from rotsparse.solvers.fixed_point_newton import fit_activations
 
 Matrix = Float[np.ndarray, "d d"]
 
@@ -67,19 +66,27 @@ def fit(
     # The baselines rotate both sides of a layer; one output is none to speak of.
     inputs_only = rs.FunctionLayer(function=lambda v: v[:1], d_in=d, d_out=1)
     sample = x[np.asarray(jax.random.permutation(keys[3], len(x)))[: effort.ica_examples]]
+    haar = rs.baselines.haar(inputs_only, x, key=keys[1]).r_in
+
+    def sparsest(measure, key):
+        objective, start = rs.ActivationSparsity(x, measure), {"in": jnp.asarray(haar)}
+        return rs.minimize(objective, start, method=rs.FixedPointNewton(), key=key).completed().bases["in"]
+
     found = {
         "none": np.eye(d, dtype=np.float32),
-        "haar": rs.baselines.haar(inputs_only, x, key=keys[1]).r_in,
+        "haar": haar,
         "pca": rs.baselines.pca_uncentred(inputs_only, x).r_in,
-        "l4": fit_activations(jnp.asarray(x), key=keys[2], measure=rs.L4())[0],
+        "l4": sparsest(rs.L4(), keys[2]),
         "ica": rs.baselines.ica(inputs_only, sample, seed=int(jax.random.bits(keys[3], (), "uint16"))).r_in,
-        "log": fit_activations(jnp.asarray(x), key=keys[4], measure=rs.Log(0.3))[0],
+        "log": sparsest(rs.Log(0.3), keys[4]),
     }
     bases = {name: np.asarray(r) for name, r in found.items()}
-    solution = rs.find_basis(x, validation=held_out, key=keys[0], steps=effort.steps, batch_size=effort.batch)
-    bases["ours"] = np.asarray(solution.completed().bases["x"])
+    measure = rs.TopK(0.5)
+    method = rs.default_basis_method(measure, steps=effort.steps, batch_size=effort.batch)
+    solution = rs.find_basis(x, validation=held_out, key=keys[0], measure=measure, method=method).completed()
+    bases["ours"] = np.asarray(solution.bases["x"])
     lost = {name: substitution(held_out, r, KeepLargest(d // 2)).energy_lost for name, r in bases.items()}
-    return bases, {"energy_lost": lost, "reached": solution.certificate}
+    return bases, {"energy_lost": lost, "reached": {stage.name: stage.value for stage in solution.stages}}
 
 
 @eqx.filter_jit

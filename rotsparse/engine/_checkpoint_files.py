@@ -10,9 +10,12 @@ loading, the files are compared with their hashes before anything reads them (Or
 bit without a word), the arrays with theirs afterwards. The only file of the library that imports Orbax.
 """
 
+import asyncio
+import functools
 import json
+import logging
 import os
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotsparse._core import files
 from rotsparse._core.digests import array_digest, digest
-from rotsparse._core.files import write_atomically
-from rotsparse.fit._orbax_noise import silence
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -34,8 +36,14 @@ class Damaged(Exception):
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, first to last."""
-    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    """The checkpoints in a folder, first to last: those that rotsparse wrote there, not what else is called so."""
+    found = sorted(folder.glob("step-*"))
+    steps = {path: path.name.removeprefix("step-") for path in found if files.is_recorded(path)}
+    if found and not steps:
+        raise ValueError(
+            f"{folder} holds {found[0].name}, which was not written by this version of rotsparse (there is no "
+            f"{files.RECORD} that lists it) and is left alone: choose another folder, or remove it yourself"
+        )
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
@@ -45,10 +53,9 @@ def write_checkpoint(
     """Write the checkpoint of a step into `folder`. `paths` says what the arrays are, `about` is what else the manifest
     holds. Whenever the process stops, the checkpoint is either complete or not there. Raises what Orbax or the
     operating system do; nothing is left behind then."""
-    work, final = folder / f"saving-{step:08d}", folder / f"step-{step:08d}"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    final = folder / f"step-{step:08d}"
+    files.adopt(folder)
+    with files.new_folder(final) as work:
         _orbax_save(work / STATE, {name: leaf for name, leaf in leaves.items() if leaf.size})
         described = {
             name: {
@@ -61,13 +68,8 @@ def write_checkpoint(
         }
         manifest = {"format": FORMAT, "step": step, **about, "leaves": described, "files": _flushed_files(work)}
         payload = json.dumps(manifest | {"hash": digest(_canonical(manifest))}, indent=1).encode()
-        write_atomically(work / MANIFEST, payload)
+        files.write_atomically(work / MANIFEST, payload)
         _flush_folder(work)
-        work.rename(final)
-        _flush_folder(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return final
 
 
@@ -155,3 +157,36 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- what Orbax prints
+#
+# Over a save or a load that fails, Orbax's threads log the exception with a traceback before they hand it on. It also
+# closes the event loop of a thread while TensorStore is still busy with other arrays: their failures are then logged
+# when their tasks are collected, and a thread of TensorStore's that meets the closed loop has an exception that nobody
+# can catch. The exception that is raised says all of it, and whoever calls Orbax here reports it.
+
+
+@functools.cache
+def silence() -> None:
+    """From now on, in this process, such messages are not printed. Others, of the same loggers too, are."""
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_orphan(record.getMessage()))
+    earlier = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None if _met_closed_loop(unraisable) else earlier(unraisable)
+
+
+def _is_orphan(message: str) -> bool:
+    """Whether asyncio found a failed task or future of Orbax's or TensorStore's that nobody asked for its result."""
+    return "exception was never retrieved" in message and ("orbax" in message or "tensorstore" in message)
+
+
+def _met_closed_loop(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether foreign code called `loop.call_soon_threadsafe` after the loop was closed: no Python stood behind it."""
+    trace = unraisable.exc_traceback
+    return (
+        isinstance(unraisable.exc_value, RuntimeError)
+        and trace is not None
+        and trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+        and trace.tb_frame.f_back is None
+    )

@@ -5,10 +5,8 @@ because hashes, the rename and the removal of older checkpoints have to follow i
 passed over for the one before, and the user is told.
 """
 
-import dataclasses
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -20,50 +18,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rotsparse._core import files
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.devices import is_first_process
-from rotsparse.fit._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
-from rotsparse.fit._fingerprint import devices, difference
+from rotsparse.engine._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
+from rotsparse.engine._fingerprint import devices, difference
 
 # The latest so many are kept, and beside them the one with the best value.
 KEEP = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Where, and how often, a fit saves its state: `find_rotations(..., checkpoint=Checkpoints("run/checkpoints"))`.
-
-    A fit whose folder holds checkpoints goes on from the latest that is intact, and ends with the same bits as if it
-    had never been stopped; where they belong to other settings or data it refuses and shows the difference. It saves
-    after every `every_steps` steps (if given), every `every_minutes` minutes (`None`: never by the clock), when it is
-    interrupted by SIGINT or SIGTERM, and at its end. The latest two and the best are kept.
-
-    Raises `ValueError` for intervals that are not positive.
-    """
-
-    folder: str | os.PathLike
-    every_steps: int | None = None
-    every_minutes: float | None = 5.0
-
-    def __post_init__(self):
-        for name in ("every_steps", "every_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} should be greater than zero (or None), got {value}")
-
-    @classmethod
-    def of(cls, checkpoint: "Checkpoints | str | os.PathLike") -> "Checkpoints":
-        """A folder stands for checkpoints there, as often as usual."""
-        return checkpoint if isinstance(checkpoint, Checkpoints) else cls(checkpoint)
-
-    def part(self, name: str) -> "Checkpoints":
-        """The same for one part of a larger problem, in a folder of its own."""
-        return dataclasses.replace(self, folder=Path(self.folder) / name)
-
-
 class Session:
     """The checkpoints of one running fit; the folder is locked from `__init__` to `close`.
 
+    - `folder`, `every_steps`, `every_minutes`: where, and how often, the state is saved (see `Run`).
     - `config`: what the fit depends on (see `fingerprint`). Continuing another one raises `ValueError`.
     - `state`: the state at the start of the fit, a pytree of arrays: what is loaded has its structure, types and
       placement on devices.
@@ -72,9 +40,18 @@ class Session:
     `warnings` lists what the user was told.
     """
 
-    def __init__(self, checkpoints: Checkpoints, config: dict[str, str], state: Any, sound: Callable[[Any], str]):
-        self._options, self._config, self._sound = checkpoints, config, sound
-        self._folder = Path(checkpoints.folder).absolute()
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: dict[str, str],
+        state: Any,
+        sound: Callable[[Any], str],
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = 5.0,
+    ):
+        self._every_steps, self._every_minutes, self._config, self._sound = every_steps, every_minutes, config, sound
+        self._folder = Path(folder).absolute()
         self._template = state
         self._writes = is_first_process()  # every process has the same state: one of them writes it
         self._lock = FolderLock(self._folder) if self._writes else None
@@ -114,7 +91,7 @@ class Session:
 
     def due(self, step: int) -> bool:
         """Whether it is time to save."""
-        passed, steps, minutes = step - self._saved_step, self._options.every_steps, self._options.every_minutes
+        passed, steps, minutes = step - self._saved_step, self._every_steps, self._every_minutes
         by_steps = steps is not None and passed >= steps
         by_clock = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return passed > 0 and (by_steps or by_clock)
@@ -122,7 +99,7 @@ class Session:
     def steps_left(self, step: int) -> int | None:
         """How many steps may follow `step` (which is saved now, if it is due) until a save by number of steps; `None`
         without such saves."""
-        every = self._options.every_steps
+        every = self._every_steps
         if every is None:
             return None
         left = self._saved_step + every - step
@@ -155,7 +132,7 @@ class Session:
             )
 
     def close(self) -> None:
-        """Wait for the last save and give the folder free."""
+        """Wait for the last save and release the folder."""
         try:
             self.wait()
         finally:
@@ -201,7 +178,7 @@ class Session:
         values = {folder: self._value(folder) for folder in folders}
         keep = {*folders[-KEEP:], min(folders, key=values.__getitem__)}
         for folder in set(folders) - keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
 
     def _value(self, folder: Path) -> float:
         if folder.name not in self._values:
@@ -219,10 +196,9 @@ class Session:
             return
         for folder in damaged:
             aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        for folder in self._folder.glob("saving-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(aside)
+            files.move(folder, aside)
+        files.remove_leftovers(self._folder)
 
 
 def _leaf_paths(state: Any) -> dict[str, str]:

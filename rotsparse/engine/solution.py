@@ -2,23 +2,23 @@
 
 import dataclasses
 import enum
-import io
 import json
 import os
-import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Bool
 
 from rotsparse._core.alignment import match
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.orthogonal import exact_error
+from rotsparse._core.reading import load_npz
 from rotsparse.layers.rotations import Rotations
-from rotsparse.objectives import Bases, Objective
+from rotsparse.objectives.base import Bases, Objective
 
 # A direction counts as the same where its match has a larger |cos|.
 SAME = 0.99
@@ -38,6 +38,11 @@ class Result(enum.Enum):
         "activations or weights so large that the layer overflows, or for a custom optimiser or function that does."
     )
     INTERRUPTED = "Interrupted: the best rotations so far are returned. They are valid, but the fit is not finished."
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether the fit ended before its time, so that no further stage runs."""
+        return self in (Result.INTERRUPTED, Result.NON_FINITE)
 
     @property
     def ok(self) -> bool:
@@ -60,13 +65,51 @@ class History:
 
 
 @dataclasses.dataclass(frozen=True)
+class Certificate:
+    """No rotation of any tested pair of rows improves the objective by more than `delta`.
+
+    `tested` and `pairs`: how many pairs of each space were tested, and how many there are. `value`: the objective on
+    these examples. Angles were searched on a grid of 2.8° and refined to 0.04° around its best point.
+    """
+
+    delta: float
+    value: float
+    tested: dict[str, int]
+    pairs: dict[str, int]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{self.tested[space]} of {self.pairs[space]} in {space!r}" for space in self.pairs)
+        share = self.delta / abs(self.value) if self.value else 0.0
+        return (
+            f"no rotation of two rows improves the objective by more than {self.delta:.2g} ({share:.2g} of its value); "
+            f"pairs tested: {counts}"
+        )
+
+
+class Stage(NamedTuple):
+    """What one stage of a fit reached: the lowest objective that rotations are chosen by, how the stage ended, how long
+    it took, and what else there is to say."""
+
+    name: str
+    value: float
+    result: str
+    seconds: float
+    remark: str = ""
+
+    def __str__(self) -> str:
+        remark = f" ({self.remark})" if self.remark else ""
+        return f"{self.name} reached {self.value:.6g} in {self.seconds:.3g} s{remark}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """The best rotations of a fit, and the evidence.
 
     `value` and `start_value` are the objective on all training examples, of the result and of the start it came from;
     `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best
-    rotations of every restart, `candidate_values` what they were chosen by. `stats` holds the counts, times and
-    certificates that `summary` prints.
+    rotations of every restart, `candidate_values` what they were chosen by. `free`: for every space, which directions
+    the fit could turn (the others were held, or lie outside the active subspace). `stages`: what each stage of the
+    method reached. `certificate`: what pair searches left, if the method had any. `stats`: counts, times and errors.
     """
 
     bases: Bases
@@ -79,7 +122,9 @@ class Solution:
     candidates: tuple[Bases, ...]
     candidate_values: np.ndarray
     stats: dict[str, Any]
-    certificate: str = ""
+    free: dict[str, Bool[np.ndarray, "d"]]
+    stages: tuple[Stage, ...] = ()
+    certificate: Certificate | None = None
 
     @property
     def rotations(self) -> Rotations:
@@ -93,29 +138,28 @@ class Solution:
         return Rotations(self.bases["in"], self.bases.get("out", self.bases["in"]))
 
     def completed(self) -> "Solution":
-        """This solution, for whom half a fit is of no use. Raises `KeyboardInterrupt` where the fit was interrupted."""
+        """Return self, or raise `KeyboardInterrupt` if the fit was interrupted."""
         if self.result is Result.INTERRUPTED:
             raise KeyboardInterrupt
         return self
 
-    def lifted(self, lift: Callable[[Bases], Bases]) -> "Solution":
+    def lifted(self, lift: Callable[[Bases], Bases], free: dict[str, Bool[np.ndarray, "d"]]) -> "Solution":
         """The solution of a part of a problem (some spaces, some directions) with the rotations of the whole, which
-        `lift` makes of those of the part. All values stay those of the part."""
-        return dataclasses.replace(self, bases=lift(self.bases), candidates=tuple(map(lift, self.candidates)))
+        `lift` makes of those of the part; `free` says which directions of the whole the part could turn. All values
+        stay those of the part."""
+        return dataclasses.replace(
+            self, bases=lift(self.bases), candidates=tuple(map(lift, self.candidates)), free=free
+        )
 
-    def improved(
-        self, bases: Bases, objective: Objective, validation: Objective | None, certificate: str
-    ) -> "Solution":
-        """The solution with rotations that a later stage found, where they are better by what it was chosen on, and
-        with that stage's certificate."""
-        judged = float(eqx.filter_jit((validation or objective).value)(bases))
+    def improved(self, bases: Bases, objective: Objective, validation: Objective | None) -> "Solution":
+        """Replace the best rotations with `bases` if their judged objective is lower."""
+        judged = judged_value(validation or objective, bases)
         if not judged < self.candidate_values.min():
-            return dataclasses.replace(self, certificate=certificate)
-        return dataclasses.replace(self.replaced(bases, judged, objective, validation), certificate=certificate)
+            return self
+        return self.replaced(bases, judged, objective, validation)
 
     def replaced(self, bases: Bases, judged: float, objective: Objective, validation: Objective | None) -> "Solution":
-        """The solution with these rotations in place of the best ones. `judged`: their value by what is chosen on,
-        `validation` where there is one."""
+        """Put these rotations in place of the best ones. `judged`: their objective, on `validation` if there is one."""
         value, evident = evidence(objective, bases)
         best = int(np.argmin(self.candidate_values))
         values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
@@ -145,23 +189,13 @@ class Solution:
             for name, r in self.candidates[best].items()
         }
 
-    def fitted(self) -> dict[str, np.ndarray]:
-        """For every space, which directions the restarts turned: those that are the same to the last bit in all of them
-        were held, or lie outside the active subspace."""
-        first, *others = self.candidates
-        return {
-            space: np.any([np.asarray(r) != np.asarray(other[space]) for other in others], axis=(0, 2))
-            for space, r in first.items()
-        }
-
     def reproduced(self) -> dict[str, np.ndarray] | None:
-        """For every space, which of its `fitted` directions every other restart found again (`|cos| > SAME`); `None`
+        """For every space, which of its `free` directions every other restart found again (`|cos| > SAME`); `None`
         after a single restart."""
         if len(self.candidates) == 1:
             return None
-        fitted = self.fitted()
         again = {space: cosines.min(axis=0) > SAME for space, cosines in self.agreement().items()}
-        return {space: found[fitted[space]] for space, found in again.items() if fitted[space].any()}
+        return {space: found[self.free[space]] for space, found in again.items() if self.free[space].any()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything to one `.npz` file. Atomic."""
@@ -172,23 +206,24 @@ class Solution:
             "start_value": self.start_value,
             "validation_value": self.validation_value,
             "stats": self.stats,
-            "certificate": self.certificate,
+            "certificate": None if self.certificate is None else dataclasses.asdict(self.certificate),
+            "stages": self.stages,
         }
         arrays: dict[str, Any] = {f"bases/{name}": r for name, r in self.bases.items()}
         for i, candidate in enumerate(self.candidates):
             arrays |= {f"candidates/{i}/{name}": r for name, r in candidate.items()}
+        arrays |= {f"free/{name}": mask for name, mask in self.free.items()}
         arrays |= {f"history/{name}": value for name, value in dataclasses.asdict(self.history).items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **{"scalars": json.dumps(scalars), "candidate_values": self.candidate_values} | arrays)
-        write_atomically(path, buffer.getvalue())
+        scalars = {"scalars": json.dumps(scalars), "candidate_values": self.candidate_values}
+        write_atomically(path, npz(**scalars | arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Solution":
         """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
         try:
-            with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = load_npz(path)
             scalars = json.loads(str(arrays["scalars"]))
+            certificate = scalars.pop("certificate")
             under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
             return cls(
                 bases=under("bases/"),
@@ -196,9 +231,12 @@ class Solution:
                 history=History(**under("history/")),
                 candidates=tuple(under(f"candidates/{i}/") for i in range(len(arrays["candidate_values"]))),
                 candidate_values=arrays["candidate_values"],
+                free=under("free/"),
+                certificate=None if certificate is None else Certificate(**certificate),
+                stages=tuple(Stage(*stage) for stage in scalars.pop("stages")),
                 **scalars,
             )
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"cannot read a solution from {path}: {error}") from None
 
     def summary(self) -> str:
@@ -209,7 +247,8 @@ class Solution:
             + ("" if self.validation_value is None else f", held-out {self.validation_value:.4f}"),
             ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.stats.items()),
         ]
-        return "\n".join([*lines, self.certificate] if self.certificate else lines)
+        lines += map(str, self.stages)
+        return "\n".join(lines if self.certificate is None else [*lines, str(self.certificate)])
 
 
 def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float]]:
@@ -219,6 +258,16 @@ def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float
         "gradient_norm": float(optax.tree.norm(grads)),
         "orthogonality_error": max(map(exact_error, bases.values())),
     }
+
+
+def judged_value(objective: Objective, bases: Bases) -> float:
+    """The objective, by a program that is compiled once for each kind of objective."""
+    return float(_value(objective, bases))
+
+
+@eqx.filter_jit
+def _value(objective, bases):
+    return objective.value(bases)
 
 
 @eqx.filter_jit

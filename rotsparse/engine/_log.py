@@ -1,7 +1,6 @@
 """The log of a fit, written as it runs: one JSON object a line, and the same for TensorBoard."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -11,52 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core import files
+from rotsparse._core.reading import regular_file
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
 
 
-@dataclasses.dataclass(frozen=True)
-class RunLog:
-    """Where a fit writes its log: `find_rotations(..., log=RunLog("run"))` writes `run/log.jsonl`.
+class LogWriter:
+    """Writes `log.jsonl` in a folder, and with `tensorboard` event files to `tensorboard/`: begins (`step` 0) or
+    continues behind `step` steps.
 
-    Every second or two it gets a line with `step` (how many are done), `objective` (of each restart, the mean since the
-    line before), `checked` (where the objective was checked at this step, that of each restart), `orthogonality_error`
-    (the largest `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that goes on from a checkpoint goes on with its
-    log: what was written after that checkpoint is dropped. With `tensorboard`, event files for TensorBoard are written
-    to `run/tensorboard` (needs the extra `tensorboard`).
+    Every second or two the log gets a line with `step` (how many are done), `objective` (of each restart, the mean
+    since the line before), `checked` (where the objective was checked at this step, that of each restart),
+    `orthogonality_error` (the largest `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that continues from a
+    checkpoint continues its log: what was written after that checkpoint is dropped.
+
+    Raises `ValueError` where the folder cannot be written to, or the extra is missing.
     """
 
-    folder: str | os.PathLike
-    tensorboard: bool = False
-
-    @classmethod
-    def of(cls, log: "RunLog | str | os.PathLike") -> "RunLog":
-        """A folder stands for a log there, without TensorBoard."""
-        return log if isinstance(log, RunLog) else cls(log)
-
-    def part(self, name: str) -> "RunLog":
-        """The same for one part of a larger problem, in a folder of its own."""
-        return dataclasses.replace(self, folder=Path(self.folder) / name)
-
-    def open(self, step: int) -> "LogWriter":
-        """Begin (`step` 0) or go on behind `step` steps. Raises `ValueError` where the folder cannot be written to, or
-        the extra is missing."""
-        return LogWriter(self, step)
-
-
-class LogWriter:
-    """Writes one log. See `RunLog`."""
-
-    def __init__(self, log: RunLog, step: int):
-        folder = Path(log.folder)
-        self._events = _event_writer(folder / TENSORBOARD, step) if log.tensorboard else None
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.adopt(folder)
+            self._events = _event_writer(folder / TENSORBOARD, step) if tensorboard else None
             kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
-            write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = (folder / LOG).open("a", buffering=1)  # a line at a time: who reads along sees whole lines
+            files.write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            # A line at a time: who reads along sees whole lines.
+            self._file = open(folder / LOG, "a", buffering=1, opener=lambda path, _: files.appending(path))
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -89,15 +69,18 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a log; none where there is none. The last line of a process that was killed may be cut off, and is
     left out."""
     try:
-        text = (Path(folder) / LOG).read_text()
-    except OSError:
+        text = regular_file(Path(folder) / LOG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return []
     lines = []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(read, dict) or not isinstance(read.get("step"), int):
+            break
+        lines.append(read)
     return lines
 
 
@@ -108,6 +91,8 @@ def _event_writer(folder: Path, step: int):
         raise ValueError(
             "logs for TensorBoard need the extra `tensorboard`: pip install 'rotsparse[tensorboard]'"
         ) from None
+    files.make_folder(folder)
+    files.expect(folder / "events.out.tfevents.")
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

@@ -3,12 +3,15 @@
 `describe` walks through anything a fit is made of (layers, measures, optax transformations, arrays, functions) and
 says, for every leaf, what it is: numbers as they are, arrays by dtype, shape and a hash, functions by their name, a
 hash of their code, and what they close over. The optimiser `optax.adam(0.1)` is a nest of closures; its rate is found
-in one of them. Global variables that a user's function reads are not looked at.
+in one of them. Global variables that a user's function reads are not looked at. Names are those of the package and of
+the thing in it, not of the module between them, and docstrings do not count: a fit may be resumed after a file was
+moved or a sentence mended.
 
 An object with a method `fingerprint()` describes itself.
 """
 
 import dataclasses
+import dis
 import enum
 import functools
 import importlib.metadata
@@ -118,7 +121,7 @@ def _array(value: np.ndarray | jax.Array) -> str:
 
 
 def _name(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{thing.__module__.partition('.')[0]}: {thing.__qualname__}"
 
 
 def _empty(cell: types.CellType) -> bool:
@@ -129,8 +132,17 @@ def _empty(cell: types.CellType) -> bool:
 
 
 def _code(code: types.CodeType) -> bytes:
-    """The instructions and constants of a function: what it does, without where it was written."""
-    return b"\0".join([code.co_code, repr(code.co_names).encode(), *map(_constant, code.co_consts)])
+    """The instructions and constants of a function: what it does, without where it was written and described.
+
+    Instructions name constants by their place, which a docstring shifts: each is given with the constant itself.
+    """
+    lines = [
+        op.opname.encode() + (_constant(op.argval) if op.opcode in dis.hasconst else repr(op.arg).encode())
+        for op in dis.get_instructions(code)
+        if not (op.opcode in dis.hasconst and isinstance(op.argval, types.CodeType))
+    ]
+    inner = [_code(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return b"\0".join([*lines, repr(code.co_names).encode(), *inner])
 
 
 def _class_code(cls: type) -> bytes:
@@ -147,8 +159,6 @@ def _class_code(cls: type) -> bytes:
 
 
 def _constant(constant: Any) -> bytes:
-    if isinstance(constant, types.CodeType):
-        return _code(constant)
     if isinstance(constant, frozenset):  # whose order changes from process to process
         return repr(sorted(map(repr, constant))).encode()
     return repr(constant).encode()

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 
 from rotsparse._core.orthogonal import worst_error
 from rotsparse.data.devices import Devices
-from rotsparse.fit.solution import History
-from rotsparse.objectives import Bases
-from rotsparse.solvers import Solver
+from rotsparse.engine.solution import History
+from rotsparse.objectives.base import Bases
 
 # Rotations that are further from orthogonal than this are neither saved nor loaded: something is wrong with them.
 NOT_ORTHOGONAL = 1e-3
@@ -29,7 +28,7 @@ class FitState(eqx.Module):
     """
 
     bases: Bases
-    solver: Any
+    method: Any
     best: Bases
     step: Int[np.ndarray, ""]
     best_values: Float[np.ndarray, "restarts"]
@@ -41,18 +40,18 @@ class FitState(eqx.Module):
     seconds: Float[np.ndarray, ""]
 
     @classmethod
-    def first(cls, solver: Solver, starts: Bases, steps: int, checks: int, devices: Devices) -> "FitState":
-        """The state before the first step of a run of so many steps and at most so many checks."""
+    def first(cls, method: Any, starts: Bases, checks: int, devices: Devices) -> "FitState":
+        """The state before the first step of a method, with room for so many checks."""
         leaf = next(iter(starts.values()))
         restarts = len(leaf)
         return cls(
             bases=devices.over_restarts(starts),
-            solver=devices.over_restarts(jax.vmap(solver.init)(starts)),
+            method=devices.over_restarts(jax.vmap(method.init)(starts)),
             best=devices.over_restarts(starts),
             step=np.asarray(0),
             best_values=np.full(restarts, np.inf, leaf.dtype),
             best_step=np.zeros(restarts, int),
-            objective=np.zeros((restarts, steps), leaf.dtype),
+            objective=np.zeros((restarts, method.steps), leaf.dtype),
             checks=np.asarray(0),
             checked_at=np.zeros(checks, int),
             checked=np.zeros((restarts, checks), leaf.dtype),
