@@ -25,10 +25,17 @@ from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
 from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
+from rotsparse.models.inputs import check_tokens
+from rotsparse.models.sequences import PADDING
 from rotsparse.runs import folders, inputs, layer_run
 
 TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
 COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")
+_WRITTEN = {
+    "huggingface": "in huggingface format",
+    "llama2c": "in llama2c format",
+    "gguf": "as a Hugging Face folder",
+}
 CONTROL = "Whether a layer is sparser than the same layer with random weights:"
 
 # A fold is checked on so many sequences of so many tokens.
@@ -49,7 +56,7 @@ def inspect(command: "options.Inspect", console: Console) -> int:
     said = {
         "each MLP": "its inputs and outputs can be rotated (fit-model, fold-model --rotations RUN); its hidden layer "
         "cannot, because an elementwise φ pins its neurons",
-        "the stream": f"can be rotated (fold-model); written in {summary['format']} format: {stream['export']}"
+        "the stream": f"can be rotated (fold-model); written {_WRITTEN[summary['format']]}: {stream['export']}"
         if stream["foldable"]
         else stream["reason"],
     }
@@ -83,6 +90,8 @@ def capture(command: "options.Capture", console: Console) -> int:
         raise Interrupted("interrupted: to go on, give the same command again") from None
     for store in stores:
         console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
+        if heavy := store.manifest.get("heavy_rows"):
+            console.print(f"  {models.HeavyRows(**heavy)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -175,7 +184,7 @@ def fold(command: "options.FoldModel", console: Console) -> int:
         )
     folded = models.fold_stream(model, rotation, tokens)
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer_from = command.source.model if model.format == "huggingface" else None
+    tokenizer_from = None if model.format == "llama2c" else command.source.model
     models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
     difference = np.abs(models.outputs(models.load_model(command.out), tokens) - models.outputs(model, tokens)).max()
     console.print(
@@ -276,19 +285,38 @@ def _layer_numbers(text: str, model: models.Model) -> list[int]:
     return sorted(numbers)
 
 
-def _source(options: "options.TextOptions", model: models.Model) -> models.TextFile | models.TokenFile:
-    """The text or the tokens. Raises `ValueError` where not exactly one is given, or a text comes without tokenizer."""
+def _source(
+    options: "options.TextOptions", model: models.Model
+) -> models.TextFile | models.TokenFile | models.ImageFile:
+    """The text, the tokens or the images. Raises `ValueError` unless exactly one is given, or if a text comes without a
+    tokenizer."""
     if options.tokens is not None and options.text is None:
-        return models.TokenFile(options.tokens)
+        if model.config.patches is not None:
+            return models.ImageFile(options.tokens)
+        named = options.tokenizer or (options.model if _has_tokenizer(options.model) else None)
+        if named is None:
+            return models.TokenFile(options.tokens)
+        tokenizer = models.load_tokenizer(named, model)
+        pad = None if tokenizer.pad in {*tokenizer.prefix, *tokenizer.suffix} else tokenizer.pad
+        return models.TokenFile(options.tokens, pad=pad, special=tokenizer.special)
     if options.text is None or options.tokens is not None:
         raise ValueError("give a text with --text, or token numbers with --tokens (one of them)")
-    if options.tokenizer is None and not options.model.is_dir():
+    if options.tokenizer is None and not (options.model.is_dir() or options.model.suffix == ".gguf"):
         raise ValueError(f"{options.model} comes without a tokenizer: name its file with --tokenizer")
     return models.TextFile(options.text, models.load_tokenizer(options.tokenizer or options.model, model))
 
 
-def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> Int[np.ndarray, "batch tokens"]:
-    """A few sequences of equal length to check a fold on."""
+def _has_tokenizer(model: Path) -> bool:
+    """Whether the model comes with one: beside it in its folder, or inside a GGUF file."""
+    return (model / "tokenizer.json").exists() if model.is_dir() else model.suffix == ".gguf"
+
+
+def _tokens(
+    source: models.TextFile | models.TokenFile | models.ImageFile, model: models.Model
+) -> Int[np.ndarray, "batch tokens"] | Float[np.ndarray, "batch channels height width"]:
+    """A few sequences of equal length, or a few images, to check a fold on."""
+    if isinstance(source, models.ImageFile):
+        return np.array(source.images[:CHECKED_SEQUENCES])
     around = len(source.prefix) + len(source.suffix)
     body = min(CHECKED_LENGTH, model.config.max_positions) - around
     pieces = [piece for piece, _ in itertools.islice(source.sequences(body), CHECKED_SEQUENCES)]
@@ -296,11 +324,9 @@ def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> 
     if not whole:
         raise ValueError(f"{source.path} holds no tokens")
     tokens = np.stack([np.concatenate([source.prefix, piece, source.suffix]).astype(np.int64) for piece in whole])
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"{source.path} has tokens from {tokens.min()} to {tokens.max()}, the model's are 0 to "
-            f"{model.config.vocab_size - 1}: they do not belong together"
-        )
+    if isinstance(source, models.TokenFile) and source.pad is not None:
+        tokens[tokens == PADDING] = source.pad
+    check_tokens(tokens, model.config, source.path)
     return tokens
 
 

@@ -20,7 +20,7 @@ from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
 MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
-_PROGRESS = ("rows", "shards", "complete")
+_PROGRESS = ("rows", "shards", "complete", "heavy_rows")
 
 
 class ActivationStore(Source):

@@ -224,7 +224,10 @@ class Solution:
             arrays = load_npz(path)
             scalars = json.loads(str(arrays["scalars"]))
             certificate = scalars.pop("certificate")
-            under = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
+
+            def under(prefix: str) -> dict[str, Any]:
+                return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
             return cls(
                 bases=under("bases/"),
                 result=Result[scalars.pop("result")],

@@ -5,9 +5,11 @@ An activation is any elementwise JAX function. The functions below carry the nam
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from rotsparse._core.types import AnyArray
@@ -74,8 +76,14 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def as_activation(activation: str | Activation) -> Activation:
-    """The function itself, or the one with that name. Raises `ValueError`, with a list of known names, for others."""
+    """The function itself, or the one with that name.
+
+    Raises `ValueError` for an unknown name, with a list of the known ones, and for a function that does not act on
+    every entry by itself: each is tried on a few numbers.
+    """
     if callable(activation):
+        if activation not in ACTIVATIONS.values():
+            _check_elementwise(activation)
         return activation
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -83,6 +91,41 @@ def as_activation(activation: str | Activation) -> Activation:
             "or any elementwise JAX function"
         )
     return ACTIVATIONS[activation]
+
+
+def _check_elementwise(activation: Activation) -> None:
+    name = getattr(activation, "__name__", type(activation).__name__)
+    way_out = "describe the whole layer as a FunctionLayer, which may be any function"
+    try:
+        reason = _why_not_elementwise(activation)
+    except TypeError:  # it cannot be hashed: a module with arrays in it
+        reason = _why_not_elementwise.__wrapped__(activation) or "it carries parameters of its own"
+    if reason is not None:
+        raise ValueError(f"the activation {name} is not an elementwise function: {reason}. Instead, {way_out}")
+
+
+@lru_cache(256)
+def _why_not_elementwise(activation: Activation) -> str | None:
+    """Try it on a matrix, and on the same numbers in other company."""
+    numbers = np.linspace(-3.1, 2.9, 77, dtype=np.float32)
+    numbers = np.random.default_rng(0).permutation(numbers).reshape(7, 11)
+    others = {"in a smaller array": np.s_[:3, :5], "in another order": np.s_[::-1, ::-1]}
+    try:
+        with jax.ensure_compile_time_eval():
+            whole = np.asarray(activation(jnp.asarray(numbers)))
+            if whole.shape != numbers.shape:
+                return f"of shape [7, 11] it makes {list(whole.shape)}"
+            for where, part in others.items():
+                values = np.asarray(activation(jnp.asarray(numbers[part])))
+                if values.shape != numbers[part].shape or not np.allclose(
+                    values, whole[part], rtol=1e-3, atol=1e-4, equal_nan=True
+                ):
+                    return f"the same numbers {where} have other values (does it carry parameters, or normalise?)"
+    except jax.errors.JAXTypeError:  # it depends on values that are being traced: nothing can be tried
+        return None
+    except Exception as error:
+        return f"on an array of shape [7, 11] it fails with {type(error).__name__}: {str(error)[:200]}"
+    return None
 
 
 def value_and_derivative(activation: Activation, a: AnyArray) -> tuple[Array, Array]:

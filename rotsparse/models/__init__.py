@@ -1,6 +1,6 @@
 """Real trained models: read them, look inside, and put rotations back into them.
 
-    model = models.load_model("path/to/model")                   # a Hugging Face folder, or llama2.c's .bin
+    model = models.load_model("path/to/model")                   # a Hugging Face folder, GGUF, or llama2.c's .bin
     tokenizer = models.load_tokenizer("path/to/model", model)
     text = models.TextFile("text.txt", tokenizer)
     (store,) = models.capture(model, text, [(0, "input")], "activations")
@@ -28,6 +28,7 @@ from rotsparse.models.fold import fold_mlp as fold_mlp
 from rotsparse.models.fold import fold_stream as fold_stream
 from rotsparse.models.fold import obstacle as obstacle
 from rotsparse.models.fold import outputs as outputs
+from rotsparse.models.heavy_rows import HeavyRows as HeavyRows
 from rotsparse.models.language import cross_entropy as cross_entropy
 from rotsparse.models.language import generate as generate
 from rotsparse.models.layers import mlp_layer as mlp_layer
@@ -36,6 +37,7 @@ from rotsparse.models.load import load_model as load_model
 from rotsparse.models.load import load_tokenizer as load_tokenizer
 from rotsparse.models.load import save_model as save_model
 from rotsparse.models.model import Model as Model
+from rotsparse.models.sequences import ImageFile as ImageFile
 from rotsparse.models.sequences import TextFile as TextFile
 from rotsparse.models.sequences import TokenFile as TokenFile
 from rotsparse.models.stream import keep_mean as keep_mean

@@ -7,31 +7,33 @@ depends only on the settings and its number, so an interrupted capture goes on w
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.store import ActivationStore, StoreWriter
+from rotsparse.models.heavy_rows import heavy_rows
+from rotsparse.models.inputs import ImageInputs, TokenInputs
 from rotsparse.models.model import Model
-from rotsparse.models.sequences import TextFile, TokenFile
+from rotsparse.models.sequences import ImageFile, TextFile, TokenFile
 from rotsparse.models.transformer import Point, check_point, run
 
 
 def capture(
     model: Model,
-    source: TextFile | TokenFile,
+    source: TextFile | TokenFile | ImageFile,
     points: Sequence[tuple[int, str]],
     folder: str | os.PathLike,
     *,
     length: int = 128,
     keep: float = 1.0,
     sequences: int | None = None,
+    special: bool = False,
     batch: int = 8,
     seed: int = 0,
     dtype: type = np.float32,
@@ -41,30 +43,37 @@ def capture(
     """Write what passes at `points` into `folder/LAYER.SITE`, a store for each, and open them.
 
     The model sees sequences of `length` tokens (the tokenizer's prefix and suffix included; those positions are not
-    kept), at most `sequences` of them. Of each, the share `keep` of its positions is kept, drawn without replacement by
-    `seed`. `dtype` is float32, or float16 to halve the files. An interrupted capture is taken up where it stopped; a
-    finished one is only opened.
+    kept, nor is padding), at most `sequences` of them. Other special tokens, such as separators between texts, are
+    seen but kept only with `special`. Of what can be kept in each sequence, the share `keep` is, drawn without
+    replacement by `seed`. A model of images sees each whole, whatever `length` is. `dtype` is float32, or float16 to
+    halve the files. An interrupted capture is taken up where it stopped; a finished one is only opened.
+
+    A store's manifest says under `heavy_rows` whether a few rows hold nearly all of the variance (see `heavy_rows`).
 
     Raises `ValueError` for settings that make no sense, tokens that the model does not have, activations that are not
     finite, a folder that another model or other settings wrote to, and one that another capture is writing to.
     """
     wanted = list(dict.fromkeys(check_point(model.config, point) for point in points))
-    body = length - len(source.prefix) - len(source.suffix)
     if not wanted:
         raise ValueError("no points to capture: give at least one, such as (0, 'input')")
-    if not 0 < keep <= 1 or body < 1 or length > model.config.max_positions:
-        raise ValueError(
-            f"capture needs 0 < keep <= 1, and sequences longer than their {length - body} special tokens and at most "
-            f"the model's {model.config.max_positions} positions: got keep={keep}, length={length}"
-        )
+    if not 0 < keep <= 1:
+        raise ValueError(f"capture needs 0 < keep <= 1: got keep={keep}, length={length}")
     if np.dtype(dtype) not in (np.float32, np.float16):
         raise ValueError(f"activations are stored as float32 or float16, not {np.dtype(dtype)}")
+    if isinstance(source, ImageFile) != (model.config.patches is not None):
+        kind = "images (an ImageFile)" if model.config.patches else "tokens (a TextFile or a TokenFile)"
+        raise ValueError(f"a {model.config.architecture} model sees {kind}, got a {type(source).__name__}")
+    if isinstance(source, ImageFile):
+        inputs: TokenInputs | ImageInputs = ImageInputs(model, source, sequences, batch)
+    else:
+        inputs = TokenInputs(model, source, length, sequences, batch, special)
     width = max(_width(model, point) for point in wanted)
-    per_shard = _sequences_per_shard(shard_bytes, round(keep * body) or 1, width * np.dtype(dtype).itemsize, batch)
+    rows = round(keep * inputs.positions) or 1
+    per_shard = _sequences_per_shard(shard_bytes, rows, width * np.dtype(dtype).itemsize, batch)
     settings = {
         "model": model.fingerprint(),
         "architecture": model.config.architecture,
-        "tokens": {**source.identity(), "length": length, "sequences": sequences, "keep": keep, "seed": seed},
+        "tokens": {**inputs.identity(), "keep": keep, "seed": seed},
         "sequences_per_shard": per_shard,
         "batch": batch,
         "dtype": np.dtype(dtype).name,
@@ -84,7 +93,7 @@ def capture(
         try:
             writers = open_writers()  # again, now that nobody else writes
             first = min(writer.shards for writer in writers)
-            work = _Work(model, source, tuple(wanted), length, body, keep, sequences, batch, seed, np.dtype(dtype))
+            work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
             with _bar(progress) as bar:
                 task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
                 for shard, batches in work.shards(per_shard, first, partial(bar.update, task)):
@@ -99,7 +108,14 @@ def capture(
             lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
-    return [writer.finish() for writer in writers]
+    return [_finished(writer) for writer in writers]
+
+
+def _finished(writer: StoreWriter) -> ActivationStore:
+    if not writer.complete:
+        heavy = heavy_rows(ActivationStore(writer.folder, writer.manifest))
+        writer.manifest["heavy_rows"] = None if heavy is None else asdict(heavy)
+    return writer.finish()
 
 
 @dataclass(frozen=True)
@@ -107,12 +123,9 @@ class _Work:
     """Everything that determines the rows."""
 
     model: Model
-    source: TextFile | TokenFile
+    inputs: TokenInputs | ImageInputs
     points: tuple[Point, ...]
-    length: int
-    body: int  # tokens of a sequence that are neither prefix nor suffix
     keep: float
-    sequences: int | None
     batch: int
     seed: int
     dtype: np.dtype
@@ -121,42 +134,31 @@ class _Work:
         self, per_shard: int, first: int, progress: Callable
     ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
         """Every shard from number `first` on: its number, and its rows in batches, an array for each point."""
-        lines = itertools.islice(self.source.sequences(self.body), self.sequences)
-        params = jax.tree.map(jnp.asarray, self.model.params)
+        # Where the weights lie in memory as JAX needs them they are used there, not copied.
+        params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), self.model.params)
 
         def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
             for start in range(0, len(group), self.batch):
                 chunk = group[start : start + self.batch]
-                yield self._rows(params, [line for line, _ in chunk], shard * per_shard + start)
+                yield self._rows(params, [piece for piece, _ in chunk], shard * per_shard + start)
                 progress(completed=chunk[-1][1])
 
         # Tokens of finished shards are read over, not run.
-        for shard, group in enumerate(itertools.islice(_groups(lines, per_shard), first, None), start=first):
+        groups = _groups(self.inputs.pieces(), per_shard)
+        for shard, group in enumerate(itertools.islice(groups, first, None), start=first):
             yield shard, batches(shard, group)
 
-    def _rows(self, params, lines: list[np.ndarray], number: int) -> list[np.ndarray]:
+    def _rows(self, params, pieces: list[np.ndarray], number: int) -> list[np.ndarray]:
         """The kept rows of a batch whose first sequence has that number."""
-        tokens, mask, kept = self._batch(lines, number)
-        seen = _forward(params, tokens, mask, config=self.model.config, points=self.points)
-        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
-
-    def _batch(self, lines, number) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens `[batch, length]`, False where there are none, True where the row is kept."""
-        shape = (self.batch, self.length)
-        tokens, mask, kept = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
-        for i, body in enumerate(lines):
-            line = [*self.source.prefix, *body, *self.source.suffix]
-            if min(line) < 0 or max(line) >= self.model.config.vocab_size:
-                raise ValueError(
-                    f"{self.source.path} has tokens from {min(line)} to {max(line)}, the model's are 0 to "
-                    f"{self.model.config.vocab_size - 1}: they do not belong together"
-                )
-            tokens[i, : len(line)], mask[i, : len(line)] = line, True
+        inputs, mask, counts = self.inputs.batch(pieces)
+        kept = np.zeros_like(counts)
+        for i in range(len(pieces)):
+            places = np.flatnonzero(counts[i])
             # The draw depends on nothing but the seed and the sequence's number.
             rng = np.random.default_rng([self.seed, number + i])
-            chosen = rng.choice(len(body), size=max(1, round(self.keep * len(body))), replace=False)
-            kept[i, len(self.source.prefix) + chosen] = True
-        return tokens, mask, kept
+            kept[i, rng.choice(places, size=max(1, round(self.keep * len(places))), replace=False)] = True
+        seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
+        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
 
 
 def _groups(items: Iterator, size: int) -> Iterator[list]:
