@@ -108,7 +108,7 @@ def benchmark(
 
     `fit` holds further arguments of `find_rotations`; `restarts=2` or more tell whether other starts find the same
     directions. Where `train` is a source, the baselines see the part of it that a fit keeps in memory. `nulls` are
-    fitted the same way to the same activations: by default three redraws by `controls.random_weights(layer)`, because
+    fitted the same way to the same activations: by default three redraws by `random_weights(layer)`, because
     redraws differ by more than the examples' intervals say (for a layer without weights of its own, a `FunctionLayer`
     say, there are none unless given).
 

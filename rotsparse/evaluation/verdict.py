@@ -97,7 +97,7 @@ def identifiability(
 ) -> Identifiability:
     """Report on a fit by `find_rotations`, with two restarts or more, of `layer` on `x`.
 
-    `nulls`: null models (`controls.random_weights`, `controls.shuffled_inputs`) as layer, inputs and the solution of
+    `nulls`: null models (by `random_weights`, `shuffled_inputs`) as layer, inputs and the solution of
     the same fit. `cosine`: from which |cos| on two restarts are said to agree on a direction.
 
     Raises `ValueError` without nulls, or for a solution with a single restart.

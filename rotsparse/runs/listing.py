@@ -78,7 +78,9 @@ def _run(folder: Path) -> Run:
     if state == folders.INTERRUPTED:
         note = f"{note}; --resume goes on".removeprefix("; ")
 
-    logs = {path.parent: read_log(path.parent) for path in folder.rglob(LOG)}
+    logged = {path.parent for path in folder.rglob(LOG)}
+    # The stages of a fit have folders, and logs, within its own.
+    logs = {path: read_log(path) for path in logged if not logged & set(path.parents)}
     checked = [min(line["checked"]) for lines in logs.values() for line in lines if _finite(line.get("checked"))]
     last = max(logs, key=lambda path: (path / LOG).lstat().st_mtime, default=None)
     lines = [] if last is None else logs[last]

@@ -187,7 +187,7 @@ def test_directions_outside_the_active_subspace_do_not_count(rng):
         layer, x, key=jax.random.key(key), restarts=2, method=rs.default_method(steps=20), active_subspace=0.99
     )
     report = identifiability(layer, x, fit(0), [(layer, x, fit(1))])
-    assert report.sides["in"].fitted.sum() == 3
+    assert report.sides["in"].free.sum() == 3
     assert report.sides["in"].identified(0.0) == 3
 
 

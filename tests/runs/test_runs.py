@@ -186,6 +186,9 @@ def test_the_list_of_runs(tmp_path):
             folders.write_json(folder / "config.json", config)
             folders.write_json(folder / "metrics.json", {"result": result})
             log(folder, [0.5, 0.4], [0.3, 0.45], None)
+            stage = folder / "stage-1" / "look"  # a stage of the same fit, the last to write
+            stage.mkdir(parents=True)
+            log(stage, None)
     for name, error in {"stopped": KeyboardInterrupt(), "broken": OSError("disk on fire")}.items():
         with pytest.raises(type(error)):
             begin(tmp_path / name, then=error, config=config)
@@ -200,6 +203,7 @@ def test_the_list_of_runs(tmp_path):
         "now.unfinished": "running",
     }
     assert (listed["good"].step, listed["good"].steps, listed["good"].value) == (30, 50, 0.3)
+    assert listed["good"].note == ""
     assert listed["now.unfinished"].value == 0.9
     assert listed["broken.unfinished"].note == "disk on fire"
     assert "--resume" in listed["stopped.unfinished"].note
