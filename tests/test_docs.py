@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from helpers import ROOT, SHARED
 from rotsparse.cli import commands
 from rotsparse.evaluation.substitution import KeepLargest, substitute
 from rotsparse.examples import digits
 from rotsparse.layers.files import load_layer
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
-STORIES = ROOT.parent / "shared" / "data"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -75,7 +74,7 @@ def test_the_recipe_for_sparse_inference_prints_its_figures(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not STORIES.exists(), reason="needs the experiments' data (stories260K) in ../shared/data")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the experiments' data (stories260K) in ../shared/data")
 @pytest.mark.parametrize(("page", "block"), [("docs/models.md", 0), ("docs/sparse_inference.md", 2)])
 def test_the_examples_with_a_real_model_run(page, block, folder, few_steps):
     for name, file in {
@@ -83,7 +82,7 @@ def test_the_examples_with_a_real_model_run(page, block, folder, few_steps):
         "tok512.bin": "stories260k/tok512.bin",
         "stories.txt": "text/ts_sample.txt",
     }.items():
-        Path(name).symlink_to(STORIES / file)
+        Path(name).symlink_to(SHARED / file)
     folded = run(blocks(page, "python")[block])["folded"]
     assert folded.exact_error < 1e-9 * folded.scale
 

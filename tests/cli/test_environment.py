@@ -223,9 +223,8 @@ def test_sixty_kills(inputs):
     """Kill -9 at random moments of every command: nothing half-written is taken for whole, and the same command given
     again (with --resume or --overwrite where it asks for one) succeeds."""
     rng = np.random.default_rng(0)
-    from tiny_models import tiny_llama2c
-
     from rotsparse.models import open_store, save_model
+    from tiny_models import tiny_llama2c
 
     save_model(tiny_llama2c(), "model.bin")
     np.save("tokens.npy", rng.integers(0, 31, 4000))

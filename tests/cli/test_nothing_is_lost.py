@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import tiny_llama2c
 
 from rotsparse._core import files
 from rotsparse.cli import main as cli
 from rotsparse.evaluation import baselines
 from rotsparse.models import save_model
 from rotsparse.report import figures
+from tiny_models import tiny_llama2c
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
 QUICK = ("--solver", "adam", "--steps", "3", "--restarts", "1")
