@@ -80,7 +80,7 @@ class CompiledFit:
 
 def _compiled(function: Any, *arguments: Any) -> Any:
     """The function, compiled for such arguments; as it is under `jax_disable_jit`."""
-    return function if jax.config.jax_disable_jit else function.lower(*arguments).compile()
+    return function if jax.config.read("jax_disable_jit") else function.lower(*arguments).compile()
 
 
 @eqx.filter_jit
