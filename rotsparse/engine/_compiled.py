@@ -15,6 +15,9 @@ from rotsparse.engine._state import FitState
 from rotsparse.objectives.base import Objective, reading, sampled
 
 
+_DISABLED = "jax_disable_jit"
+
+
 class CompiledFit:
     """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples. Examples
     that are not in memory are fetched for one stretch at a time, the next one's while the steps of this one run."""
@@ -80,7 +83,7 @@ class CompiledFit:
 
 def _compiled(function: Any, *arguments: Any) -> Any:
     """The function, compiled for such arguments; as it is under `jax_disable_jit`."""
-    return function if jax.config.read("jax_disable_jit") else function.lower(*arguments).compile()
+    return function if getattr(jax.config, _DISABLED) else function.lower(*arguments).compile()
 
 
 @eqx.filter_jit
