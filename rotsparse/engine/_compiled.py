@@ -14,7 +14,6 @@ from rotsparse.data.sources import read_ahead
 from rotsparse.engine._state import FitState
 from rotsparse.objectives.base import Objective, reading, sampled
 
-
 _DISABLED = "jax_disable_jit"
 
 
