@@ -14,6 +14,8 @@ from rotsparse.data.sources import read_ahead
 from rotsparse.engine._state import FitState
 from rotsparse.objectives.base import Objective, reading, sampled
 
+_DISABLED = "jax_disable_jit"
+
 
 class CompiledFit:
     """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples. Examples
@@ -31,8 +33,8 @@ class CompiledFit:
         self._shared, self._layout = shared, devices.layout((*shared, *self._bounds(0, 0)))
         self._placed_keys = devices.over_restarts(keys)
         self._judged_on, self._judged_layout = judged_on, devices.layout(judged_on)
-        self._slice = _run_slice.lower(*self._slice_arguments(state, 0, 0)).compile()
-        self._values = values_of.lower(devices, self._judged_layout, judged_on, state.bases).compile()
+        self._slice = _compiled(_run_slice, *self._slice_arguments(state, 0, 0))
+        self._values = _compiled(values_of, devices, self._judged_layout, judged_on, state.bases)
 
     def advance(self, state: FitState, count: int) -> tuple[FitState, Float[np.ndarray, "restarts count"]]:
         """The state `count` steps later, and the objective before each of these steps. At most up to the end of the
@@ -78,6 +80,11 @@ class CompiledFit:
         return reading(self._objective, _step_keys(self._keys, steps), self._batch_size, self._devices)
 
 
+def _compiled(function: Any, *arguments: Any) -> Any:
+    """The function, compiled for such arguments; as it is under `jax_disable_jit`."""
+    return function if getattr(jax.config, _DISABLED) else function.lower(*arguments).compile()
+
+
 @eqx.filter_jit
 def _run_slice(devices: Devices, layout, shared, restarts, fetched, stretch: int):
     """Steps `begin` to `end` of every restart, all of them in one stretch. The bounds are traced, so one compilation
@@ -89,6 +96,7 @@ def _run_slice(devices: Devices, layout, shared, restarts, fetched, stretch: int
         def run(bases, state, key, fetched):
             def body(i, carry):
                 bases, state, history = carry
+                i = jnp.asarray(i)  # a plain number under `jax_disable_jit`
                 key_i = jax.random.fold_in(key, i)
                 rows = None if fetched is None else jax.tree.map(lambda x: x[i % stretch], fetched)
                 batch = sampled(objective, key_i, method.batch_size, method.submatrix, rows)

@@ -219,7 +219,8 @@ def test_files_that_may_not_grow(inputs):
 
 
 @pytest.mark.slow
-def test_sixty_kills(inputs):
+@pytest.mark.parametrize("count", [7, 60])
+def test_kills(count, inputs):
     """Kill -9 at random moments of every command: nothing half-written is taken for whole, and the same command given
     again (with --resume or --overwrite where it asks for one) succeeds."""
     rng = np.random.default_rng(0)
@@ -244,7 +245,7 @@ def test_sixty_kills(inputs):
         begun = time.monotonic()
         assert ran(*way)[0] == 0
         seconds = time.monotonic() - begun
-        for _ in range(60 // len(ways) + 1):
+        for _ in range(-(-count // len(ways))):
             if name == "capture":
                 subprocess.run(["rm", "-r", "store"], check=True)
             if name == "fold-model":

@@ -67,7 +67,7 @@ def test_a_run_folder_from_elsewhere_reads_nothing_of_mine(fitted, rotsparse, tm
         code, said = rotsparse("report", "run")
         assert code == 2 and ("has no hash of it" in said or "has changed since" in said), said
     for path in ("../secret.npy", "figures/../../secret.npy"):
-        config_of(fitted, activations=path)
+        config_of(fitted, activations=path, inputs=config["inputs"])
         code, said = rotsparse("report", "run")
         assert code == 2 and "which is no file within run: it is not read" in said
     (fitted / "x.npy").symlink_to(secret)
