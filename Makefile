@@ -9,12 +9,13 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test slow lint format docs bench experiments fetch-smollm2 fuzz clean
+.PHONY: help demo test quick slow lint format docs bench experiments fetch-smollm2 fuzz clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
-	@echo "make test         fast tests          make slow    long tests, and those against other libraries"
+	@echo "make test         all but long tests  make quick   those of a second or two, while you work"
+	@echo "make slow         long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
@@ -46,8 +47,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 demo: $(VENV)/.installed-core
 	$(BIN)/rotsparse demo --out runs/demo --overwrite
 
+# How many processes run the tests. Each takes up to 4 GB.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 test: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+quick: $(VENV)/.installed-tests
+	$(PYTEST) -m "not medium and not slow and not peers" $(ARGS)
 
 slow: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "slow or peers" $(ARGS)

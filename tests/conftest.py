@@ -1,7 +1,18 @@
 """Fixtures shared by all tests, and how hypothesis runs here."""
 
+import os
 import signal
 import sys
+
+from helpers import ROOT
+
+# Most of the time of a test is spent in compiling. What was compiled once is kept, for the other tests, the processes
+# beside this one and those that tests start, and the next run. Before JAX is imported, which reads these once.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
 
 import jax
 import jaxtyping
@@ -53,7 +64,7 @@ def strict():
 
 @pytest.fixture
 def untyped():
-    """Annotations are not checked: for arguments that are wrong on purpose, which our own checks must refuse."""
+    """Annotations are not checked: for arguments that are wrong on purpose, which a check of our own has to refuse."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -67,9 +78,8 @@ def rng():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder that is the current one, and holds what JAX compiles: the user's own cache is left alone."""
+    """An empty folder that is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 
 

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from helpers import ROOT, SHARED
 from rotsparse.evaluation.substitution import KeepLargest, substitute
 from rotsparse.examples import digits
 from rotsparse.layers.files import load_layer, save_layer
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(FILES)}
-STORIES = ROOT.parent / "shared" / "data"
 needs_stories = pytest.mark.skipif(
-    not STORIES.exists(), reason="needs the experiments' data (stories260K) in ../shared/data"
+    not SHARED.exists(), reason="needs the experiments' data (stories260K) in ../shared/data"
 )
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -157,7 +156,7 @@ def link_stories() -> None:
         "tok512.bin": "stories260k/tok512.bin",
         "stories.txt": "text/ts_sample.txt",
     }.items():
-        Path(name).symlink_to(STORIES / file)
+        Path(name).symlink_to(SHARED / file)
 
 
 @pytest.mark.slow

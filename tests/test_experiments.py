@@ -12,11 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 
 import rotsparse as rs
+from helpers import ROOT, SHARED
 from rotsparse._core.intervals import Interval
 from rotsparse.engine.solution import Result
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 INTERRUPTED = Result.INTERRUPTED
 
 
@@ -220,14 +219,14 @@ def test_networks_whose_files_are_missing_say_where_to_get_them(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "stories260k").exists(), reason=f"there is no {DATA}/stories260k")
+@pytest.mark.skipif(not (SHARED / "stories260k").exists(), reason=f"there is no {SHARED}/stories260k")
 def test_stories260k_at_tiny_size(tmp_path, monkeypatch):
     import stories260k
 
     monkeypatch.setattr(stories260k, "SPARSITIES", (25, 50))
     effort = dataclasses.replace(stories260k.quick(stories260k.Config()).effort, steps=300)
     config = stories260k.Config(
-        data=DATA,
+        data=SHARED,
         out=tmp_path / "out",
         samples=(24, 6, 6),
         length=128,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT
 
 PACKAGE = ROOT / "rotsparse"
@@ -27,7 +28,7 @@ FLOORS = [
 ]
 MOST_LINES = 400
 MOST_LEVELS = 12  # of packages
-MOST_MODULES = 17  # in the longest chain of imports
+MOST_MODULES = 18  # in the longest chain of imports
 
 
 def name_of(file: Path) -> str:

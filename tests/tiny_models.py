@@ -1,11 +1,11 @@
 """Tiny random models of every architecture, made without any other library."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers import SHARED
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.families import family_of, read_config
 from rotsparse.models.model import Model, expected_shape, nested
@@ -77,7 +77,7 @@ RAW = {
 # Architectures whose residual stream can be rotated.
 FOLDABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")
 
-STORIES = Path(__file__).parents[2] / "../shared/data/stories260k"
+STORIES = SHARED / "stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories260K is not at ../shared/data/stories260k")
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotsparse._core import checks, files
+from rotsparse._core.printable import visible
 from rotsparse.cli import model_commands
 from rotsparse.cli import options as opt
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
@@ -104,7 +105,7 @@ def demo(command: "opt.Demo") -> int:
             config=config,
             console=console,
         )
-    console.print(f"report: {command.out / 'report.html'}")
+    console.print(f"report: {visible(command.out / 'report.html')}")
     return 0 if layer_run.succeeded(solution) else 1
 
 
@@ -120,7 +121,7 @@ def fit(command: "opt.Fit") -> int:
         solution = layer_run.run(
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )
-    console.print(f"report: {run.out / 'report.html'}")
+    console.print(f"report: {visible(run.out / 'report.html')}")
     known = {field.name: getattr(command.layer, field.name) for field in dataclasses.fields(opt.LayerOptions)}
     rest = f"--rotations {shlex.quote(str(run.out))} --out {shlex.quote(str(run.out / 'folded.safetensors'))}"
     console.print(
@@ -195,7 +196,7 @@ def fold(command: "opt.Fold") -> int:
     folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
     console.print(
-        f"wrote {command.out}: the same function in rotated coordinates, to {folded.error:.1e} "
+        f"wrote {visible(command.out)}: the same function in rotated coordinates, to {folded.error:.1e} "
         f"(outputs have root mean square {folded.scale:.2g})",
         highlight=False,
     )
@@ -245,7 +246,7 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
         function_error=metrics["function_error"],
         console=console,
     )
-    console.print(f"report: {run / 'report.html'}")
+    console.print(f"report: {visible(run / 'report.html')}")
 
 
 def _rotations(path: Path) -> Rotations:

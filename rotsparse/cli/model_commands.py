@@ -17,7 +17,7 @@ from rotsparse import models
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
-from rotsparse._core.printable import markdown
+from rotsparse._core.printable import markdown, visible
 from rotsparse.cli import options
 from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
@@ -89,7 +89,8 @@ def capture(command: "options.Capture", console: Console) -> int:
     except KeyboardInterrupt:
         raise Interrupted("interrupted: to go on, give the same command again") from None
     for store in stores:
-        console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
+        said = f"{visible(store.folder)}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each"
+        console.print(said, highlight=False)
         if heavy := store.manifest.get("heavy_rows"):
             console.print(f"  {models.HeavyRows(**heavy)}", highlight=False, soft_wrap=True)
     return 0
@@ -152,7 +153,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"a report for each layer: {run.out}/layer-*/report.html")
+    console.print(f"a report for each layer: {visible(run.out)}/layer-*/report.html")
     console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
 
@@ -188,7 +189,7 @@ def fold(command: "options.FoldModel", console: Console) -> int:
     models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
     difference = np.abs(models.outputs(models.load_model(command.out), tokens) - models.outputs(model, tokens)).max()
     console.print(
-        f"wrote {command.out}: the stream is in rotated coordinates\n"
+        f"wrote {visible(command.out)}: the stream is in rotated coordinates\n"
         f"on {tokens.size} tokens, outputs of up to {folded.scale:.3g} differ by up to {folded.error:.1e} "
         f"(by rounding the weights {folded.rounded_error:.1e}, in float64 throughout {folded.exact_error:.1e})\n"
         f"read back from the file: outputs differ by up to {difference:.1e}",
@@ -228,7 +229,8 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
             save_layer(part / "layer.safetensors", models.mlp_layer(folded, i))
             shutil.copy(path, part)
     console.print(
-        f"wrote {command.out}: layer files of {len(files)} MLPs, each in coordinates of its own, and their rotations\n"
+        f"wrote {visible(command.out)}: layer files of {len(files)} MLPs, each in coordinates of its own, and their "
+        "rotations\n"
         f"on {tokens.size} tokens, outputs of up to {np.abs(before).max():.3g} differ by up to "
         f"{np.abs(after - before).max():.1e} "
         f"(in float64 throughout, one MLP at a time, {max(step.exact_error for step in steps):.1e})",

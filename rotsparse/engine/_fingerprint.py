@@ -121,7 +121,7 @@ def _array(value: np.ndarray | jax.Array) -> str:
 
 
 def _name(thing: Any) -> str:
-    return f"{thing.__module__.partition('.')[0]}: {thing.__qualname__}"
+    return f"{str(thing.__module__).partition('.')[0]}: {thing.__qualname__}"  # generated functions have no module
 
 
 def _empty(cell: types.CellType) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from rotsparse._core.orthogonal import worst_error
 from rotsparse.data.devices import Devices
-from rotsparse.engine.solution import History
+from rotsparse.engine.history import History
 from rotsparse.objectives.base import Bases
 
 # Rotations that are further from orthogonal than this are neither saved nor loaded: something is wrong with them.

@@ -17,6 +17,7 @@ from rotsparse._core.alignment import match
 from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.orthogonal import exact_error
 from rotsparse._core.reading import load_npz
+from rotsparse.engine.history import History
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.base import Bases, Objective
 
@@ -48,20 +49,6 @@ class Result(enum.Enum):
     def ok(self) -> bool:
         """Whether the fit ran to its end and found something better than its start."""
         return self in (Result.ALL_STEPS, Result.CONVERGED)
-
-
-@dataclasses.dataclass(frozen=True)
-class History:
-    """The course of a fit, one row a restart.
-
-    `objective[r, t]` is the objective (on the step's minibatch, if any) before step t. `checked[r, c]` is the objective
-    by which rotations are chosen (held-out where there is validation data, otherwise that of all examples), after
-    `checked_at[c]` steps; the first column is the start.
-    """
-
-    objective: np.ndarray
-    checked_at: np.ndarray
-    checked: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,10 @@ from rotsparse._core import checks
 from rotsparse._core.orthogonal import haar
 from rotsparse._core.types import Data
 from rotsparse.data.sources import Mapped, Source, in_memory
+from rotsparse.engine.history import History
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
-from rotsparse.engine.solution import History, Result, Solution
+from rotsparse.engine.solution import Result, Solution
 from rotsparse.fit.find_rotations import kept_moments
 from rotsparse.fit.minimize import minimize
 from rotsparse.layers.base import Layer

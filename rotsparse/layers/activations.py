@@ -95,13 +95,16 @@ def as_activation(activation: str | Activation) -> Activation:
 
 def _check_elementwise(activation: Activation) -> None:
     name = getattr(activation, "__name__", type(activation).__name__)
-    way_out = "describe the whole layer as a FunctionLayer, which may be any function"
-    try:
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(activation) if isinstance(leaf, jax.Array | np.ndarray)]
+    if shapes:
+        reason = f"carries parameters of its own, of shape {' and '.join(map(str, shapes))}"
+    else:
         reason = _why_not_elementwise(activation)
-    except TypeError:  # it cannot be hashed: a module with arrays in it
-        reason = _why_not_elementwise.__wrapped__(activation) or "it carries parameters of its own"
     if reason is not None:
-        raise ValueError(f"the activation {name} is not an elementwise function: {reason}. Instead, {way_out}")
+        raise ValueError(
+            f"the activation {name} {reason}. Expected a function that acts on every entry by itself, and alike. "
+            "Instead, describe the whole layer as a FunctionLayer, which may be any function"
+        )
 
 
 @lru_cache(256)
@@ -114,17 +117,17 @@ def _why_not_elementwise(activation: Activation) -> str | None:
         with jax.ensure_compile_time_eval():
             whole = np.asarray(activation(jnp.asarray(numbers)))
             if whole.shape != numbers.shape:
-                return f"of shape [7, 11] it makes {list(whole.shape)}"
+                return f"makes {list(whole.shape)} of shape [7, 11]"
             for where, part in others.items():
                 values = np.asarray(activation(jnp.asarray(numbers[part])))
                 if values.shape != numbers[part].shape or not np.allclose(
                     values, whole[part], rtol=1e-3, atol=1e-4, equal_nan=True
                 ):
-                    return f"the same numbers {where} have other values (does it carry parameters, or normalise?)"
+                    return f"gives the same numbers other values {where} (does it normalise, or have parameters?)"
     except jax.errors.JAXTypeError:  # it depends on values that are being traced: nothing can be tried
         return None
     except Exception as error:
-        return f"on an array of shape [7, 11] it fails with {type(error).__name__}: {str(error)[:200]}"
+        return f"fails on an array of shape [7, 11] with {type(error).__name__}: {str(error)[:200]}"
     return None
 
 

@@ -36,11 +36,26 @@ _COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "norm_eps", "skip")
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All named arrays of a safetensors or `.npz` file; the array of a `.npy` file is called "array".
+    """All named arrays of a safetensors or `.npz` file; the array of a `.npy` file is called "array". Half precision
+    becomes float32.
 
     Raises `ValueError` if the file is missing, damaged, or of another kind.
     """
     path = Path(path)
+    return {name: _widened(path, array) for name, array in _stored(path).items()}
+
+
+def _widened(path: Path, array: np.ndarray) -> np.ndarray:
+    """float16 and bfloat16 as float32: too coarse to rotate in."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} holds {array.dtype.str}, numbers of two bytes whose type NumPy did not keep: save them "
+            "as float32, np.load(path).view(ml_dtypes.bfloat16).astype('float32')"
+        )
+    return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
     match path.suffix:
         case ".safetensors":
             return load_safetensors(path)[0]

@@ -21,8 +21,12 @@ class FunctionLayer(Layer):
     function: Callable[[Array], Array]
     d_in: int = eqx.field(static=True)
     d_out: int = eqx.field(static=True)
-    r_in: Matrix | None = None
-    r_out: Matrix | None = None
+    r_in: Matrix | None
+    r_out: Matrix | None
+
+    def __init__(self, function: Callable[[Array], Array], d_in: int, d_out: int):
+        self.function, self.d_in, self.d_out = function, d_in, d_out
+        self.r_in = self.r_out = None
 
     def _rotated(self, z):
         y = self.function(z if self.r_in is None else self.r_in.T @ z)

@@ -4,6 +4,7 @@ Tensors are read one at a time and come as float32 (float64 stays), aligned so t
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,12 +95,17 @@ class Checkpoint:
 
 def aligned(array: np.ndarray, dtype) -> np.ndarray:
     """A copy of this type, contiguous, at an address that JAX takes without copying again."""
-    size = array.size * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + size].view(dtype).reshape(array.shape)
+    copy = aligned_empty(array.shape, dtype)
     copy[...] = array
     return copy
+
+
+def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that is yet to be filled, at such an address."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def settled(array: np.ndarray) -> np.ndarray:

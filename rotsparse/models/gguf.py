@@ -88,7 +88,7 @@ def _parameters(file: GgufFile, name: str, config: TransformerConfig) -> Iterato
             f"{' and '.join(f'{p} {list(s)}' for p, s in wanted.items())} ([out, in])"
         )
     array = file.floats(name)
-    parts = np.split(array, np.cumsum(rows)[:-1]) if len(rows) > 1 else [array]
+    parts = np.split(array, np.cumsum([row or 0 for row in rows])[:-1]) if len(rows) > 1 else [array]
     for param, part in zip(params, parts, strict=True):
         if any(w not in (None, n) for w, n in zip(wanted[param], part.shape, strict=True)):
             raise ValueError(f"{file.path}: {param} has shape {list(part.shape)}, expected {list(wanted[param])}")

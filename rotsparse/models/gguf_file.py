@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from rotsparse.models.checkpoint import aligned, is_lfs_pointer
+from rotsparse.models.checkpoint import aligned, aligned_empty, is_lfs_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+_NUMBERS = 1 << 20  # that are dequantised together
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,22 @@ class GgufFile:
     def floats(self, name: str) -> np.ndarray:
         """A tensor, dequantised to float32. Raises `ValueError` where its format is unknown."""
         gguf, tensor = library(), self.tensors[name]
-        first = self._start + tensor.start
-        stored = self._data[first : first + tensor.size]
+        # Read, not mapped: pages of a map would stay in memory beside the weights.
+        stored = np.fromfile(self.path, np.uint8, tensor.size, offset=self._start + tensor.start)
         kind = gguf.GGMLQuantizationType(tensor.kind)
         if kind.name in ("F32", "F16"):
             return aligned(stored.view("<f4" if kind.name == "F32" else "<f2").reshape(tensor.shape), np.float32)
         block, size = gguf.GGML_QUANT_SIZES[kind]
+        columns = tensor.shape[-1]
+        rows, floats = stored.reshape(-1, columns // block * size), aligned_empty(tensor.shape, np.float32)
+        step = max(1, _NUMBERS // columns)
         try:
-            rows = stored.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size)
-            return aligned(gguf.dequantize(rows, kind), np.float32)
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                floats.reshape(-1, columns)[start : start + step] = gguf.dequantize(part, kind)
         except NotImplementedError:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} is {kind.name}, which the gguf library cannot read"
-            ) from None
+            raise ValueError(f"{self.path}: the gguf library cannot read tensor {name!r}, a {kind.name}") from None
+        return floats
 
     def _description(self, cursor: "_Cursor") -> tuple[str, GgufTensor]:
         gguf = library()

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from pathlib import Path
 
@@ -147,7 +148,7 @@ class Llama2cTokenizer:
 
     prefix: Sequence[int] = (1,)
     suffix: Sequence[int] = ()
-    special = frozenset((0, 1, 2))
+    special: AbstractSet[int] = frozenset((0, 1, 2))
     pad: int | None = None
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):

@@ -21,11 +21,20 @@ class Tokenizer(Protocol):
     """Text to token numbers and back. `prefix` and `suffix` are what the model expects around every sequence;
     `special` are the tokens that stand for no text (separators too), `pad` is the one that fills up sequences."""
 
-    vocab_size: int
-    prefix: Sequence[int]
-    suffix: Sequence[int]
-    special: AbstractSet[int]
-    pad: int | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def prefix(self) -> Sequence[int]: ...
+
+    @property
+    def suffix(self) -> Sequence[int]: ...
+
+    @property
+    def special(self) -> AbstractSet[int]: ...
+
+    @property
+    def pad(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -159,8 +168,13 @@ class HuggingFaceTokenizer:
                 f"{path} has token number {max(words)}, but the model has embeddings for {vocab_size} only: "
                 "they do not belong together"
             )
+        self.prefix: Sequence[int]
+        self.suffix: Sequence[int]
         self.prefix, self.suffix = _around(fast, path)
-        self.special = frozenset(i for i, token in added.items() if token.special) | {*self.prefix, *self.suffix}
+        self.special: AbstractSet[int] = frozenset(i for i, token in added.items() if token.special) | {
+            *self.prefix,
+            *self.suffix,
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without `prefix` and `suffix`."""

@@ -1,7 +1,10 @@
 """What runs there are in a folder, and how they are doing."""
 
+import contextlib
 import dataclasses
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from rich.text import Text
 
 from rotsparse._core.lock import held
 from rotsparse._core.printable import visible
+from rotsparse._core.record import is_temporary
 from rotsparse.engine._log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
@@ -33,10 +37,18 @@ def runs_in(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    known = {path.parent for name in (folders.STATUS, folders.CONFIG) for path in folder.rglob(name)}
-    found = {path for path in known if folders.is_run(path)}
-    # The parts of a run are not runs of their own.
-    return [_run(path) for path in sorted(found) if not found & set(path.parents)]
+    return [_run(path) for path in sorted(_found(folder))]
+
+
+def _found(folder: Path) -> Iterator[Path]:
+    """The run folders at and below a folder; the parts of a run are not runs of their own."""
+    if folders.is_run(folder):
+        yield folder
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what may not be looked at has no runs
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and not is_temporary(entry.name):
+                yield from _found(Path(entry.path))
 
 
 def table(folder: str | Path) -> Table:
@@ -68,7 +80,7 @@ def _run(folder: Path) -> Run:
 
     logs = {path.parent: read_log(path.parent) for path in folder.rglob(LOG)}
     checked = [min(line["checked"]) for lines in logs.values() for line in lines if _finite(line.get("checked"))]
-    last = max(logs, key=lambda path: (path / LOG).stat().st_mtime, default=None)
+    last = max(logs, key=lambda path: (path / LOG).lstat().st_mtime, default=None)
     lines = [] if last is None else logs[last]
     if len(logs) > 1:
         note = f"{note}; {len(logs)} fits, {last.name if last else ''} the last".removeprefix("; ")

@@ -26,8 +26,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.orthogonal import matmul
+from rotsparse.engine.history import History
 from rotsparse.engine.method import Method
-from rotsparse.engine.solution import History, Result, Solution, Stage, evidence, judged_value
+from rotsparse.engine.solution import Result, Solution, Stage, evidence, judged_value
 from rotsparse.objectives.activation import ActivationSparsity
 from rotsparse.objectives.measures import Measure
 from rotsparse.solvers import quasi_newton
@@ -107,15 +108,21 @@ class FixedPointNewton(Method):
             runs, result = [], Result.INTERRUPTED
         start = {objective.space: r[0]}
         candidates = [{objective.space: run.search.anchor} for run in runs]
-        values = problem.judged([*candidates, start])
+        # One program judges and gives the evidence: compiling a second takes longer than a small fit.
+        evidences = [evidence(objective, bases) for bases in [*candidates, start]]
+        values = np.array([value for value, _ in evidences])
+        values = np.where(np.isnan(values), np.inf, values)
+        start_value = float(values[-1])
+        if validation is not None:
+            values = problem.judged([*candidates, start])
         improved = int(np.argmin(values)) < len(runs)
         if not improved:  # nothing is better than the start, which takes the first one's place
             candidates, values = [start, *candidates[1:]], np.array([values[-1], *values[1:]])
+            evidences[0] = evidences[-1]
             result = Result.NO_IMPROVEMENT if result is Result.ALL_STEPS else result
         begun_at, values = values[-1], values[: len(candidates)]
         best = int(np.argmin(values))
-        bases = candidates[best]
-        value, evident = evidence(objective, bases)
+        bases, (value, evident) = candidates[best], evidences[best]
         stats = {"steps": sum(int(run.steps) for run in runs)}
         if improved:
             stats |= {"converged": bool(runs[best].done), "eps": float(runs[best].eps)}
@@ -125,7 +132,7 @@ class FixedPointNewton(Method):
             result=result,
             detail="",
             value=value,
-            start_value=judged_value(objective, start),
+            start_value=start_value,
             validation_value=None if validation is None else float(values[best]),
             history=History(np.zeros((1, 0)), np.array([0]), np.array([[begun_at]])),
             candidates=tuple(candidates),

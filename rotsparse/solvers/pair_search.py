@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse._core.orthogonal import newton_schulz, worst_error
 from rotsparse.engine._record import Record
+from rotsparse.engine.history import History
 from rotsparse.engine.method import Method, Problem
 from rotsparse.engine.run import Run
-from rotsparse.engine.solution import Certificate, History, Result, Solution, Stage, evidence, judged_value
+from rotsparse.engine.solution import Certificate, Result, Solution, Stage, evidence, judged_value
 from rotsparse.objectives.base import Bases, Objective
 from rotsparse.solvers._pair_angles import Side, gains, sides
 from rotsparse.solvers.combine import Each
@@ -64,8 +65,6 @@ class PairSearch(Method):
         begun, objective = time.perf_counter(), problem.objective
         with run.listening() as run:
             bases, certificate = self.search(objective, starts[0], run)
-        if not problem.judged([bases])[0] < problem.judged(starts)[0]:
-            bases = starts[0]
         return solution_of(problem, starts[0], bases, certificate, time.perf_counter() - begun, run.stopped)
 
     def search(self, objective: Objective, start: Bases, run: Run) -> tuple[Bases, Certificate | None]:
@@ -153,7 +152,10 @@ class _Sweep(eqx.Module):
 def solution_of(
     problem: Problem, start: Bases, bases: Bases, certificate: Certificate | None, seconds: float, stopped: bool
 ) -> Solution:
+    """What a search for pairs amounts to, judged as `problem` says: its start, if it found nothing better."""
     judged, begun = problem.judged([bases, start])
+    if not judged < begun:
+        bases, judged = start, begun
     value, evident = evidence(problem.objective, bases)
     result = Result.ALL_STEPS if judged < begun else Result.NO_IMPROVEMENT
     result = Result.INTERRUPTED if stopped and certificate is None else result

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from signals import send
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
@@ -19,6 +18,7 @@ from rotsparse.fit.minimize import minimize
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
 from rotsparse.solvers import Anneal, FixedPointNewton, PairSearch, Refine, Then
+from signals import send
 
 
 def objective():

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
 
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models import generate, load_model, load_tokenizer, mlp_layer, open_store, run, save_model
 from rotsparse.runs import layer_run
+from signals import send
+from tiny_models import STORIES, needs_stories, tiny, tiny_llama2c
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from signals import send
 
 from rotsparse.engine._log import read_log
 from rotsparse.engine._progress import Progress
 from rotsparse.engine.solution import Solution
+from signals import send
 
 D = 5
 

@@ -23,6 +23,7 @@ if OPTIONS["processes"] > 1:
         heartbeat_timeout_seconds=OPTIONS["heartbeat"],
     )
 
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
@@ -65,7 +66,7 @@ def fit(case, mesh):
     terms = JacobianSparsity(LAYER, X, rs.Log(0.1)), ActivationSparsity(X, rs.Log(0.1))
     return rs.minimize(
         WeightedSum(terms, (1.0, 0.5)),
-        {"in": np.eye(7, dtype=DTYPE), "out": np.eye(6, dtype=DTYPE)},
+        {"in": jnp.eye(7, dtype=DTYPE), "out": jnp.eye(6, dtype=DTYPE)},
         method=adam(batch_size=9),
         **options,
     )

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from rotsparse.data.devices import Devices, device_mesh
 from rotsparse.engine._log import read_log
 
@@ -25,7 +26,7 @@ SAME = {True: 1e-12, False: 1e-5}
 
 def start(**options):
     """The program in a process of its own, on the CPU, and alone on its share of it."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PROGRAM.parents[2])}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(PROGRAM), json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -158,7 +160,11 @@ def test_a_grain_pipeline(x):
 KEY = jax.random.key(0)
 FULL = Riemannian(optax.adam(0.05), steps=60)
 MINIBATCH = Riemannian(optax.adam(0.05), steps=60, batch_size=8)
-OPTIONS = {"key": KEY, "method": MINIBATCH, "restarts": 2}
+OPTIONS: dict[str, Any] = {"key": KEY, "method": MINIBATCH, "restarts": 2}
+
+
+def fit(layer, x, **changes: Any):
+    return find_rotations(layer, x, **{**OPTIONS, **changes})
 
 
 @pytest.fixture
@@ -177,7 +183,7 @@ def problem(rng, tmp_path, monkeypatch):
 
 def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(problem):
     layer, x, source = problem
-    start = {"in": np.eye(WIDTH, dtype=np.float32), "out": np.eye(4, dtype=np.float32)}
+    start = {"in": jnp.eye(WIDTH), "out": jnp.eye(4)}
     from_source = JacobianSparsity(layer, source, Log(0.1))
     assert len(from_source.x) == 60
     from_array = JacobianSparsity(layer, x, Log(0.1))
@@ -195,7 +201,7 @@ def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(pr
 def test_sources_that_fit_into_memory_are_arrays(problem, monkeypatch):
     layer, x, source = problem
     monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 300)
-    one, other = (find_rotations(layer, data, **OPTIONS | {"method": FULL}) for data in (source, x))
+    one, other = (fit(layer, data, method=FULL) for data in (source, x))
     assert one.value == other.value
 
 
@@ -203,7 +209,7 @@ def test_activations_from_a_source(problem):
     _, x, source = problem
     one, other = (ActivationSparsity(data, Log(0.1)) for data in (source, x))
     np.testing.assert_allclose(one.rms, other.rms, rtol=1e-6)
-    solution = minimize(one, {"in": np.eye(WIDTH, dtype=np.float32)}, key=KEY, method=MINIBATCH)
+    solution = minimize(one, {"in": jnp.eye(WIDTH)}, key=KEY, method=MINIBATCH)
     assert solution.value < solution.start_value
 
 
@@ -272,7 +278,7 @@ def test_fits_that_a_source_cannot_serve(problem):
     with pytest.raises(ValueError, match=r"x should have shape \[examples, 3\]"):
         find_rotations(layer, sources.ArrayRows(x[:, :2]), key=KEY)
     with pytest.raises(ValueError, match="validation: all 60 examples are equal"):
-        find_rotations(layer, source, **OPTIONS | {"validation": sources.ArrayRows(np.ones_like(x))})
+        fit(layer, source, validation=sources.ArrayRows(np.ones_like(x)))
 
 
 # --- what can be wrong --------------------------------------------------------------------------------------------

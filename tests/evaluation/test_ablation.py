@@ -136,7 +136,7 @@ def test_scores():
         accuracy(lambda y: y, np.array([0, 1, 2]))(logits)
 
 
-def test_bad_input(block):
+def test_bad_input(block, untyped):
     layer, x, rotations = block
     with pytest.raises(ValueError, match="widths 6 and 5, expected 6/2"):
         EdgeAblation(layer, x, rotations, copies=2)

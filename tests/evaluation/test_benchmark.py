@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from helpers import sparse_weights
 from rotsparse._core.orthogonal import haar
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
@@ -21,10 +22,7 @@ ANNEAL = {"method": rs.Anneal(steps=600)}  # without pair searches, which take l
 def planted(rng):
     """A block of neurons with two inputs and two outputs each, hidden by rotations; and its inputs."""
     n = 8
-    w_in, w_out = np.zeros((3 * n, n)), np.zeros((n, 3 * n))
-    for neuron in range(3 * n):
-        w_in[neuron, rng.choice(n, 2, replace=False)] = rng.standard_normal(2)
-        w_out[rng.choice(n, 2, replace=False), neuron] = rng.standard_normal(2)
+    w_in, w_out = sparse_weights(rng, n, 3 * n)
     q_in, q_out = (np.asarray(haar(k, n)) for k in jax.random.split(KEY))
     layer = rs.MLP((w_in @ q_in).astype(np.float32), None, (q_out.T @ w_out).astype(np.float32))
     return layer, rng.standard_normal((300, n)).astype(np.float32)

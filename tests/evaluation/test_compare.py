@@ -11,8 +11,9 @@ from rich.console import Console
 
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation import baselines
-from rotsparse.evaluation.compare import LABELS, Comparison, _floor_of_examples, compare
+from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
+from rotsparse.evaluation.names import LABELS
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.fold import fold
 from rotsparse.layers.function import FunctionLayer
@@ -158,13 +159,13 @@ def test_bad_inputs_are_named(layer, x):
         compare(layer, x[:, :5], {"neurons": Rotations.identity(6, 5)}, key=KEY)
 
 
-def test_what_is_no_pair_of_rotations_is_named(rng):
+def test_what_is_no_pair_of_rotations_is_named(rng, untyped):
     layer = Dense(rng.standard_normal((4, 3)).astype(np.float32))
     x = rng.standard_normal((40, 3)).astype(np.float32)
     solution = find_rotations(layer, x, key=jax.random.key(0), method=Anneal(steps=2))
     with pytest.raises(ValueError, match=r"bases\['mine'\] should be Rotations, got Solution: take its .rotations"):
-        compare(layer, x, {"mine": solution}, key=jax.random.key(0))
+        compare(layer, x, {"mine": solution}, key=jax.random.key(0))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="rotations should be Rotations, got ndarray"):
-        fold(layer, np.eye(3), x)
+        fold(layer, np.eye(3), x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"such as rs.Log\(0.1\).*got 'log'"):
-        find_rotations(layer, x, key=jax.random.key(0), measure="log")
+        find_rotations(layer, x, key=jax.random.key(0), measure="log")  # pyright: ignore[reportArgumentType]

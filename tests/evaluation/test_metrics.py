@@ -1,7 +1,5 @@
 """Metrics against plain NumPy on the dense Jacobians, at their extremes, and as statistics."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers import SHARED
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.data import moments
 from rotsparse.evaluation import baselines
@@ -165,7 +164,7 @@ def test_a_layer_where_nothing_moves_is_refused(x):
         evaluate(dead, x, Rotations.identity(6, 3), key=KEY)
 
 
-def test_rotations_of_another_layer_are_refused(layer, x):
+def test_rotations_of_another_layer_are_refused(layer, x, untyped):
     with pytest.raises(ValueError, match=r"r_in should have shape \[6, 6\]"):
         evaluate(layer, x, Rotations.identity(5, 5), key=KEY)
     with pytest.raises(ValueError, match=r"covariance should have shape \[6, 6\]"):
@@ -205,12 +204,11 @@ def test_intervals_cover_the_truth(layer, rng):
 
 def test_known_values_of_a_trained_network():
     """The second layer of a 784-100-100-10 network on held-out MNIST images."""
-    data = Path(__file__).parents[3] / "shared" / "data"
-    if not data.exists():
+    if not SHARED.exists():
         pytest.skip("../shared/data is not there: MNIST and the trained network are needed")
     safetensors = pytest.importorskip("safetensors.numpy")
-    w = safetensors.load_file(data / "mlp_mnist" / "model.safetensors")
-    with np.load(data / "mnist" / "mnist.npz") as images:
+    w = safetensors.load_file(SHARED / "mlp_mnist" / "model.safetensors")
+    with np.load(SHARED / "mnist" / "mnist.npz") as images:
         pixels = images["test_x"][:1000].reshape(-1, 784).astype(np.float32) / 255
     x = np.maximum(pixels @ w["layers.0.W"] + w["layers.0.b"], 0)
     layer = Dense(w["layers.1.W"].T, w["layers.1.b"])

@@ -1,7 +1,6 @@
 """The parts of the modular-addition experiment that other results rest on, on a small network with random weights."""
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,12 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from helpers import ROOT
+from rotsparse._core.orthogonal import haar
 from rotsparse.objectives import JacobianSparsity
 from rotsparse.objectives.base import sampled
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+sys.path.insert(0, str(ROOT / "experiments"))
 
 from _modular_addition import Attention, Copies
 
@@ -55,7 +56,7 @@ def test_copies_share_one_rotation(attention, rng):
     inner = JacobianSparsity(layer, x, rs.Log(0.3))
     objective = Copies(inner, "in", 2)
     assert objective.spaces == {"in": 5, "out": 5}
-    r, r_out = (rs.Rotations.haar(jax.random.key(0), 5, 5, jnp.float64).r_in, jnp.eye(5))
+    r, r_out = haar(jax.random.key(0), 5, jnp.float64), jnp.eye(5)
     value, grads = objective.value_and_grad({"in": r, "out": r_out})
     assert float(value) == pytest.approx(float(inner.value({"in": jnp.kron(jnp.eye(2), r), "out": r_out})), rel=1e-12)
     omega = rng.standard_normal((5, 5))

@@ -1,5 +1,7 @@
 """`fold`: the function is the same, in float32 and in float64, whatever the layer."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -15,14 +17,14 @@ from rotsparse.layers.rotations import Rotations
 D, H, N = 12, 20, 30
 
 
-def make_layer(kind, norm, dtype):
+def make_layer(kind, norm, dtype) -> Any:
     rng = np.random.default_rng(0)
     draw = lambda *shape: (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(dtype)  # noqa: E731
     if kind == "function":
         w = draw(D, D)
         return FunctionLayer(lambda x: w @ jax.numpy.tanh(x), D, D)
     norm = {"none": None, "rms": rms_norm(1 + draw(D)), "layer": layer_norm(1 + draw(D), draw(D))}[norm]
-    options = {"norm": norm, "skip": kind != "dense"}
+    options: dict[str, Any] = {"norm": norm, "skip": kind != "dense"}
     match kind:
         case "dense":
             return Dense(draw(8, D), draw(8), activation="gelu", **options)
@@ -67,7 +69,7 @@ def test_precision_is_that_of_the_weights():
     folded = fold(
         layer, Rotations.haar(jax.random.key(0), D, D), np.ones((2, D), np.float32) + np.eye(2, D, dtype=np.float32)
     )
-    assert folded.layer.w_in.dtype == np.float64
+    assert folded.layer.weights()["w_in"].dtype == np.float64
     assert folded.error < 1e-12
 
 
@@ -94,6 +96,6 @@ def test_bad_input():
         def rotate(self, r_in, r_out):
             return self
 
-    wrong = Wrong(lambda x: jax.numpy.sin(x), D, D)
+    wrong = Wrong(lambda x: jax.numpy.sin(x), D, D)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="folding changed the function"):
         fold(wrong, Rotations.haar(jax.random.key(0), D, D))

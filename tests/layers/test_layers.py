@@ -1,6 +1,7 @@
 """Layers: every closed-form Jacobian is autodiff's, and a rotated layer is the same function in other coordinates."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ NORMS = ["none", "rms", "layer"]
 SKIPS = ["none", "identity", "matrix"]
 
 
-def make_layer(kind, norm="none", skip="none", activation="gelu", *, bias=True, dtype=np.float64, d_in=D, d_out=D):
+def make_layer(
+    kind, norm="none", skip="none", activation="gelu", *, bias=True, dtype: type = np.float64, d_in=D, d_out=D
+) -> Any:
     """A random layer. A skip matrix maps d_in to d_out; a skip of the identity needs them equal."""
     rng = np.random.default_rng([KINDS.index(kind), NORMS.index(norm), SKIPS.index(skip), bias])
 
@@ -33,7 +36,7 @@ def make_layer(kind, norm="none", skip="none", activation="gelu", *, bias=True, 
     def maybe(d):
         return draw(d) if bias else None
 
-    options = {
+    options: dict[str, Any] = {
         "activation": activation,
         "norm": {
             "none": lambda: None,
@@ -54,7 +57,7 @@ def orthogonal(seed, d, rows=None):
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((d, d)))[0][:rows]
 
 
-def examples(n=N, d=D, dtype=np.float64):
+def examples(n=N, d=D, dtype: type = np.float64):
     return jnp.asarray(np.random.default_rng(5).standard_normal((n, d)) + 0.3, dtype)
 
 
@@ -235,8 +238,8 @@ def test_only_layers_with_few_active_neurons_gather():
 
 def test_gathering_saves_work():
     rng = np.random.default_rng(0)
-    w_in, w_out = np.float32(rng.standard_normal((256, 64))), np.float32(rng.standard_normal((64, 256)))
-    layer, x = MLP(w_in, np.full(256, -10, np.float32), w_out), np.float32(rng.standard_normal((8, 64)))
+    w_in, w_out, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((256, 64), (64, 256), (8, 64)))
+    layer = MLP(w_in, np.full(256, -10, np.float32), w_out)
     flops = lambda one: jax.jit(lambda x: one.jacobian(x)).lower(x).compile().cost_analysis()["flops"]  # noqa: E731
     assert flops(layer.gathered(x)) < 0.5 * flops(layer)
 
@@ -328,7 +331,7 @@ def test_layers_are_pytrees_that_jit_and_vmap_take(kind):
 W = np.ones((4, 3), "f4")
 
 
-def weights(**changes):
+def weights(**changes) -> Any:
     """The weights of a small valid layer of each kind, some replaced."""
     kinds = {
         "dense": {"w": W, "b": W[:, 0]},

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tiny_models import tiny, tiny_llama2c
 
 from rotsparse import models
 from rotsparse.models.huggingface_writer import save_huggingface
+from tiny_models import tiny, tiny_llama2c
 
 _ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 7, 10**9, 10**30, -(10**30), 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x",

@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import STORIES, message, needs_stories, tiny
 
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.store import open_store
@@ -15,6 +14,7 @@ from rotsparse.models.layers import mlp_layer
 from rotsparse.models.load import load_model, load_tokenizer
 from rotsparse.models.sequences import TextFile, TokenFile
 from rotsparse.models.transformer import run
+from tiny_models import STORIES, message, needs_stories, tiny
 
 # The package exports a function of the same name.
 capture_module = importlib.import_module("rotsparse.models.capture")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FOLDABLE, RAW, STORIES, inputs, message, needs_stories, tiny, tiny_llama2c
 
 from rotsparse import Rotations
 from rotsparse.models.fold import fold_mlp, fold_stream, keep_mean
@@ -14,6 +13,7 @@ from rotsparse.models.layers import mlp_layer
 from rotsparse.models.llama2c import load_llama2c, save_llama2c
 from rotsparse.models.stream import stream_places
 from rotsparse.models.transformer import run
+from tiny_models import FOLDABLE, RAW, STORIES, inputs, message, needs_stories, tiny, tiny_llama2c
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 

@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from tiny_models import same_parameters, tiny
 
 from rotsparse.models.huggingface import load_huggingface
 from rotsparse.models.huggingface_writer import save_huggingface
+from tiny_models import same_parameters, tiny
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_models import message, tiny
 
 from rotsparse import models
 from rotsparse.models.gguf import load_gguf
 from rotsparse.models.gguf_file import GgufFile
 from rotsparse.models.model import named
 from rotsparse.models.rotary import LongRope
+from tiny_models import message, tiny
 
 tiny_gguf = pytest.importorskip("tiny_gguf")
 gguf = tiny_gguf.gguf

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import RAW, message, same_parameters, tiny
 
 from rotsparse.models.huggingface import load_huggingface
 from rotsparse.models.huggingface_writer import save_huggingface
+from tiny_models import RAW, message, same_parameters, tiny
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import inputs, message, tiny
 
 from rotsparse import models
 from rotsparse.data.sources import ArrayRows
@@ -12,6 +11,7 @@ from rotsparse.models.capture import capture
 from rotsparse.models.heavy_rows import heavy_rows
 from rotsparse.models.load import HuggingFaceTokenizer
 from rotsparse.models.transformer import run
+from tiny_models import inputs, message, tiny
 
 LENGTHS = (9, 4, 6, 1)
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import STORIES, needs_stories, same_parameters, tiny, tiny_llama2c
 
 from rotsparse.models.language import cross_entropy, generate
 from rotsparse.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
 from rotsparse.models.transformer import run
+from tiny_models import STORIES, needs_stories, same_parameters, tiny, tiny_llama2c
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import STORIES, message, needs_stories, same_parameters, tiny, tiny_llama2c
 
 from rotsparse import models
 from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.model import Model
+from tiny_models import STORIES, message, needs_stories, same_parameters, tiny, tiny_llama2c
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat"]
 

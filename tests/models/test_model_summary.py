@@ -1,8 +1,7 @@
 import json
 
-from tiny_models import tiny
-
 from rotsparse.models import summarize
+from tiny_models import tiny
 
 
 def test_what_a_summary_says():

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import message, same_parameters, tiny
 
 from rotsparse.models.huggingface import load_huggingface
 from rotsparse.models.huggingface_writer import save_huggingface
+from tiny_models import message, same_parameters, tiny
 
 
 def stored(model, folder, change=lambda tensors: tensors, **entries):

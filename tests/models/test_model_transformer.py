@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import RAW, inputs, message, tiny
 
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.models.language import generate
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.transformer import SITES, run
+from tiny_models import RAW, inputs, message, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 DECODERS = [name for name in RAW if tiny(name).config.causal]

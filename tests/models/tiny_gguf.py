@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import tiny
 
 from rotsparse.models.model import Model, named
+from tiny_models import tiny
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from helpers import ROOT
 from rotsparse.objectives.measures import (
     L4,
     MEASURES,
@@ -282,7 +282,7 @@ def test_p2_babies(kind, c):
 
 
 def test_the_documented_table_says_what_is_tested():
-    text = (Path(__file__).parents[2] / "docs" / "measures.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "measures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text.replace(r"\|", "/"), re.MULTILINE)
     table = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
     assert set(table) == {kind.__name__ for kind in KINDS}

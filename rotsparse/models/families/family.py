@@ -5,14 +5,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rotsparse.models.config import TransformerConfig
-
-if TYPE_CHECKING:
-    from rotsparse.models.families.settings import Settings
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -55,7 +52,7 @@ class Family:
 
     body: tuple[Entry, ...]
     prefix: str
-    settings: Callable[["Settings"], dict[str, Any]]
+    settings: Callable[[Any], dict[str, Any]]  # of a `settings.Settings`
     head: str | None = "lm_head.weight"
     keys: str = ""
     only: Mapping[str, tuple] = field(default_factory=dict)
