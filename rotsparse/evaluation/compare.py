@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
-from rotsparse._core.types import Rows
+from rotsparse._core.types import Data, Rows
 from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, evaluate
@@ -105,7 +105,7 @@ def compare(
 def compare_with_baselines(
     layer: Layer,
     train: Rows,
-    test: Rows,
+    test: Float[Data, "m d"],
     given: dict[str, Rotations],
     *,
     keys: tuple[PRNGKeyArray, PRNGKeyArray],
