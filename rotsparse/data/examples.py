@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from rotsparse._core.modules import replace_fields
 from rotsparse.data.devices import EXAMPLES, Devices
@@ -68,7 +68,7 @@ class Examples(eqx.Module):
         rows = 0 if self.source is None or count is None else count
         return rows * self.x.shape[1] * self.x.dtype.itemsize
 
-    def reading(self, keys: PRNGKeyArray, count: int | None, devices: Devices) -> Callable[[], Any]:
+    def reading(self, keys: Key[Array, "restarts steps"], count: int | None, devices: Devices) -> Callable[[], Any]:
         """A function that reads the examples that `draw` takes with each of these keys, `[restarts, steps]`. It may run
         in any thread."""
         if self.source is None or count is None:
@@ -119,5 +119,5 @@ def _rows(key: PRNGKeyArray, count: int, examples: int) -> Int[Array, "count"]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _rows_of_steps(keys: PRNGKeyArray, count: int, examples: int) -> Int[Array, "restarts steps count"]:
+def _rows_of_steps(keys: Key[Array, "restarts steps"], count: int, examples: int) -> Int[Array, "restarts steps count"]:
     return jax.vmap(jax.vmap(lambda key: _rows(key, count, examples)))(keys)

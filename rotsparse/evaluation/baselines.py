@@ -189,7 +189,7 @@ def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStat
 # --- the linear algebra, in float64 -----------------------------------------------------------------------------
 
 
-def _rotations(r_in: Matrix, r_out: Float[np.ndarray, "e e"]) -> Rotations:
+def _rotations(r_in: Float[np.ndarray, "i i"], r_out: Float[np.ndarray, "o o"]) -> Rotations:
     return Rotations(r_in.astype(np.float32), r_out.astype(np.float32))
 
 
@@ -262,7 +262,7 @@ def _varimax_axes(cov: Matrix) -> Matrix:
     return np.concatenate([turn.T @ axes[:kept], axes[kept:]])
 
 
-def _varimax(loadings: Float[np.ndarray, "d k"]) -> Matrix:
+def _varimax(loadings: Float[np.ndarray, "d k"]) -> Float[np.ndarray, "k k"]:
     """The orthogonal T that maximises `V(T) = Σ_j Var_i(B_ij²)`, `B = A T` (a local maximum, from `T = I`).
 
     `T ← polar(G + αT)` with `G = Aᵀ(B³ - B diag(mean_i B²)) = d/4 ∇V`. On the orthogonal matrices `α/2 ‖T‖²` is a

@@ -224,7 +224,9 @@ def _title(ax: Axes, title: str, below: str, size: float) -> None:
     line.set(fontsize=size - 1.5, color="#5a5a5a")
 
 
-def _before_and_after(axes: Sequence[Axes], data: PictureData, comparison: Comparison, size: float) -> AxesImage:
+def _before_and_after(
+    axes: Sequence[Axes] | np.ndarray, data: PictureData, comparison: Comparison, size: float
+) -> AxesImage:
     for ax, basis, title in zip(axes, (BEFORE, AFTER), ("Before", "After"), strict=True):
         image = _matrix(ax, data, basis, data.mean[basis])
         share = f"{_share_small(comparison, basis):.0%} of entries below {SMALL} rms"
