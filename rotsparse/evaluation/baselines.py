@@ -21,7 +21,7 @@ from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import LayerStatistics, apply
 from rotsparse.layers.rotations import Rotations
 
-Matrix = Float[np.ndarray, "d d"]
+Matrix = Float[np.ndarray, "_ _"]
 
 # Directions with less than this share of the largest variance hold rounding noise, which whitening would blow up.
 _RELATIVE_VARIANCE = 1e-6
@@ -262,7 +262,7 @@ def _varimax_axes(cov: Matrix) -> Matrix:
     return np.concatenate([turn.T @ axes[:kept], axes[kept:]])
 
 
-def _varimax(loadings: Float[np.ndarray, "d k"]) -> Matrix:
+def _varimax(loadings: Float[np.ndarray, "d k"]) -> Float[np.ndarray, "k k"]:
     """The orthogonal T that maximises `V(T) = Σ_j Var_i(B_ij²)`, `B = A T` (a local maximum, from `T = I`).
 
     `T ← polar(G + αT)` with `G = Aᵀ(B³ - B diag(mean_i B²)) = d/4 ∇V`. On the orthogonal matrices `α/2 ‖T‖²` is a
