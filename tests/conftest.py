@@ -40,6 +40,34 @@ settings.register_profile(
 )
 settings.load_profile("rotsparse")
 
+# Files, and tests of other files, that `make quick` leaves out: they fit, most of them several times.
+MEDIUM = [
+    "_core/test_interrupt.py",
+    "cli",
+    "data/test_devices.py",
+    "data/test_sources.py::test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees",
+    "data/test_sources.py::test_an_interrupted_fit_from_a_source_goes_on_with_the_same_bits",
+    "evaluation/test_benchmark.py",
+    "evaluation/test_modular_addition.py",
+    "evaluation/test_nulls.py",
+    "fit",
+    "models/test_model_capture.py",
+    "report",
+    "solvers",
+    "test_docs.py",
+    "test_experiments.py",
+    "test_signals.py",
+]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        test = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if any(test == of or test.startswith((f"{of}/", f"{of}::")) for of in MEDIUM):
+            item.add_marker(pytest.mark.medium)
+
+
 # Shells start background jobs with Ctrl-C ignored, which processes that tests start would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -50,3 +50,5 @@ def _end_the_run_if_told_to() -> None:
 
 def pytest_unconfigure():
     signal.set_wakeup_fd(-1)
+    _arriving.close()
+    _wakeup.close()

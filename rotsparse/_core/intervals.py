@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, UInt16
+from jaxtyping import PRNGKeyArray, Real, UInt16
 
 
 class Interval(NamedTuple):
@@ -33,7 +33,7 @@ def bootstrap_counts(n: int, resamples: int, *, key: PRNGKeyArray) -> UInt16[np.
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)]).astype(np.uint16)
 
 
-def bootstrap_interval(value: float, resampled: Float[np.ndarray, "resamples"]) -> Interval:
+def bootstrap_interval(value: float, resampled: Real[np.ndarray, "resamples"]) -> Interval:
     """The 95% interval of a statistic from its values on resamples: percentiles, shifted so that their mean is
     `value`.
 

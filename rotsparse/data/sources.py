@@ -192,7 +192,7 @@ class Shards(Source):
 
     def _rows(self, rows):
         shards = np.searchsorted(self._ends, rows, side="right")
-        out = np.empty((len(rows), self.shape[1]), np.float32)
+        out = np.zeros((len(rows), self.shape[1]), np.float32)  # and not empty: what lies there may be cast below
         for shard in map(int, np.unique(shards)):
             here = shards == shard
             part = self.sources[shard]._rows(rows[here] - self._first(shard))

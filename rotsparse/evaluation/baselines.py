@@ -21,7 +21,7 @@ from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import LayerStatistics, apply
 from rotsparse.layers.rotations import Rotations
 
-Matrix = Float[np.ndarray, "d d"]
+Matrix = Float[np.ndarray, "_ _"]
 
 # Directions with less than this share of the largest variance hold rounding noise, which whitening would blow up.
 _RELATIVE_VARIANCE = 1e-6

@@ -52,7 +52,7 @@ def overview(data: PictureData, comparison: Comparison) -> Figure:
     place = lambda x, y, w, h: figure.add_axes((x / width, y / height, w / width, h / height))  # noqa: E731
     left, bottom = 0.28, 0.74
     matrices = [place(left, bottom, side, side), place(left + side + 0.22, bottom, side, side)]
-    image = _before_and_after(matrices, data, comparison, size=9)
+    image = _before_and_after(list(matrices), data, comparison, size=9)
     _colour_bar(figure, image, "mean |∂ output / ∂ input|  (rms = 1)", cax=place(1.4, 0.4, 2.4, 0.07))
 
     ax = place(5.52, bottom, 2.28, side)
@@ -85,7 +85,7 @@ def heat_maps(data: PictureData, comparison: Comparison) -> Figure:
     """Mean |Jacobian| before and after."""
     figure = _figure(8, 4.05)
     axes = figure.subplots(1, 2)
-    image = _before_and_after(axes, data, comparison, size=10)
+    image = _before_and_after(list(axes), data, comparison, size=10)
     _colour_bar(figure, image, "mean |∂ output / ∂ input|  (rms = 1)", ax=axes)
     return figure
 

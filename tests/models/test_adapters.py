@@ -207,7 +207,7 @@ def test_gated_block_of_dense_layers():
     np.testing.assert_allclose(layer(x), expected, atol=1e-6)
     r = Rotations.haar(jax.random.key(2), 4, 4)
     turned = write_layer(model, where, fold(layer, r, x).layer)
-    z = r.apply_in(x)
+    z = jnp.asarray(r.apply_in(x))
     np.testing.assert_allclose(turned.down(nn.silu(turned.gate(z)) * turned.up(z)), r.apply_out(expected), atol=1e-5)
 
 
