@@ -199,8 +199,12 @@ STUBS = {
 
 
 @pytest.fixture
-def cluster(shell, folder):
-    """A function that runs a script with bash, as a batch system with a single task would: its output."""
+def cluster(folder, rng):
+    """A function that runs a script with bash, as a batch system with a single task would: its output. The layer in the
+    folder is a small one, because its fits end in pair searches here."""
+    w_in, w_out, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, 8), (6, 12), (400, 8)))
+    save_layer(folder / "mlp.safetensors", rs.MLP(w_in, None, w_out))
+    np.save(folder / "x.npy", x)
     commands = folder / "bin"
     commands.mkdir()
     for name, script in STUBS.items():
