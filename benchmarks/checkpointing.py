@@ -26,7 +26,7 @@ from rich.table import Table
 
 import rotsparse as rs
 from rotsparse.engine._checkpoint import Session
-from rotsparse.engine._log import read_log
+from rotsparse.engine.log import read_log
 from rotsparse.objectives import JacobianSparsity
 
 

@@ -147,18 +147,14 @@ def hidden_modules(package: str) -> set[str]:
 
 
 PACKAGES = sorted(module for module, file in MODULES.items() if file.name == "__init__.py")
-HIDES_CAPTURE = pytest.mark.xfail(strict=False, reason="`models.capture` is a function of a module of that name")
 
 
-@pytest.mark.parametrize(
-    "package", [pytest.param(p, marks=HIDES_CAPTURE if p == "rotsparse.models" else ()) for p in PACKAGES]
-)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_public_name_hides_a_module(package):
     """`import rotsparse.x` gives the module x, and not a function of that name."""
     assert hidden_modules(package) == set()
 
 
-@pytest.mark.xfail(strict=False, reason="checkpoints and logs are given as `Checkpoints` and `RunLog`, soon as `Run`")
 def test_private_modules_stay_in_their_package():
     """But `_core`, which is private to all of rotsparse. The list of what is public may take names from anywhere."""
 

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.data.devices import Devices
 from rotsparse.engine._compiled import CompiledFit, values_of
-from rotsparse.engine._record import Record
 from rotsparse.engine._state import FitState
 from rotsparse.engine.method import Method, Problem
+from rotsparse.engine.record import Record
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result, Solution, Stage, evidence
 from rotsparse.objectives.base import Bases, Objective, spread

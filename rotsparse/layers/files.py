@@ -119,6 +119,8 @@ def load_layer(
         match kinds[0]:
             case "w":
                 return Dense(arrays["w"], arrays.get("b"), **options)
+            case "w_in" if not {"w_out", "b_out"} & arrays.keys():
+                return Dense(arrays["w_in"], arrays.get("b_in"), **options)
             case "w_in":
                 return MLP(*(arrays.get(name) for name in ("w_in", "b_in", "w_out", "b_out")), **options)
             case _:

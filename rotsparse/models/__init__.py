@@ -14,6 +14,7 @@ Models of other JAX libraries: `read_layer` and `write_layer`.
 
 from rotsparse.data.store import ActivationStore as ActivationStore
 from rotsparse.data.store import open_store as open_store
+from rotsparse.models._capture import capture as capture
 from rotsparse.models.adapters import EQUINOX as EQUINOX
 from rotsparse.models.adapters import FLAX as FLAX
 from rotsparse.models.adapters import Where as Where
@@ -21,7 +22,6 @@ from rotsparse.models.adapters import array_names as array_names
 from rotsparse.models.adapters import equinox_mlp as equinox_mlp
 from rotsparse.models.adapters import read_layer as read_layer
 from rotsparse.models.adapters import write_layer as write_layer
-from rotsparse.models.capture import capture as capture
 from rotsparse.models.config import TransformerConfig as TransformerConfig
 from rotsparse.models.fold import FoldedModel as FoldedModel
 from rotsparse.models.fold import fold_mlp as fold_mlp

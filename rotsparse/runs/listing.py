@@ -14,7 +14,7 @@ from rich.text import Text
 from rotsparse._core.lock import held
 from rotsparse._core.printable import visible
 from rotsparse._core.record import is_temporary
-from rotsparse.engine._log import LOG, read_log
+from rotsparse.engine.log import LOG, read_log
 from rotsparse.runs import folders, layer_run
 
 

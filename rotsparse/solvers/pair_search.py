@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse._core.orthogonal import newton_schulz, worst_error
-from rotsparse.engine._record import Record
 from rotsparse.engine.history import History
 from rotsparse.engine.method import Method, Problem
+from rotsparse.engine.record import Record
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Certificate, Result, Solution, Stage, evidence, judged_value
 from rotsparse.objectives.base import Bases, Objective

@@ -72,10 +72,11 @@ def signalled(monkeypatch, method, name, number):
 
 
 @pytest.mark.parametrize("where", [(Refine, "run"), (PairSearch, "search"), (PairSearch, "_sweep")])
-def test_ctrl_c_in_the_pair_searches_ends_the_fit(where, monkeypatch):
+def test_ctrl_c_in_the_pair_searches_ends_the_fit(where: tuple[type, str], monkeypatch):
     """The annealed rotations are returned, and nobody takes the fit for finished."""
     layer, x = layer_and_inputs()
-    signalled(monkeypatch, *where, signal.SIGINT)
+    method, function = where
+    signalled(monkeypatch, method, function, signal.SIGINT)
     solution = rs.find_rotations(layer, x, key=jax.random.key(0), method=rs.default_method(steps=60))
     assert solution.result is Result.INTERRUPTED and solution.certificate is None
     assert solution.value < solution.start_value

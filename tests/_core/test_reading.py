@@ -5,6 +5,7 @@ import os
 import tracemalloc
 import zipfile
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def npz_file(path, rng):
 
 def solution_file(path, rng):
     path = path / "solution.npz"
-    bases = {"in": np.linalg.qr(rng.standard_normal((4, 4)))[0]}
+    bases: dict[str, Any] = {"in": np.linalg.qr(rng.standard_normal((4, 4)))[0]}
     history = History(np.ones((1, 3)), np.array([0, 2]), np.ones((1, 2)))
     free = {"in": np.ones(4, bool)}
     Solution(

@@ -194,7 +194,8 @@ def test_few_open_files(inputs):
 @pytest.mark.slow
 def test_two_processes_in_one_folder(inputs):
     both = [started(*FIT, "--out", "run", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(2)]
-    ends = [(p.communicate(timeout=300)[1], p.returncode)[::-1] for p in both]
+    errors = [str(p.communicate(timeout=300)[1]) for p in both]
+    ends = [(p.returncode, error) for p, error in zip(both, errors, strict=True)]
     assert sorted(code for code, _ in ends) in ([0, 2], [0, 0]), ends
     for code, error in ends:
         assert code == 0 or "is in use by process" in error or "run exists" in error or "appeared while" in error, error

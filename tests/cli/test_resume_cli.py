@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from rotsparse.engine._log import read_log
 from rotsparse.engine._progress import Progress
+from rotsparse.engine.log import read_log
 from rotsparse.engine.solution import Solution
 from signals import send
 

@@ -16,7 +16,7 @@ import pytest
 
 from helpers import ROOT
 from rotsparse.data.devices import Devices, device_mesh
-from rotsparse.engine._log import read_log
+from rotsparse.engine.log import read_log
 
 PROGRAM = Path(__file__).with_name("distributed_fit.py")
 

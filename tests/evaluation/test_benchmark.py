@@ -1,6 +1,7 @@
 """`benchmark`: the table that decides whether a layer's basis is worth anything."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
 from rotsparse.evaluation.nulls import random_weights
 
 KEY = jax.random.key(0)
-ANNEAL = {"method": rs.Anneal(steps=600)}  # without pair searches, which take longer to compile than to run
+# Without pair searches, which take longer to compile than to run.
+ANNEAL: dict[str, Any] = {"method": rs.Anneal(steps=600)}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
 from rotsparse.evaluation.names import LABELS
+from rotsparse.evaluation.verdict import against_baselines
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.fold import fold
 from rotsparse.layers.function import FunctionLayer
@@ -120,15 +121,15 @@ def test_best_knows_which_way_is_sparser():
     ],
 )
 def test_the_verdict_says_where_it_wins_and_where_not(learned, sentence):
-    verdict = table_of(pca=(10, 0.4), learned=learned, ica=(5, 0.3)).verdict()
+    verdict = against_baselines(table_of(pca=(10, 0.4), learned=learned, ica=(5, 0.3)))
     assert verdict == f"On held-out examples learned is sparser than every baseline {sentence}"
 
 
 def test_a_verdict_needs_something_to_judge():
     with pytest.raises(ValueError, match="expected 'learned'"):
-        table_of(pca=(1, 0.5), ica=(1, 0.5)).verdict()
+        against_baselines(table_of(pca=(1, 0.5), ica=(1, 0.5)))
     with pytest.raises(ValueError, match="at least one other"):
-        table_of(learned=(1, 0.5)).verdict()
+        against_baselines(table_of(learned=(1, 0.5)))
 
 
 def test_json(layer, x):

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rotsparse._core.orthogonal import haar, retract_polar
 from rotsparse.data import sources
-from rotsparse.engine._log import read_log
+from rotsparse.engine.log import read_log
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
 from rotsparse.engine.steps import Stepwise

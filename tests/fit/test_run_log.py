@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rotsparse.engine._log import LogWriter, read_log
+from rotsparse.engine.log import LogWriter, read_log
 
 
 def write(folder, *steps, begun_at=0, **options):

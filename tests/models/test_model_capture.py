@@ -9,7 +9,7 @@ import pytest
 
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.store import open_store
-from rotsparse.models.capture import capture
+from rotsparse.models._capture import capture
 from rotsparse.models.layers import mlp_layer
 from rotsparse.models.load import load_model, load_tokenizer
 from rotsparse.models.sequences import TextFile, TokenFile
@@ -17,7 +17,7 @@ from rotsparse.models.transformer import run
 from tiny_models import STORIES, message, needs_stories, tiny
 
 # The package exports a function of the same name.
-capture_module = importlib.import_module("rotsparse.models.capture")
+capture_module = importlib.import_module("rotsparse.models._capture")
 store_module = importlib.import_module("rotsparse.data.store")
 POINTS = [(0, "input"), (1, "hidden")]
 # Small shards, so that there are several: two batches of two sequences each.

@@ -7,7 +7,7 @@ import pytest
 
 from rotsparse import models
 from rotsparse.data.sources import ArrayRows
-from rotsparse.models.capture import capture
+from rotsparse.models._capture import capture
 from rotsparse.models.heavy_rows import heavy_rows
 from rotsparse.models.load import HuggingFaceTokenizer
 from rotsparse.models.transformer import run

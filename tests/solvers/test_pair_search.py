@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rotsparse._core.orthogonal import haar, orthogonality_error
-from rotsparse.engine._record import Record
 from rotsparse.engine.method import Problem
+from rotsparse.engine.record import Record
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
 from rotsparse.fit.minimize import minimize

@@ -8,8 +8,8 @@ from typing import Any
 from rotsparse.data.devices import is_first_process
 from rotsparse.engine._checkpoint import Session
 from rotsparse.engine._fingerprint import fingerprint
-from rotsparse.engine._log import LogWriter
 from rotsparse.engine._progress import Progress
+from rotsparse.engine.log import LogWriter
 from rotsparse.engine.run import Run
 
 
