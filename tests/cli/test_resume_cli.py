@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
     intact = np.load("x.npy")
     np.save("x.npy", intact + np.float32(1))
     code, said = rotsparse(*fit(60, "--resume"))
-    assert code == 2 and str(files / "x.npy") in said and "then" in said  # its hash is another one
+    assert code == 2 and str(files / "x.npy") in said
     np.save("x.npy", intact)
 
     assert rotsparse(*fit(60, "--resume"))[0] == 0
