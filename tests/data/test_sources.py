@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rotsparse._core.errors import CheckError
 from rotsparse.data import sources
 from rotsparse.data.open import open_source
 from rotsparse.data.sources import Dataset, Mapped, NpyFile, RowRange, Shards, as_source, read_ahead
@@ -320,7 +321,11 @@ def test_a_manifest_that_does_not_fit_its_shards(x, tmp_path):
     store(tmp_path / "store", x)
     path = tmp_path / "store/manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["shards"][1]["rows"] = 8
+    manifest["shards"][1]["rows"] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckError, match=r"manifest\.json is damaged"):  # its rows do not add up
+        open_store(tmp_path / "store")
+    manifest["rows"] += 1
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"00001\.npy has shape \[7, 3\], expected \[8, 3\]"):
         open_store(tmp_path / "store")
