@@ -1,6 +1,6 @@
 """Several layers at once: what is shared, what is held, and whether neighbours' sparse directions are the same."""
 
-import os
+import signal
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ import rotsparse as rs
 from rotsparse.data import sources
 from rotsparse.fit.chain import _connected
 from rotsparse.objectives import JacobianSparsity
+from signals import send
 
 MNIST = Path(__file__).parents[2] / "../shared/data"
 D = 8
@@ -102,7 +103,7 @@ def test_separate_solutions_are_joined_best_with_best(rng):
 
 def test_an_interrupted_chain_has_no_rotations_that_were_not_fitted(rng, monkeypatch):
     layers, x, _ = planted(rng, same=True)
-    monkeypatch.setattr("rotsparse.engine._progress.Progress.update", lambda *a, **k: os.kill(os.getpid(), 2))
+    monkeypatch.setattr("rotsparse.engine._progress.Progress.update", lambda *a, **k: send(signal.SIGINT))
     solution = rs.fit_chain(layers, x, key=KEY, joint=False, method=rs.Anneal(steps=60))
     assert solution.result is rs.Result.INTERRUPTED and set(solution.bases) == {"0 in", "0 out"}
     with pytest.raises(KeyboardInterrupt):
