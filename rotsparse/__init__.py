@@ -21,6 +21,7 @@ The floors, top to bottom; imports go downward only:
 from rotsparse._core.alignment import amari_distance as amari_distance
 from rotsparse._core.alignment import match as match
 from rotsparse._core.alignment import mean_max_cosine as mean_max_cosine
+from rotsparse._core.errors import CheckError as CheckError
 
 # The public API, a floor a paragraph.
 from rotsparse.data.devices import device_mesh as device_mesh

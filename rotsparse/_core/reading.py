@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from rotsparse._core.digests import arrays_digest
+from rotsparse._core.errors import CheckError
 
 # A compressed archive may unpack to so many times its size (what sparse activations come to), and to so many bytes in
 # any case: a few megabytes of zeros are no bomb.
@@ -58,7 +59,7 @@ def load_npy(path: str | os.PathLike) -> np.ndarray:
         with path.open("rb") as file:
             return _array(file, path.stat().st_size)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+        raise CheckError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
 
 
 def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 )
             return {member.filename.removesuffix(".npy"): _member(archive, member) for member in members}
     except Exception as error:  # zipfile and zlib have exceptions of their own for damaged archives
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+        raise CheckError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
 
 
 def _count_at_the_end(path: Path) -> int | None:
@@ -124,9 +125,9 @@ def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
             arrays = {name: file.get_tensor(name) for name in file.keys()}
             metadata = dict(file.metadata() or {})
     except Exception as error:
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+        raise CheckError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
     if metadata.get(DIGEST, arrays_digest(arrays)) != arrays_digest(arrays):
-        raise ValueError(f"{path} is damaged: its arrays are not those that were written")
+        raise CheckError(f"{path} is damaged: its arrays are not those that were written")
     return arrays, metadata
 
 

@@ -62,7 +62,7 @@ def _main() -> int:
             if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the entry point leaves it
                 stack.enter_context(handled(signal.SIGINT, signal.default_int_handler))
             return commands.run(command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(visible(f"rotsparse: error: {_explained(error)}", lines=True), file=sys.stderr)
         return 2
     except Interrupted as interruption:

@@ -16,6 +16,7 @@ import numpy as np
 
 from rotsparse._core import files
 from rotsparse._core.confined import confined
+from rotsparse._core.errors import CheckError
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
@@ -49,7 +50,7 @@ class ActivationStore(Source):
         for shard in self.manifest["shards"]:
             with (self.folder / shard["file"]).open("rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
-                    raise ValueError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
+                    raise CheckError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
 
     def _shard(self, file: str, rows: int, sha256: str) -> NpyFile:
         shard = NpyFile(self.folder / file)
@@ -92,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"{folder / MANIFEST} is not the manifest of an activation store")
     if not _whole(manifest):
-        raise ValueError(f"{folder / MANIFEST} is damaged: remove the store and capture again")
+        raise CheckError(f"{folder / MANIFEST} is damaged: remove the store and capture again")
     for shard in manifest["shards"]:
         confined(folder, shard["file"], folder / MANIFEST)
     return manifest

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rotsparse._core import files
+from rotsparse._core.errors import CheckError
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.devices import is_first_process
 from rotsparse.engine._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
@@ -82,7 +83,7 @@ class Session:
             self._clean(damaged)
             return state
         if damaged:
-            raise ValueError(
+            raise CheckError(
                 f"none of the checkpoints in {self._folder} is intact ({'; '.join(self.warnings)}): remove the folder "
                 "to begin again"
             )

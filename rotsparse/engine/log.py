@@ -26,7 +26,7 @@ class LogWriter:
     `orthogonality_error` (the largest `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that continues from a
     checkpoint continues its log: what was written after that checkpoint is dropped.
 
-    Raises `ValueError` where the folder cannot be written to, or the extra is missing.
+    Raises `ValueError` if the folder cannot be written to, `ImportError` if the extra is missing.
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
@@ -88,7 +88,7 @@ def _event_writer(folder: Path, step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             "logs for TensorBoard need the extra `tensorboard`: pip install 'rotsparse[tensorboard]'"
         ) from None
     files.make_folder(folder)

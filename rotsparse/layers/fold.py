@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse._core import checks
+from rotsparse._core.errors import CheckError
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations, checked
@@ -42,7 +43,8 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
 
     The outputs of a single layer `φ(Wx + b)` are rotated after φ: `f'` then ends in the matrix `R_out`.
 
-    Raises `ValueError` if the rotations do not fit the layer, or the function changed by more than `TOLERANCE`.
+    Raises `ValueError` if the rotations do not fit the layer, and `CheckError` (a `ValueError`) if the function changed
+    by more than `TOLERANCE`.
     """
     rotations = checked("rotations", rotations)
     widths = (rotations.r_in.shape[0], rotations.r_out.shape[0])
@@ -65,7 +67,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
         after = np.asarray(rotated(jnp.asarray(z)), np.float64) @ exact.r_out
     error, scale = float(np.abs(after - before).max()), float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     if not error <= TOLERANCE * max(scale, 1e-30):
-        raise ValueError(
+        raise CheckError(
             f"folding changed the function: outputs differ by up to {error:.2g} where their root mean square is "
             f"{scale:.2g}. Check that the layer computes in full float32 precision and that x looks like its real "
             "inputs"

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse._core import checks
+from rotsparse._core.errors import CheckError
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.model import AnyArray, Model
@@ -148,7 +149,7 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
         rounded_error = np.abs(outputs(rounded.astype(np.float64), tokens) - before).max()
     scale = float(np.abs(before).max())
     if not exact_error <= TOLERANCE * scale:
-        raise ValueError(
+        raise CheckError(
             f"folding changed the function: outputs of up to {scale:.2g} differ by up to {exact_error:.2g}. "
             "Are all weights finite, and of similar size?"
         )

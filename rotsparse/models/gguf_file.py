@@ -162,9 +162,9 @@ class _Cursor:
 
 
 def library():
-    """The gguf library. Raises `ValueError` that says how to get it."""
+    """The gguf library. Raises `ImportError` that says how to get it."""
     try:
         import gguf
     except ImportError:
-        raise ValueError("reading GGUF files needs the gguf library: pip install 'rotsparse[gguf]'") from None
+        raise ImportError("reading GGUF files needs the gguf library: pip install 'rotsparse[gguf]'") from None
     return gguf

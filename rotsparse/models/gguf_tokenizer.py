@@ -36,7 +36,7 @@ def gguf_tokenizer(path: str | os.PathLike):
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(
+        raise ImportError(
             "a GGUF file's tokenizer needs the tokenizers library: pip install 'rotsparse[gguf]'"
         ) from None
     kind, tokens = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.tokens")

@@ -43,10 +43,11 @@ class Tokenizer(Protocol):
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, and however the library that reads it takes it, a user gets a `ValueError`."""
+    """Whatever is wrong with a file, and however the library that reads it takes it, a user gets a `ValueError`; a
+    missing extra stays an `ImportError`."""
     try:
         yield
-    except (ValueError, MemoryError):
+    except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
@@ -131,7 +132,7 @@ class HuggingFaceTokenizer:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
-            raise ValueError(
+            raise ImportError(
                 "reading tokenizer.json needs the tokenizers library: pip install 'rotsparse[models]'"
             ) from None
         if not Path(path).exists():

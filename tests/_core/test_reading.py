@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rotsparse._core import files
+from rotsparse._core.errors import CheckError
 from rotsparse._core.reading import load_npy, load_npz, load_safetensors, safetensors
 from rotsparse.data.sources import NpyFile
 from rotsparse.data.store import StoreWriter, open_store
@@ -219,5 +220,5 @@ def test_the_digest_of_arrays_is_checked(tmp_path):
     assert load_safetensors(tmp_path / "a.safetensors")[0]["a"].sum() == 4
     intact = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(intact[:-1] + b"\x40")
-    with pytest.raises(ValueError, match="is damaged: its arrays are not those that were written"):
+    with pytest.raises(CheckError, match="is damaged: its arrays are not those that were written"):
         load_safetensors(tmp_path / "a.safetensors")

@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from rotsparse._core.digests import array_digest
+from rotsparse._core.errors import CheckError
 from rotsparse._core.files import move
 from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
@@ -192,7 +193,7 @@ def test_nothing_intact_is_an_error_and_no_fresh_start(tmp_path):
     for folder in tmp_path.glob("step-*"):
         (folder / "manifest.json").write_text("{}")
     for _ in range(2):  # and stays one
-        with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none of the checkpoints"):
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckError, match="none of the checkpoints"):
             restore(tmp_path)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 

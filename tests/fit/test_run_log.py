@@ -85,6 +85,6 @@ def test_tensorboard_without_its_extra(tmp_path, monkeypatch):
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install 'rotsparse\[tensorboard\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'rotsparse\[tensorboard\]'"):
         LogWriter(tmp_path, 0, tensorboard=True)
     assert json.dumps(read_log(tmp_path)) == "[]"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rotsparse._core.errors import CheckError
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.store import open_store
 from rotsparse.models._capture import capture
@@ -191,7 +192,7 @@ def test_damaged_stores(model, tokens, tmp_path):
     shard = tmp_path / "out/0.input/00001.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"00001\.npy is damaged"):
+    with pytest.raises(CheckError, match=r"00001\.npy is damaged"):
         store.verify()
     shard.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match=r"cannot read .*00001\.npy"):
