@@ -83,8 +83,9 @@ def small_entries(layer: Layer, train: np.ndarray, test: np.ndarray, options: di
     if options.get("scale_inputs", True):
         scales = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", r_in, covariance(train)[1], r_in), 0))
     scaled = (r_in * scales[:, None]).astype(np.float32)
-    energy = sum(np.square(z, dtype=np.float64).sum(axis=0) for z in jacobians(layer, test, scaled, r_out))
-    energy = energy / len(test)
+    energy = np.zeros((layer.d_out, layer.d_in))
+    for z in jacobians(layer, test, scaled, r_out):
+        energy += np.square(z, dtype=np.float64).sum(axis=0) / len(test)
     row = np.sqrt(np.maximum(energy.mean(axis=1), np.finfo(float).tiny))[None, :, None]
     below = [0, 0]
     for z in jacobians(layer, test, scaled, r_out):

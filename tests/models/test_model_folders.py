@@ -103,4 +103,4 @@ def test_companions_are_kept_and_weights_are_not(folder, tmp_path):
     os.symlink(tmp_path / "secret", folder / "notes.txt")
     save_huggingface(tiny("llama"), tmp_path / "again", tokenizer_from=folder)
     found = {str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*") if path.is_file()}
-    assert found == {*kept, "config.json", "model.safetensors"}
+    assert found == {*kept, "config.json", "model.safetensors", ".rotsparse"}
