@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):
     intact = np.load("x.npy")
     np.save("x.npy", intact + np.float32(1))
     code, said = rotsparse(*fit(60, "--resume"))
-    assert code == 2 and "objective.data.x: float32[48, 5]" in said
+    assert code == 2 and f"{files / 'x.npy'} has changed: its SHA-256 was" in said
     np.save("x.npy", intact)
 
     assert rotsparse(*fit(60, "--resume"))[0] == 0
@@ -87,7 +87,7 @@ def test_stopped_or_failed_behind_the_fit(files, rotsparse, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("rotsparse.report.write.write_report", full_disk)
         code, said = rotsparse(*fit(20))
-        assert code == 2 and "error: [Errno 28] No space left on device" in said
+        assert code == 2 and "error: No space left on device" in said
     code, said = rotsparse("runs", ".")
     assert "failed" in said and "No space left" in said
     with monkeypatch.context() as patched:
