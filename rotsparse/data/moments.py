@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from rotsparse._core.files import npz, write_atomically
+from rotsparse._core.files import check_new_file, npz, write_atomically
 from rotsparse._core.reading import load_npz
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.devices import of_all_processes
@@ -116,11 +116,14 @@ def stream_moments(source: Source, path: str | os.PathLike | None = None, *, sav
     and gives the same bits, since the blocks are the same; a finished pass is not repeated. With several processes
     each reads its share of the rows and has its own file.
 
-    Raises `ValueError` if rows cannot be read or are not finite, or `path` belongs to other data.
+    Raises `ValueError` if rows cannot be read or are not finite, `path` belongs to other data, or a file is there that
+    rotsparse did not write.
     """
     first, last = (len(source) * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
     if path is not None and jax.process_count() > 1:
         path = f"{os.fspath(path)}.{jax.process_index()}-of-{jax.process_count()}"
+    if path is not None:
+        check_new_file(path, overwrite=True)  # now, and not after the pass
     ends = hashlib.sha256(source.read(np.array([first, last - 1])).tobytes()).hexdigest()[:16]
     size = block_rows(source.shape[1])
     about = f"rows {first} to {last} of {source.fingerprint()} ({ends}) in blocks of {size}"

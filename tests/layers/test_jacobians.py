@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rotsparse._core.files import adopt
 from rotsparse.data import moments as moments_module
 from rotsparse.data.moments import Moments, chunks, covariance, evenly_spaced, stream_moments
 from rotsparse.data.sources import ArrayRows
@@ -94,6 +95,7 @@ def test_a_pass_that_was_interrupted_goes_on_with_the_same_bits(reads, rng, tmp_
 
 def test_saved_moments_of_other_data_are_refused_and_damaged_ones_computed_again(rng, tmp_path):
     x = rng.standard_normal((50, 4))
+    adopt(tmp_path)  # as for the folder of a run: what is damaged is known to be rotsparse's own
     first = stream_moments(ArrayRows(x), tmp_path / "m")
     with pytest.raises(ValueError, match=r"m holds the moments of rows 0 to 50 .* not of rows 0 to 49 .*: remove it"):
         stream_moments(ArrayRows(x[1:]), tmp_path / "m")
@@ -103,6 +105,13 @@ def test_saved_moments_of_other_data_are_refused_and_damaged_ones_computed_again
     for damaged in (payload[:-30], payload[:200] + bytes([payload[200] ^ 1]) + payload[201:], b""):
         (tmp_path / "m").write_bytes(damaged)
         np.testing.assert_array_equal(stream_moments(ArrayRows(x), tmp_path / "m").scatter, first.scatter)
+
+
+def test_a_file_of_the_users_is_refused_before_any_row_is_read(rng, tmp_path):
+    (tmp_path / "m").write_text("notes")
+    with pytest.raises(ValueError, match="m exists and was not written by rotsparse"):
+        stream_moments(Interrupted(rng.standard_normal((50, 4)), 0), tmp_path / "m")
+    assert (tmp_path / "m").read_text() == "notes"
 
 
 def test_covariance_of_outputs(rng):
