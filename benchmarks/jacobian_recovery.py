@@ -9,6 +9,7 @@ times: without compilation, in this process, in turn. `rows` is the share of pla
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -22,9 +23,6 @@ from rich.table import Table
 
 import rotsparse as rs
 from rotsparse._core.orthogonal import haar
-from rotsparse.solvers import Annealing, Riemannian
-from rotsparse.solvers.pair_search import certify
-from rotsparse.solvers.refine import refine
 
 KEY = jax.random.key(0)
 
@@ -46,8 +44,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    objective: rs.JacobianSparsity  # 16 examples a step
-    full: rs.JacobianSparsity  # all examples a step, for the peers
+    objective: rs.JacobianSparsity
     truth: dict
 
     @property
@@ -81,15 +78,15 @@ def planted(n: int, activation: str, seed: int) -> Problem:
     bias = (0.1 * rng.standard_normal(2 * n)).astype(np.float32)
     layer = rs.MLP(w_in @ q_in, bias, q_out.T @ w_out, activation=activation)
     x = rng.standard_normal((512, n)).astype(np.float32) @ q_in
-    sampled, full = (rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=b) for b in (16, None))
-    return Problem(sampled, full, {"in": q_in, "out": q_out})
+    objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False)
+    return Problem(objective, {"in": q_in, "out": q_out})
 
 
 def compare(n: int, activation: str, seeds: int, methods: dict) -> list[dict]:
     rows = {}
     for seed in range(seeds):
         problem = planted(n, activation, seed)
-        value = eqx.filter_jit(problem.full.value)
+        value = eqx.filter_jit(problem.objective.value)
         budget = 0.0
         for name, method in methods.items():
             bases, seconds = method(problem, budget)
@@ -101,42 +98,48 @@ def compare(n: int, activation: str, seeds: int, methods: dict) -> list[dict]:
     return list(rows.values())
 
 
+class Compiled(rs.Method):
+    """A method that notes how long it compiled."""
+
+    method: rs.Method
+    seconds: list[float] = eqx.field(static=True, default_factory=list)
+
+    def run(self, problem, starts, *, key, run):
+        solution = self.method.run(problem, starts, key=key, run=run)
+        self.seconds.append(solution.stats["compile_seconds"])
+        return solution
+
+
 def rotsparse(problem: Problem, budget: float):
     """Annealing, then pair searches and polishes in turn for as long as they pay."""
-    certify(problem.objective, problem.start)  # compiles
-    compiling = 0.0
-
-    def anneal(bases, angle, steps):
-        nonlocal compiling
-        solution = rs.minimize(problem.objective, bases, key=KEY, solver=Annealing(angle), steps=steps).completed()
-        compiling += solution.stats["compile_seconds"]
-        return solution.bases
-
+    rs.certify(problem.objective, problem.start)  # compiles
+    annealing, polish = (Compiled(rs.Anneal(steps=n, angle=a)) for n, a in ((2000, 0.4), (500, 0.1)))
     begun = time.perf_counter()
-    bases = anneal(problem.start, 0.4, 2000)
-    bases = refine(problem.objective, bases, lambda bases: anneal(bases, 0.1, 500)).bases
-    return bases, time.perf_counter() - begun - compiling
+    bases = problem.start
+    for method in (annealing, rs.Refine(polish)):
+        bases = rs.minimize(problem.objective, bases, method=method, key=KEY).completed().bases
+    return bases, time.perf_counter() - begun - sum(annealing.seconds + polish.seconds)
 
 
 def annealing(problem: Problem, budget: float):
     """As many steps as take about as long."""
-    return fit(problem.objective, problem, Annealing(), budget=budget)
+    return fit(problem, lambda steps: rs.Anneal(steps=steps), budget=budget)
 
 
 def adam(problem: Problem, budget: float):
     """Riemannian Adam on all examples, bounded steps, cosine decay."""
-    return fit(problem.full, problem, Riemannian(), budget=budget)
+    return fit(problem, lambda steps: rs.Riemannian(steps=steps), budget=budget)
 
 
 def adam_of_8(problem: Problem, budget: float):
     """The best of eight Haar-random or neuron starts, vmapped."""
-    return fit(problem.full, problem, Riemannian(), budget=10 * budget, restarts=8)
+    return fit(problem, lambda steps: rs.Riemannian(steps=steps), budget=10 * budget, restarts=8)
 
 
-def fit(objective, problem, solver, *, budget: float, restarts=1):
-    """As many steps of a solver as take about `budget` seconds."""
+def fit(problem: Problem, method: Callable[[int], rs.Method], *, budget: float, restarts=1):
+    """As many steps of a method as take about `budget` seconds."""
     run = lambda steps: rs.minimize(  # noqa: E731
-        objective, problem.start, key=KEY, solver=solver, steps=steps, restarts=restarts
+        problem.objective, problem.start, method=method(steps), key=KEY, restarts=restarts
     ).completed()
     seconds = lambda solution: solution.stats["seconds"] - solution.stats["compile_seconds"]  # noqa: E731
     solution = run(max(100, int(100 * budget / seconds(run(100)))))
@@ -149,9 +152,9 @@ def pymanopt(problem: Problem, budget: float):
     from pymanopt.manifolds import Product, Stiefel
     from pymanopt.optimizers import ConjugateGradient
 
-    spaces = problem.full.spaces
+    spaces = problem.objective.spaces
     manifold = Product([Stiefel(d, d) for d in spaces.values()])
-    value, gradient = eqx.filter_jit(problem.full.value), eqx.filter_jit(problem.full.value_and_grad)
+    value, gradient = eqx.filter_jit(problem.objective.value), eqx.filter_jit(problem.objective.value_and_grad)
     named = lambda points: {k: jnp.asarray(r, jnp.float32) for k, r in zip(spaces, points, strict=True)}  # noqa: E731
 
     @pymanopt.function.numpy(manifold)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
+from rotsparse.objectives.base import sampled
 
 
 @dataclasses.dataclass
@@ -56,20 +57,21 @@ def problem(d: int, seed: int) -> rs.JacobianSparsity:
     )
     layer = rs.MLP(jnp.asarray(w_in), None, jnp.asarray(w_out), activation="gelu")
     x = rng.standard_normal((512, d)).astype(np.float32)
-    return rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=16)
+    return rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False)
 
 
 def fit(objective: rs.JacobianSparsity, key, steps: int):
     """The objective on all examples after some steps of annealing, from the neurons."""
-    solver = rs.Annealing()
+    method = rs.Anneal(steps=steps)
     bases = {space: jnp.eye(d) for space, d in objective.spaces.items()}
 
     def body(i, carry):
         bases, state = carry
-        bases, state, _ = solver.step(objective.sample(jax.random.fold_in(key, i)), bases, state, i, steps)
+        batch = sampled(objective, jax.random.fold_in(key, i), method.batch_size)
+        bases, state, _ = method.step(batch, bases, state, i)
         return bases, state
 
-    bases, _ = jax.lax.fori_loop(0, steps, body, (bases, solver.init(bases)))
+    bases, _ = jax.lax.fori_loop(0, steps, body, (bases, method.init(bases)))
     return objective.value(bases)
 
 

@@ -45,12 +45,12 @@ def main(config: Config) -> None:
 
 def anneal(n: int, steps: int) -> list[dict]:
     problem = planted(n, "gelu", 0)
-    layer, x, value = problem.full.layer, problem.full.x, eqx.filter_jit(problem.full.value)
+    value = eqx.filter_jit(problem.objective.value)
     rows = []
     for batch, divisor, factor in [(16, 1, 1), (4, 1, 4), (16, 2, 4), (64, 2, 1), (16, 4, 8)]:
-        part = None if divisor == 1 else (n // divisor, n // divisor)
-        objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), scale_inputs=False, batch_size=batch, part=part)
-        fit = rs.minimize(objective, problem.start, key=KEY, steps=steps * factor).completed()
+        submatrix = None if divisor == 1 else (n // divisor, n // divisor)
+        method = rs.Anneal(steps=steps * factor, batch_size=batch, submatrix=submatrix)
+        fit = rs.minimize(problem.objective, problem.start, method=method, key=KEY).completed()
         seconds = fit.stats["seconds"] - fit.stats["compile_seconds"]
         row = {"n": n, "examples": batch, "rows and columns": n // divisor, "steps": steps * factor}
         rows.append(

@@ -6,7 +6,7 @@ how many directions other restarts find again. Digits, x² and the planted netwo
 need the experiments' data (`--data`) and, for MiniLM, its folder (`--minilm`), and are skipped, visibly, without them.
 
 Inputs are scaled by their standard deviations, except where a network's row says raw. `--publish` writes the tables
-into docs/results.md and README.md, between their markers.
+into docs/results.md, between its markers.
 """
 
 import dataclasses
@@ -21,12 +21,15 @@ from _publish import publish
 from _results import Results, described, read
 from rich.console import Console
 
+import rotsparse as rs
+from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, Benchmark, benchmark
-from rotsparse.evaluation.compare import LABELS, heading, shown
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+from rotsparse.evaluation.names import LABELS, heading, shown
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
 METRICS = (SHARE, "edges_99")
 """What the published tables show; the JSON file has every metric."""
 
@@ -47,7 +50,7 @@ class Config:
     """A JSON file for the figures (in which networks of earlier runs of the same form are kept, each with its own
     commit and versions); the tables go beside it, into a Markdown file of the same name."""
     publish: bool = False
-    """Write the tables into docs/results.md and README.md."""
+    """Write the tables into docs/results.md."""
     seed: int = 0
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
@@ -59,7 +62,7 @@ def run(case: Case, config: Config) -> Benchmark:
     rng = np.random.default_rng(config.seed)
     fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
-    options: dict[str, Any] = {"steps": config.steps, "restarts": 2, **case.options}
+    options: dict[str, Any] = {"method": rs.default_method(steps=config.steps), "restarts": 2, **case.options}
     return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
 
 
@@ -106,6 +109,7 @@ def evidence(networks: dict[str, dict[str, Any]]) -> str:
 
 def main(config: Config) -> None:
     console, results = Console(), Results(config)
+    check_new_file(config.out.with_suffix(".md"), overwrite=True)
     config = dataclasses.replace(config, examples=(1000, 200), steps=1500) if config.quick else config
     found = read(config.out)["results"] if config.out.exists() else {}
     everything = list(cases(config.data, config.minilm, seed=config.seed, quick=config.quick))
@@ -130,10 +134,9 @@ def main(config: Config) -> None:
     source = f"\n({results.form} form; {described(of['provenance'] for of in networks.values())})\n"
     text = tables(networks, METRICS) + "\n" + evidence(networks) + source
     conclusions = "\n".join(f"- {name}: {of['conclusion']}" for name, of in networks.items())
-    config.out.with_suffix(".md").write_text(f"{text}\n{conclusions}\n", encoding="utf-8")
+    write_atomically(config.out.with_suffix(".md"), f"{MARKDOWN}{text}\n{conclusions}\n".encode())
     if config.publish:
-        publish(ROOT / "docs/results.md", "pca", text)
-        publish(ROOT / "README.md", "pca", tables(networks, METRICS[:1]) + source)
+        publish(PAGE, "pca", text)
 
 
 if __name__ == "__main__":

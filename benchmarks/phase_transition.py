@@ -1,9 +1,9 @@
-"""Claim: `fit_activations` recovers a planted sparse basis exactly from several times fewer examples than FastICA needs
-to come near it.
+"""Claim: `FixedPointNewton` recovers a planted sparse basis exactly from several times fewer examples than FastICA
+needs to come near it.
 
 n = 30 Bernoulli-Gaussian activations with θ from 0.1 to 0.6, and 5 to 160 examples a dimension. A fit counts as a
 recovery when its error `1 - ‖R D‖₄⁴/n` is below 1%, which asks for |cos| > 0.995 of a typical direction (`exact`: below
-1e-4). rotsparse takes the best objective of eight restarts; restarts do nothing for the peers, whose error is
+1e-4). rotsparse takes the best objective of eight starts; more starts do nothing for the peers, whose error is
 statistical (FastICA from eight starts, the best by its own contrast, is in the table too).
 """
 
@@ -17,6 +17,8 @@ from _peers import bernoulli_gaussian, error, fastica, l4, orthogonalised, picar
 from _results import Results
 from rich.console import Console
 from rich.table import Table
+
+from rotsparse._core.files import PNG, writing
 
 N = 30
 THETAS = (0.1, 0.3, 0.5, 0.6)
@@ -48,7 +50,7 @@ def fastica_restarted(y, seed, restarts=8):
 
 
 METHODS = {
-    "rotsparse": lambda y, seed: rotsparse(y, seed, eps=0.01, restarts=8),
+    "rotsparse": lambda y, seed: rotsparse(y, seed, eps=0.01, starts=8),
     "rotsparse, one start": lambda y, seed: rotsparse(y, seed, eps=0.01),
     "FastICA": fastica,
     "FastICA, best of 8": fastica_restarted,
@@ -122,7 +124,8 @@ def draw(path: Path, thetas, ratios, errors) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of problems recovered")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata=PNG)
 
 
 if __name__ == "__main__":

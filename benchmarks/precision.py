@@ -28,6 +28,7 @@ import rotsparse as rs
 from rotsparse._core.orthogonal import haar
 from rotsparse.examples import digits
 from rotsparse.objectives import JacobianSparsity, Objective
+from rotsparse.objectives.base import thinned
 
 MANTISSA = {"highest": None, "tensorfloat32": 10, "bfloat16": 7}
 
@@ -56,24 +57,18 @@ class Rounded(Objective):
     def spaces(self):
         return self.inner.spaces
 
-    @property
-    def batch_share(self):
-        return self.inner.batch_share
-
     def value(self, bases):
         return rounded(self.inner.value, self.bits)(bases)
 
     def value_and_grad(self, bases):
         return rounded(self.inner.value_and_grad, self.bits)(bases)
 
-    def sample(self, key, fetched=None):
-        return Rounded(self.inner.sample(key), self.bits)
+    @property
+    def examples(self):
+        return self.inner.examples
 
-    def thinned(self, examples):
-        return Rounded(self.inner.thinned(examples), self.bits)
-
-    def with_eps(self, eps):
-        return Rounded(self.inner.with_eps(eps), self.bits)
+    def with_examples(self, examples):
+        return Rounded(self.inner.with_examples(examples), self.bits)
 
 
 def rounded(function, bits: int | None):
@@ -146,19 +141,22 @@ def main(config: Config) -> None:
     for eps in (0.1, 0.01):
         for name, bits in MANTISSA.items():
             exact, low = (
-                JacobianSparsity(layer, x, rs.Log(eps), scale_inputs=False, batch_size=16, precision=p)
-                for p in ("highest", name)
+                JacobianSparsity(layer, x, rs.Log(eps), scale_inputs=False, precision=p) for p in ("highest", name)
             )
             bases = {space: haar(jax.random.key(i), d) for i, (space, d) in enumerate(exact.spaces.items())}
             start = {space: jnp.eye(d) for space, d in exact.spaces.items()}
             solutions = [
                 rs.minimize(
-                    Rounded(low, bits), start, key=jax.random.key(seed), steps=config.steps, validation=exact
+                    Rounded(low, bits),
+                    start,
+                    method=rs.Anneal(steps=config.steps),
+                    key=jax.random.key(seed),
+                    validation=exact,
                 ).completed()
                 for seed in range(config.seeds)
             ]
             reached = np.array([solution.validation_value for solution in solutions])
-            small, small_low = exact.thinned(256), low.thinned(256)
+            small, small_low = thinned(exact, 256), thinned(low, 256)
             assert float(small_low.value(bases)) == float(small.value(bases)) or jax.default_backend() != "cpu"
             at = [errors(small, Rounded(small_low, bits), b) for b in (bases, solutions[0].bases)]
             figures[f"{eps} {name}"] = {"random": at[0], "result": at[1], "objective": reached.tolist()}

@@ -7,7 +7,7 @@ a layer.
 PCA, and minimises over the same examples; `held-out` is the same objective on other examples. Times include
 compilation. CG and L-BFGS get the time that rotsparse took, Adam an eighth of its steps, each on all examples.
 `--figure` draws, and `--out` keeps, the course of every fit: objective against seconds and against evaluations (those
-of our solvers spread evenly over their steps, after compilation).
+of our methods spread evenly over their steps, after compilation).
 
 `evaluations` are values with gradients on all examples, or as many examples in minibatches; a value alone (in a line
 search, or a look at all examples by which steps are chosen) is half of one. What the pair searches and polishes at the
@@ -38,6 +38,7 @@ from rich.table import Table
 from scipy.optimize import minimize as scipy_minimize
 
 import rotsparse as rs
+from rotsparse._core.files import PNG, writing
 from rotsparse._core.orthogonal import retract_cayley, skew
 from rotsparse.objectives import JacobianSparsity
 
@@ -61,7 +62,7 @@ VALUE = 0.5
 
 @dataclasses.dataclass
 class Config:
-    """The default solver against peers on real trained layers."""
+    """The default method against peers on real trained layers."""
 
     quick: bool = False
     """Digits only, two starts, fewer steps."""
@@ -72,7 +73,7 @@ class Config:
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
     steps: int = 8000
-    """Steps of the default solver, from the given start and from a random one; full-batch Adam takes an eighth."""
+    """Steps of the default method, from the given start and from a random one; full-batch Adam takes an eighth."""
     out: Path | None = None
     """A JSON file for the figures."""
     figure: Path | None = None
@@ -127,12 +128,13 @@ def compare(case: Case, examples: int, config: Config) -> list[dict]:
 
         add("start", bases, Course())
         options: dict[str, Any] = {"measure": measure, "scale_inputs": scale, "key": key, "start": start}
-        adam = rs.Riemannian(optax.adam(0.2), max_step=0.4)
         batch = min(16, examples)
+        ours = rs.default_method(steps=steps, batch_size=batch)
+        adam = rs.Riemannian(optax.adam(0.2), steps=steps // 8, max_step=0.4)
         budget = 0.0
         fits: list[tuple[str, float, dict[str, Any]]] = [
-            ("rotsparse", batch / examples, {"steps": steps, "restarts": 2, "batch_size": batch}),
-            ("Riemannian Adam", 1, {"steps": steps // 8, "solver": adam}),
+            ("rotsparse", batch / examples, {"method": ours, "restarts": 2}),
+            ("Riemannian Adam", 1, {"method": adam}),
         ]
         for method, share, settings in fits:
             begun = time.perf_counter()
@@ -320,7 +322,8 @@ def draw(path: Path, results: list[dict]) -> None:
         ):
             axis.set(xscale="log", xlabel=unit)
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata=PNG)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ minibatches come from the disk. The store is removed at the end, unless `--keep`
 
 import dataclasses
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -23,9 +22,11 @@ from _results import Results
 from rich.console import Console
 
 import rotsparse as rs
+from rotsparse._core import files
 from rotsparse.data.sources import RESIDENT_EXAMPLES, Source
 from rotsparse.data.store import StoreWriter
 from rotsparse.objectives import JacobianSparsity
+from rotsparse.objectives.base import thinned
 
 
 @dataclasses.dataclass
@@ -88,8 +89,9 @@ def step_seconds(objective: JacobianSparsity, config: Config) -> float:
     """The time of a step of a fit of an objective, without compilation."""
     start = {name: jnp.eye(d) for name, d in objective.spaces.items()}
     # One small look at the end is what judging costs: the fits are compared by their steps.
-    judge = objective.thinned(config.batch_size)
-    solution = rs.minimize(objective, start, key=jax.random.key(0), steps=config.steps, validation=judge).completed()
+    judge = thinned(objective, config.batch_size)
+    method = rs.Anneal(steps=config.steps, batch_size=config.batch_size)
+    solution = rs.minimize(objective, start, method=method, key=jax.random.key(0), validation=judge).completed()
     assert solution.stats["steps"] == config.steps, solution.result
     return (solution.stats["seconds"] - solution.stats["compile_seconds"]) / config.steps
 
@@ -101,10 +103,9 @@ def measure(source: Source, folder: Path, config: Config, console: Console) -> d
     pass_seconds = time.perf_counter() - begun
     console.print(f"covariance of {len(source):,} examples: {pass_seconds:.0f} s, peak {peak_bytes() / 1e9:.2f} GB")
 
-    options = {"batch_size": config.batch_size, "moments": moments}
-    streamed = JacobianSparsity(layer, source, rs.Log(0.1), **options)
-    in_memory = JacobianSparsity(layer, source.part(RESIDENT_EXAMPLES), rs.Log(0.1), **options)
-    assert streamed.source is source and in_memory.source is None
+    streamed = JacobianSparsity(layer, source, rs.Log(0.1), moments=moments)
+    in_memory = JacobianSparsity(layer, source.part(RESIDENT_EXAMPLES), rs.Log(0.1), moments=moments)
+    assert streamed.data.source is source and in_memory.data.source is None
     seconds = {"streamed": [], "in memory": []}
     for _ in range(config.rounds):
         forget(folder)
@@ -137,7 +138,9 @@ def main(config: Config) -> None:
         figures = measure(rs.open_source(folder), folder, config, console)
     finally:
         if not config.keep:
-            shutil.rmtree(parent if config.folder is None else folder, ignore_errors=True)
+            files.remove(folder)
+            if config.folder is None:
+                parent.rmdir()
     console.print(
         f"{figures['gigabytes']:.1f} GB: {figures['streamed_ms_per_step']:.1f} ms a step from the store, "
         f"{figures['in_memory_ms_per_step']:.1f} ms from memory: {figures['speed_ratio']:.0%} of its speed; "

@@ -1,8 +1,8 @@
 """One table of what the other benchmarks measured: `make bench` runs it last.
 
 Reads `runs/benchmarks/NAME.json` of every benchmark that has been run and prints its main figures, with the form that
-they are of, and which machines, commits and versions they come from; `--publish` puts the table into README.md, between
-its markers. Every benchmark has rows but `pca.py`, which publishes tables of its own.
+they are of, and which machines, commits and versions they come from; `--publish` puts the table into
+docs/benchmarks.md, between its markers. Every benchmark has rows but `pca.py`, which publishes tables of its own.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from phase_transition import RECOVERED, needed
 from rich.console import Console
 from rich.markdown import Markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
 Row = tuple[str, str, str, str]
 """What is measured, rotsparse's figure, the best peer's, and a remark."""
@@ -31,7 +31,7 @@ class Config:
     results: Path = Path("runs/benchmarks")
     """Where the benchmarks wrote their JSON files."""
     publish: bool = False
-    """Write the table into README.md."""
+    """Write the table into docs/benchmarks.md."""
 
 
 def activation_recovery(rows: list[dict]) -> Iterator[Row]:
@@ -194,7 +194,7 @@ def main(config: Config) -> None:
     text = table(config.results)
     Console().print(Markdown(text))
     if config.publish:
-        publish(ROOT / "README.md", "bench", text)
+        publish(PAGE, "bench", text)
 
 
 if __name__ == "__main__":

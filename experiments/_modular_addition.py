@@ -109,17 +109,11 @@ class Copies(Objective):
         return self.inner.spaces | {self.space: self.inner.spaces[self.space] // self.copies}
 
     @property
-    def batch_share(self):
-        return self.inner.batch_share
+    def examples(self):
+        return self.inner.examples
 
-    def sample(self, key):
-        return Copies(self.inner.sample(key), self.space, self.copies)
-
-    def thinned(self, examples):
-        return Copies(self.inner.thinned(examples), self.space, self.copies)
-
-    def with_eps(self, eps):
-        return Copies(self.inner.with_eps(eps), self.space, self.copies)
+    def with_examples(self, examples):
+        return Copies(self.inner.with_examples(examples), self.space, self.copies)
 
     def _blocks(self, bases):
         r = bases[self.space]

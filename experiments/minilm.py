@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import activation_bases
-import common
+import _activation_bases
+import _common
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from activation_bases import METHODS, STYLES, Effort
+from _activation_bases import METHODS, STYLES, Effort
 from matplotlib.figure import Figure
 
 from rotsparse import models
@@ -33,12 +33,12 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Sparse activations of the MLP inputs of MiniLM."""
 
-    model: Path = common.DATA / "minilm"
+    model: Path = _common.DATA / "minilm"
     """A Hugging Face folder of the model."""
-    data: Path = common.DATA
+    data: Path = _common.DATA
     """The folder with text/wt2_valid.txt and text/wt2_test.txt."""
     quick: bool = False
     """The first and the last layer, fewer tokens and steps: minutes."""
@@ -73,7 +73,7 @@ class Network:
     def inputs(self, tokens, layers: Sequence[int]) -> list[np.ndarray]:
         """The MLP inputs of these layers at the text's own tokens, `[n, d]` each."""
         points = tuple((i, "input") for i in layers)
-        parts = [activation_bases.captured(self.params, self.model.config, part, points) for part in _batches(tokens)]
+        parts = [_activation_bases.captured(self.params, self.model.config, part, points) for part in _batches(tokens)]
         seen = [np.concatenate([np.asarray(x[:, self.inner]) for x in of]) for of in zip(*parts, strict=True)]
         return [x.reshape(-1, x.shape[-1]) for x in seen]
 
@@ -119,20 +119,22 @@ def measure(network: Network, config: Config) -> dict[str, Any]:
 
     def drift(cut):
         lost = 1 - np.einsum("nd,nd->n", network.embeddings(network.tokens[2], cut), plain, dtype=np.float64)
-        return activation_bases.mean_interval(lost, np.arange(len(lost)), key=key)._asdict()
+        return _activation_bases.mean_interval(lost, np.arange(len(lost)), key=key)._asdict()
 
     result: dict[str, Any] = {"chosen": {}, "layers": {}}
     cuts: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
     for i, x, choose, x_test in zip(layers, train, held_out, test, strict=True):
-        bases, result["chosen"][str(i)] = activation_bases.fit(x, choose, config.effort, key=jax.random.fold_in(key, i))
+        bases, result["chosen"][str(i)] = _activation_bases.fit(
+            x, choose, config.effort, key=jax.random.fold_in(key, i)
+        )
         print(f"layer {i}: {result['chosen'][str(i)]}")
         result["layers"][str(i)] = of = {}
         for method in METHODS:
-            r, keep = activation_bases.keeper(method, choose, bases, SPARSITY)
+            r, keep = _activation_bases.keeper(method, choose, bases, SPARSITY)
             cuts[method][i] = jnp.asarray(r), keep
             lost = substitution(x_test, r, keep, layer=models.mlp_layer(network.model, i))
             errors = np.square(np.asarray(keep(jnp.asarray(x_test @ r.T))) - x_test @ r.T).sum(axis=1)
-            interval = activation_bases.mean_interval(errors / np.square(x_test).sum(axis=1).mean(), groups, key=key)
+            interval = _activation_bases.mean_interval(errors / np.square(x_test).sum(axis=1).mean(), groups, key=key)
             of[method] = {
                 "sparsity": lost.sparsity,
                 "energy_lost": interval._asdict(),
@@ -163,8 +165,8 @@ def figure(metrics: dict[str, Any]) -> Figure:
             ax.plot(layers, values, color=colour, ls=dash, lw=width, marker="o", ms=3, label=label)
         ax.set_yscale("log")
         ax.set_xlabel("layer")
-        common.style(ax, title)
-    common.legend_beside(fig.axes[-1])
+        _common.style(ax, title)
+    _common.legend_beside(fig.axes[-1])
     return fig
 
 
@@ -190,9 +192,9 @@ def report(metrics: dict[str, Any]) -> str:
 
 def main(config: Config) -> None:
     texts = [config.data / "text" / name for name in ("wt2_valid.txt", "wt2_test.txt")]
-    common.require([config.model / "model.safetensors", config.model / "tokenizer.json", *texts], SOURCE)
+    _common.require([config.model / "model.safetensors", config.model / "tokenizer.json", *texts], SOURCE)
     config = quick(config) if config.quick else config
-    with common.run("minilm", config) as run:
+    with _common.run("minilm", config) as run:
         metrics = measure(Network(config), config)
         run.finish(metrics, report(metrics), layers=figure(metrics))
 

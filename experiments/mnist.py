@@ -20,7 +20,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,10 +48,10 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Rotations of every stage of an MNIST network."""
 
-    data: Path = common.DATA
+    data: Path = _common.DATA
     """The folder with mlp_mnist/model.safetensors and mnist/mnist.npz."""
     quick: bool = False
     """Fewer images, steps, stages and principal components: two minutes."""
@@ -166,7 +166,7 @@ def study(network: Network, name: str, config: Config) -> tuple[dict[str, Any], 
     options = {
         "key": key,
         "scale_inputs": begin == 0,
-        "steps": config.steps if begin else config.pixel_steps,
+        "method": rs.default_method(steps=config.steps if begin else config.pixel_steps),
         "restarts": config.restarts if begin else 2,
         "validation": choose,
     }
@@ -219,12 +219,11 @@ def chain(network: Network, config: Config) -> dict[str, Any]:
     x, _, test = network.inputs[0]
     key = jax.random.key(config.seed + 1)
     for name, joint in {"separate": False, "joint": True}.items():
-        found = rs.fit_chain(network.layers, x, test=test, key=key, joint=joint, steps=config.chain_steps)
-        for solution in found.solutions:
-            solution.completed()
+        solution = rs.fit_chain(network.layers, x, key=key, joint=joint, method=rs.Anneal(steps=config.chain_steps))
+        found = rs.evaluate_chain(network.layers, test, solution, key=key)
         shares = [
             rs.evaluate(layer, of[2], r, scale_inputs=True, covariance=covariance(of[0])[1], key=key)[SHARE]._asdict()
-            for layer, of, r in zip(network.layers, network.inputs, found.rotations, strict=True)
+            for layer, of, r in zip(network.layers, network.inputs, rs.layer_rotations(solution), strict=True)
         ]
         result[name] = {"held_out_objective": found.values, "neurons": found.neuron_values, SHARE: shares}
         result[name] |= {"random": found.random_values, "matches": [str(match) for match in found.matches]}
@@ -257,8 +256,8 @@ def figure(stages: dict[str, Any]) -> Figure:
     ax.set_xticks(range(len(stages)), [name.replace(" → ", "\n→ ") for name in stages], fontsize=8)
     ax.set_ylabel("share of entries below 0.1 rms")
     ax.set_ylim(0, 1)
-    common.style(ax, grid="y")
-    common.legend_beside(ax)
+    _common.style(ax, grid="y")
+    _common.legend_beside(ax)
     return fig
 
 
@@ -293,7 +292,7 @@ def report(metrics: dict[str, Any]) -> str:
         rows = {"learned": of["metrics"]["learned"], "learned, random weights": of["random_weights"]}
         rows |= {f"best baseline: {best}": rivals[best], "PCA": rivals["pca"], "neurons": rivals["neurons"]}
         for basis, m in rows.items():
-            cells = f"{common.shown(m['edges_99'], 0)} | {common.shown(m[SHARE])}"
+            cells = f"{_common.shown(m['edges_99'], 0)} | {_common.shown(m[SHARE])}"
             lines.append(f"| {name} ({of['entries']}) | {basis} | {cells} |")
     lines += ["", "Single examples (raw): a mean over images of edges@99 and small entries in the image's own singular"]
     lines += ["vectors, of its own Jacobian, and of the other images'; and the learned basis, one for all:", ""]
@@ -322,7 +321,7 @@ def report(metrics: dict[str, Any]) -> str:
     ]
     lines += ["the next layer's sparse inputs:", ""]
     for name, of in metrics["chain"].items():
-        lines.append(f"- {name}: " + ", ".join(map(common.shown, of[SHARE])) + ". " + " ".join(of["matches"]))
+        lines.append(f"- {name}: " + ", ".join(map(_common.shown, of[SHARE])) + ". " + " ".join(of["matches"]))
     return "\n".join(lines) + "\n"
 
 
@@ -331,9 +330,9 @@ def _accuracy(layer: Layer, x, labels) -> float:
 
 
 def main(config: Config) -> None:
-    common.require([config.data / "mlp_mnist/model.safetensors", config.data / "mnist/mnist.npz"], SOURCE)
+    _common.require([config.data / "mlp_mnist/model.safetensors", config.data / "mnist/mnist.npz"], SOURCE)
     config = quick(config) if config.quick else config
-    with common.run("mnist", config) as run:
+    with _common.run("mnist", config) as run:
         network = Network(config)
         studies = {name: study(network, name, config) for name in config.stages}
         metrics = {

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,10 +49,10 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Edges that each stage of a modular-addition transformer needs, in every basis."""
 
-    data: Path = common.DATA
+    data: Path = _common.DATA
     """The folder with modular_addition/seed*.safetensors (and published.json)."""
     checkpoint: Path | None = None
     """One such file instead; published.json is looked for beside it."""
@@ -82,14 +82,12 @@ def fit(
     edges = [frame[space_in].active * frame[space_out].active for space_in, space_out in (STAGES[s] for s in stages)]
     weights = [count / sum(edges) for count in edges]
 
-    def objective(rows, batch_size):
+    def objective(rows):
         terms: list[Objective] = []
         for stage in stages:
             layer, (space_in, space_out) = network.layers[stage], STAGES[stage]
             x = network.inputs[stage][rows]
-            term = JacobianSparsity(
-                layer, x, rs.Log(config.eps), space_in=space_in, space_out=space_out, batch_size=batch_size
-            )
+            term = JacobianSparsity(layer, x, rs.Log(config.eps), space_in=space_in, space_out=space_out)
             active = {space: frame[space].axes[: frame[space].active] for space in (space_in, space_out)}
             frame_in = np.kron(np.eye(COPIES[stage], dtype=np.float32), active[space_in])
             term = term.within(Subspace(layer, jnp.asarray(frame_in), jnp.asarray(active[space_out])))
@@ -98,15 +96,15 @@ def fit(
         return Held(total, {"logits": jnp.eye(frame["logits"].active)}) if "unembed" in stages else total
 
     n = config.examples
-    fitted = objective(network.train[:n], 16)
+    fitted = objective(network.train[:n])
     start = {name: jnp.eye(d) for name, d in fitted.spaces.items()}
     return rs.minimize(
         fitted,
         start,
+        method=rs.Anneal(steps=config.steps),
         key=jax.random.key(config.seed if seed is None else seed),
         restarts=config.restarts,
-        steps=config.steps,
-        validation=objective(network.train[n : 2 * n], None),
+        validation=objective(network.train[n : 2 * n]),
     ).completed()
 
 
@@ -369,13 +367,13 @@ def figure(edges: dict[str, dict[str, float]], networks: dict[str, dict[str, Any
 def main(config: Config) -> None:
     folder = config.data / "modular_addition"
     paths = [config.checkpoint] if config.checkpoint else sorted(folder.glob("seed*.safetensors"))
-    common.require(paths or [folder / "seed0.safetensors"], SOURCE)
+    _common.require(paths or [folder / "seed0.safetensors"], SOURCE)
     if config.quick:
         config = dataclasses.replace(config, restarts=3, steps=1500, keys=1)
         paths = paths[:1]
     published_file = paths[0].with_name("published.json")
     published = json.loads(published_file.read_text())["seeds"] if published_file.exists() else {}
-    with common.run("modular_addition", config) as run:
+    with _common.run("modular_addition", config) as run:
         networks = {}
         for path in paths:
             networks[path.stem] = study(path, config, published.get(path.stem.removeprefix("seed"), {}))

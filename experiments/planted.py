@@ -19,7 +19,7 @@ has where the truth is not known, and they should follow the first.
 import dataclasses
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,7 @@ SHARPER = (0.03, 0.01, 0.003)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Recovery of planted rotations under noise, with few examples, and where they are not identifiable."""
 
     quick: bool = False
@@ -112,7 +112,7 @@ def single_layer(config: Config, outputs: int, *, seed: int, dense: bool = False
 def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
     """Fit a planted network and its null model; how near is the truth, and what can be known without it?"""
     key = jax.random.key(config.seed + seed)
-    options = {"scale_inputs": False, "steps": config.steps, "restarts": config.restarts}
+    options = {"scale_inputs": False, "method": rs.default_method(steps=config.steps), "restarts": config.restarts}
     solution = rs.find_rotations(planted.layer, planted.x, key=key, **options).completed()
     rotations = sharpened(planted, solution, config, key=key)
     null = random_weights(planted.layer, key=jax.random.fold_in(key, 1))
@@ -142,15 +142,11 @@ def measure(planted: Planted, config: Config, *, seed: int) -> dict[str, Any]:
 
 def sharpened(planted: Planted, solution: rs.Solution, config: Config, *, key) -> rs.Rotations:
     """The rotations of a fit, followed as ε falls."""
-    bases = solution.bases
+    bases, polish = solution.bases, rs.Anneal(steps=config.steps // 4, angle=0.02)
     for eps in SHARPER:
-        objective = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(eps), scale_inputs=False, batch_size=16)
-
-        def polish(bases, objective=objective):
-            small = rs.Annealing(angle=0.02)
-            return rs.minimize(objective, bases, key=key, solver=small, steps=config.steps // 4).completed().bases
-
-        bases = rs.refine(objective.thinned(128), polish(bases), polish).bases
+        objective = rs.JacobianSparsity(planted.layer, planted.x, rs.Log(eps), scale_inputs=False)
+        for method in (polish, rs.Refine(polish, examples=128)):
+            bases = rs.minimize(objective, bases, method=method, key=key).completed().bases
     return rs.Rotations(bases["in"], bases["out"])
 
 
@@ -219,10 +215,10 @@ def figure(sweeps: dict[str, dict[str, Any]]) -> Figure:
             ax.plot(list(cells), [of[side]["cosine"] for of in cells.values()], color=colour, marker="o", label=label)
             again = [of[side]["reproduced"] for of in cells.values()]
             ax.plot(list(cells), again, color=colour, ls="--", marker="s", ms=4, label=f"{label}: restarts agree")
-        common.style(ax, titles[sweep])
+        _common.style(ax, titles[sweep])
     axes[0].set_ylabel("mean max |cos| with the truth;\nshare of directions found again")
     axes[0].set_ylim(0, 1.03)
-    common.legend_beside(axes[-1])
+    _common.legend_beside(axes[-1])
     return fig
 
 
@@ -245,7 +241,7 @@ def _haar(config: Config, seed: int, d_in: int, d_out: int) -> rs.Rotations:
 
 def main(config: Config) -> None:
     config = quick(config) if config.quick else config
-    with common.run("planted", config) as run:
+    with _common.run("planted", config) as run:
         sweeps = study(config)
         run.finish({"sweeps": sweeps}, report(sweeps, config), sweeps=figure(sweeps))
 

@@ -14,14 +14,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import activation_bases
-import common
+import _activation_bases
+import _common
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from activation_bases import METHODS, STYLES, Effort
+from _activation_bases import METHODS, STYLES, Effort
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -47,10 +47,10 @@ SOURCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Sparse activations and Jacobians of the MLPs of a small language model."""
 
-    data: Path = common.DATA
+    data: Path = _common.DATA
     """The folder with stories260k/stories260K.bin, stories260k/tok512.bin and text/ts_sample.txt."""
     quick: bool = False
     """Fewer samples, steps and controls: minutes."""
@@ -107,7 +107,7 @@ class Network:
     def inputs(self, tokens) -> list[np.ndarray]:
         """The MLP inputs of every layer, `[n, d]` each."""
         points = tuple((i, "input") for i in range(len(self.layers)))
-        seen = activation_bases.captured(self.params, self.model.config, tokens, points)
+        seen = _activation_bases.captured(self.params, self.model.config, tokens, points)
         return [np.asarray(x).reshape(-1, x.shape[-1]) for x in seen]
 
     def cross_entropy(self, text: str, bases=None, keeps=None, key=None) -> np.ndarray:
@@ -143,7 +143,7 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
     key = jax.random.key(config.seed + 1)
     bases, chosen = [], []
     for i, x in enumerate(train):
-        found, choice = activation_bases.fit(x, held_out[i], config.effort, key=jax.random.fold_in(key, i))
+        found, choice = _activation_bases.fit(x, held_out[i], config.effort, key=jax.random.fold_in(key, i))
         bases.append(found)
         chosen.append(choice)
         print(f"layer {i}: {choice}")
@@ -172,7 +172,7 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
     result["layers"] = [
         {
             method: substitution(
-                test[i], *activation_bases.keeper(method, held_out[i], bases[i], 0.5), layer=layer
+                test[i], *_activation_bases.keeper(method, held_out[i], bases[i], 0.5), layer=layer
             )._asdict()
             for method in METHODS
         }
@@ -182,13 +182,13 @@ def activations(network: Network, config: Config) -> dict[str, Any]:
 
 
 def _keepers(method, held_out, bases, sparsity):
-    pairs = [activation_bases.keeper(method, x, b, sparsity / 100) for x, b in zip(held_out, bases, strict=True)]
+    pairs = [_activation_bases.keeper(method, x, b, sparsity / 100) for x, b in zip(held_out, bases, strict=True)]
     return [jnp.asarray(r) for r, _ in pairs], [keep for _, keep in pairs]
 
 
 def _interval(network: Network, text: str, change, config: Config, relative_to=None) -> dict[str, float]:
     key = jax.random.key(config.seed + 2)
-    return activation_bases.mean_interval(change, network.blocks(text), relative_to, key=key)._asdict()
+    return _activation_bases.mean_interval(change, network.blocks(text), relative_to, key=key)._asdict()
 
 
 def jacobians(network: Network, config: Config) -> list[dict[str, Any]]:
@@ -210,7 +210,8 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
         return rs.evaluate(layer, x_test, rotations, scale_inputs=True, covariance=covariance, key=key)[SHARE]
 
     def learn(layer, key):
-        return rs.find_rotations(layer, x, key=key, steps=config.jacobian_steps).completed().rotations
+        method = rs.default_method(steps=config.jacobian_steps)
+        return rs.find_rotations(layer, x, key=key, method=method).completed().rotations
 
     b = rs.baselines
     svd = {"svd_weights": b.svd_weights, "svd_mean_jacobian": b.svd_mean_jacobian}
@@ -249,7 +250,7 @@ def curves(delta_ce: dict[str, Any]) -> Figure:
             ax.fill_between(SPARSITIES, np.maximum(values[:, 1], 1e-4), values[:, 2], color=colour, alpha=0.12, lw=0)
         _log_axis(ax, titles[text])
     axes[0].set_ylabel("rise in cross-entropy (nats a token)")
-    common.legend_beside(axes[-1])
+    _common.legend_beside(axes[-1])
     return figure
 
 
@@ -258,7 +259,7 @@ def _log_axis(ax: Axes, title: str) -> None:
     ax.set_ylim(bottom=1e-3)
     ax.set_xticks(SPARSITIES)
     ax.set_xlabel("coordinates set to zero, %")
-    common.style(ax, title)
+    _common.style(ax, title)
 
 
 def small_entries(layers: list[dict[str, Any]]) -> Figure:
@@ -279,12 +280,12 @@ def small_entries(layers: list[dict[str, Any]]) -> Figure:
                 ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, lw=1.2, label=label)
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    common.legend_beside(ax, list(unique.values()), list(unique))
+    _common.legend_beside(ax, list(unique.values()), list(unique))
     ax.set_xticks(range(len(layers)))
     ax.set_xlabel("layer")
     ax.set_ylabel("share of entries below 0.1 rms")
     ax.set_ylim(bottom=0)
-    common.style(ax, grid="y")
+    _common.style(ax, grid="y")
     return figure
 
 
@@ -296,7 +297,7 @@ def report(metrics: dict[str, Any]) -> str:
         lines += [f"## {text.replace('_', ' ')} (cross-entropy {metrics['cross_entropy'][text]:.3f})", ""]
         lines += ["| zeros | " + " | ".join(METHODS.values()) + " |", "|---:|" + "---:|" * len(METHODS)]
         for s in SPARSITIES:
-            cells = [common.shown(m, 4) for m in of[str(s)].values()]
+            cells = [_common.shown(m, 4) for m in of[str(s)].values()]
             lines.append(f"| {s}% | " + " | ".join(cells) + " |")
         ratio = metrics["ours_over_pca"][text]
         for rule in RULES:
@@ -332,10 +333,10 @@ def _range(m: dict[str, float]) -> str:
 
 
 def main(config: Config) -> None:
-    common.require([config.data / "stories260k" / name for name in ("stories260K.bin", "tok512.bin")], SOURCE)
-    common.require([config.data / "text/ts_sample.txt"], SOURCE)
+    _common.require([config.data / "stories260k" / name for name in ("stories260K.bin", "tok512.bin")], SOURCE)
+    _common.require([config.data / "text/ts_sample.txt"], SOURCE)
     config = quick(config) if config.quick else config
-    with common.run("stories260k", config) as run:
+    with _common.run("stories260k", config) as run:
         network = Network(config)
         metrics: dict[str, Any] = {**activations(network, config), "jacobians": jacobians(network, config)}
         figures = {"delta_ce": curves(metrics["delta_ce"]), "jacobians": small_entries(metrics["jacobians"])}

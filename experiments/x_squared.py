@@ -12,7 +12,7 @@ its squared slope. 1 is a straight line; a direction that only moves on one half
 import dataclasses
 from typing import Any
 
-import common
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(_common.Options):
     """Principal components against learned directions of a network that computes x²."""
 
     quick: bool = False
@@ -98,7 +98,7 @@ def _run(params, x):
 def study(network: Network, config: Config, seed: int) -> tuple[dict[str, Any], dict[str, rs.Rotations]]:
     """Fit the middle layer and its random-weight control, and compare with every baseline on held-out inputs."""
     key = jax.random.key(seed)
-    options = {"restarts": config.restarts, "steps": config.steps, "key": key}
+    options = {"restarts": config.restarts, "method": rs.default_method(steps=config.steps), "key": key}
     layer, x = network.layer, network.train
     solution = rs.find_rotations(layer, x, validation=network.test[::2], **options).completed()
     null = random_weights(layer, key=jax.random.fold_in(key, 1))
@@ -138,12 +138,12 @@ def figure(networks: list[Network], bases: list[dict[str, rs.Rotations]]) -> Fig
             for number, (z, colour) in enumerate(zip(strongest(network, of[name], 3).T, COLOURS, strict=True)):
                 sign = np.sign(z[np.argmax(np.abs(z))])  # it means nothing: the largest value is drawn upwards
                 ax.plot(network.x, sign * z, color=colour, lw=2, label=("strongest", "second", "third")[number])
-            common.style(ax, f"{title}, network {i}")
+            _common.style(ax, f"{title}, network {i}")
     for ax in axes[-1]:
         ax.set_xlabel("x")
     for ax in axes[:, 0]:
         ax.set_ylabel("activation (unit variance)")
-    common.legend_beside(axes[0, -1])
+    _common.legend_beside(axes[0, -1])
     return fig
 
 
@@ -155,7 +155,7 @@ def report(networks: list[dict[str, Any]]) -> str:
     for i, of in enumerate(networks):
         rivals = {name: m[SHARE]["value"] for name, m in of["metrics"].items() if name != "learned"}
         best = max(rivals, key=rivals.__getitem__)
-        learned, null = (common.shown(m[SHARE]) for m in (of["metrics"]["learned"], of["random_weights"]))
+        learned, null = (_common.shown(m[SHARE]) for m in (of["metrics"]["learned"], of["random_weights"]))
         lines.append(
             f"| {i} | {of['error']:.4f} | {learned} | {rivals['pca']:.3f} | {rivals['neurons']:.3f} | "
             f"{best} {rivals[best]:.3f} | {null} |"
@@ -170,7 +170,7 @@ def report(networks: list[dict[str, Any]]) -> str:
 def main(config: Config) -> None:
     config = dataclasses.replace(config, networks=1) if config.quick else config
     seeds = range(config.seed, config.seed + config.networks)
-    with common.run("x_squared", config) as run:
+    with _common.run("x_squared", config) as run:
         networks = [train(config, seed) for seed in seeds]
         studies = [study(network, config, seed) for network, seed in zip(networks, seeds, strict=True)]
         found = [of for of, _ in studies]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import rotsparse as rs
 from helpers import ROOT, SHARED
 from rotsparse._core.intervals import Interval
-from rotsparse.fit.solution import Result
+from rotsparse.engine.solution import Result
 
 INTERRUPTED = Result.INTERRUPTED
 
@@ -26,15 +26,15 @@ def experiments_importable(monkeypatch):
 
 
 def test_interval_resamples_whole_groups():
-    import activation_bases
+    import _activation_bases
 
     groups = np.repeat(np.arange(50), 20)
     values = np.random.default_rng(0).standard_normal(50)[groups]  # equal within a group: 50 observations, not 1000
-    interval = activation_bases.mean_interval(values, groups, key=jax.random.key(0))
+    interval = _activation_bases.mean_interval(values, groups, key=jax.random.key(0))
     assert interval.value == pytest.approx(values.mean())
     expected = 2 * 1.96 * values.std() / np.sqrt(50)
     assert interval.high - interval.low == pytest.approx(expected, rel=0.3)
-    ratio = activation_bases.mean_interval(3 * values, groups, values, key=jax.random.key(0))
+    ratio = _activation_bases.mean_interval(3 * values, groups, values, key=jax.random.key(0))
     assert ratio == pytest.approx((3, 3, 3))
 
 
@@ -62,11 +62,11 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_computed(tmp
 
 
 def test_an_experiment_writes_a_whole_run_folder_and_the_quick_form_its_own(tmp_path, monkeypatch):
-    import common
+    import _common
 
     monkeypatch.chdir(tmp_path)
-    for config in (common.Options(seed=3), common.Options(seed=4, quick=True)):
-        with common.run("name", config) as run:
+    for config in (_common.Options(seed=3), _common.Options(seed=4, quick=True)):
+        with _common.run("name", config) as run:
             run.finish({"found": 1}, "# Report\n", drawn=Figure())
     full, quick = (tmp_path / "runs/experiments" / name for name in ("name", "name-quick"))
     assert {path.name for path in full.iterdir()} >= {"config.json", "metrics.json", "report.md", "drawn.png"}
@@ -75,9 +75,9 @@ def test_an_experiment_writes_a_whole_run_folder_and_the_quick_form_its_own(tmp_
     assert metrics["versions"]["jax"] == jax.__version__
     assert {"commit", "cores", "device", "began"} <= metrics.keys()
     assert json.loads((quick / "config.json").read_text())["quick"]
-    with pytest.raises(ValueError, match="exists"), common.run("name", common.Options()):
+    with pytest.raises(ValueError, match="exists"), _common.run("name", _common.Options()):
         pass
-    with common.run("name", common.Options(overwrite=True)) as run:
+    with _common.run("name", _common.Options(overwrite=True)) as run:
         run.finish({"found": 2}, "")
     assert json.loads((full / "metrics.json").read_text())["found"] == 2
 
@@ -124,22 +124,22 @@ def test_results_of_another_form_are_not_replaced(tmp_path):
 
 
 def test_the_summary_names_forms_machines_and_commits(tmp_path, monkeypatch):
-    import provenance
+    import _provenance
     import summary
     from _results import Results
 
     cell = {"cell": "clean", "errors": {"rotsparse": [0.1, 0.3], "FastICA": [0.5], "picard": [0.4]}}
     row = {"d": 32, "loop_s": 2.0, "vmap_s": 1.0}
-    monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
+    monkeypatch.setattr(_provenance, "commit", lambda: "a" * 40)
     Results(Benchmark(out=tmp_path / "robustness.json")).write([cell])
-    monkeypatch.setattr(provenance, "commit", lambda: "b" * 40 + "-dirty")
+    monkeypatch.setattr(_provenance, "commit", lambda: "b" * 40 + "-dirty")
     Results(Benchmark(quick=True, out=tmp_path / "layers_at_once.json")).write([row])
     text = summary.table(tmp_path)
     assert "| error, clean, % | 0.2 | 0.4 (picard) | ε by held-out examples | full |" in text
     assert "| twelve layers, d = 32: seconds | 2.00 (loop) | 1.00 (vmap) | 0.50× | quick |" in text
     assert "commits aaaaaaaaaa, bbbbbbbbbb with uncommitted changes;" in text
     assert f"jax {jax.__version__}" in text
-    assert f"{provenance.cores()} CPU cores" in text
+    assert f"{_provenance.cores()} CPU cores" in text
     with pytest.raises(ValueError, match="no results"):
         summary.table(tmp_path / "elsewhere")
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from helpers import SHARED
-from rotsparse.models.architectures import ARCHITECTURES
-from rotsparse.models.config import Rotary, TransformerConfig
+from rotsparse.models.config import TransformerConfig
+from rotsparse.models.families import family_of, read_config
 from rotsparse.models.model import Model, expected_shape, nested
+from rotsparse.models.rotary import Rotary
 
 _GROUPED = {
     "vocab_size": 31,
@@ -19,18 +20,62 @@ _GROUPED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+_ENCODER = {**_GROUPED, "num_key_value_heads": None, "pad_token_id": 1}
 RAW = {
     "llama": {**_GROUPED, "architectures": ["LlamaForCausalLM"]},
     "mistral": {**_GROUPED, "sliding_window": 5},
     "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**_GROUPED, "head_dim": 6, "tie_word_embeddings": True},
+    "gemma": {**_GROUPED, "head_dim": 6},
     "gemma2": {**_GROUPED, "head_dim": 6, "sliding_window": 5},
+    "gemma3_text": {**_GROUPED, "head_dim": 6, "sliding_window": 5, "sliding_window_pattern": 2},
+    "phi3": {**_GROUPED, "sliding_window": 5},
+    "olmo2": _GROUPED,
     "gpt2": {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 32},
-    "gpt_neox": {**_GROUPED, "num_key_value_heads": 4, "rotary_pct": 0.5},
-    "bert": {**_GROUPED, "num_key_value_heads": 4, "architectures": ["BertModel"]},
+    "gpt_neo": {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 5,
+    },
+    "gpt_neox": {**_GROUPED, "num_key_value_heads": None, "rotary_pct": 0.5},
+    "opt": {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 24,
+        "max_position_embeddings": 32,
+    },
+    "bert": {**_ENCODER, "architectures": ["BertModel"]},
+    "roberta": {**_ENCODER, "architectures": ["RobertaModel"]},
+    "distilbert": {
+        "vocab_size": 31,
+        "dim": 16,
+        "hidden_dim": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 32,
+        "architectures": ["DistilBertModel"],
+    },
+    "electra": {**_ENCODER, "embedding_size": 8, "architectures": ["ElectraModel"]},
+    "mpnet": {**_ENCODER, "architectures": ["MPNetModel"]},
+    "vit": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 8,
+        "patch_size": 4,
+        "architectures": ["ViTModel"],
+    },
 }
 # Architectures whose residual stream can be rotated.
-FOLDABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
+FOLDABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")
 
 STORIES = SHARED / "stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories260K is not at ../shared/data/stories260k")
@@ -50,10 +95,19 @@ def random_parameters(config: TransformerConfig, names, seed: int) -> dict[str, 
 def tiny(name: str, seed: int = 0, **changes) -> Model:
     """A random model of this architecture."""
     raw = {"model_type": name, **RAW[name], **changes}
-    architecture = ARCHITECTURES[name]
-    config = architecture.config(raw)
-    names = [p for e in architecture.entries(raw, config, prefix="") for p in e.params]
+    config = read_config(raw, head=not str(raw.get("architectures")).endswith("Model']"))
+    family = family_of(raw)
+    on = {flag for flag in family.flags() if raw.get(flag, family.defaults.get(flag))}
+    names = [p for e in family.entries(config) if e.flag is None or e.flag in on for p in e.params]
+    if config.head and not raw.get("tie_word_embeddings", family.defaults["tie_word_embeddings"]):
+        names.append("unembed")
     return Model(config, nested(random_parameters(config, names, seed), config.n_layers), "huggingface", raw)
+
+
+def inputs(name: str) -> np.ndarray:
+    """Two sequences of nine tokens, or two images."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, 3, 8, 8)).astype(np.float32) if name == "vit" else rng.integers(0, 31, (2, 9))
 
 
 def tiny_llama2c(seed: int = 0, *, tied: bool = True) -> Model:

@@ -1,1 +1,1 @@
-"""What everything else rests on and nobody calls from outside: orthogonal matrices, checks, files, locks, signals."""
+"""Internal basics for all other packages: orthogonal matrices, checks of input, files, locks, signals."""

@@ -1,7 +1,7 @@
-"""How far two bases agree, up to the order and the signs of their directions.
+"""Agreement of two bases, up to the order and the signs of their directions.
 
-A basis is a matrix whose rows are its directions. A sparsity objective fixes a basis only up to a signed permutation,
-so every comparison here is invariant to that.
+A basis is a matrix whose rows are its directions. A sparsity objective determines a basis only up to a signed
+permutation, so every comparison here is invariant to one.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def match(a: Directions, b: Directions) -> Match:
 def mean_max_cosine(a: Directions, b: Directions) -> float:
     """Mean `|cos|` over the rows of the best one-to-one match: 1 where the bases are the same up to sign and order.
 
-    Judge it against `chance_cosine`: two unrelated bases of dimension d are far from 0.
+    Compare it with `chance_cosine`: for two unrelated bases it is far from 0.
     """
     return float(match(a, b).cosines.mean())
 
@@ -81,7 +81,8 @@ def amari_distance(a: Directions, b: Directions) -> float:
 def chance_cosine(d: int, *, key: PRNGKeyArray, draws: int = 20) -> Interval:
     """`mean_max_cosine` of two independent Haar bases of dimension `d`: its mean, and the range of 95% of the draws.
 
-    Agreement inside this range is what chance gives. (One basis may be the identity: the Haar measure is invariant.)
+    Agreement inside this range is no more than chance. (One basis can be fixed to the identity, because the Haar
+    measure is invariant.)
     """
     identity = np.eye(d)
     reached = [mean_max_cosine(np.asarray(orthogonal.haar(k, d)), identity) for k in jax.random.split(key, draws)]

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in. Every message says what was expected, what came, and what to do."""
+"""Checks of user input. Every message says what was expected, what came, and what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> AnyArray:
 
 
 def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
-    """`value` as an orthogonal matrix, of that width if it is given, to 1e-3: what is beyond is no rounding error.
-    Raises `ValueError`."""
+    """`value` as an orthogonal matrix, of that width if one is given. Raises `ValueError` if the largest entry of
+    `|R Rᵀ - I|` is above 1e-3, which rounding does not explain."""
     r = weight(name, value, (width, width))
     if r.shape[0] != r.shape[1]:
         raise ValueError(f"{name} should be square, got {list(r.shape)}")
@@ -51,8 +51,8 @@ def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
-    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` of them, and, where
-    that is more than one, not all the same. Raises `ValueError`."""
+    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` examples, and not all the
+    same if `at_least` is more than one. Raises `ValueError` otherwise."""
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if value.ndim != 2 or value.shape[1] != width:
         hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
@@ -66,7 +66,7 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
         x = jnp.asarray(value)
     if isinstance(x, Tracer):
         return x
-    # What is on the host already is not fetched from the device again.
+    # Use the host's copy if there is one, in place of a transfer from the device.
     host = np.asarray(value if x.dtype == value.dtype else x)
     if x.dtype != value.dtype and not np.isfinite(host).all():
         largest = np.abs(value).max()
@@ -79,5 +79,5 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
 
 
 def _constant(x: np.ndarray) -> bool:
-    """Whether all examples are the same. NumPy, because JAX would compile three programs for it."""
+    """Whether all examples are the same. In NumPy, because JAX would compile three programs."""
     return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())

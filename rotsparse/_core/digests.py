@@ -1,6 +1,7 @@
 """Short hashes of bytes and arrays."""
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,3 +16,10 @@ def array_digest(array: np.ndarray) -> str:
     array = np.ascontiguousarray(array)
     about = f"{array.dtype.str} {array.dtype.name} {array.shape}".encode()
     return digest(about + digest(array.reshape(-1).view(np.uint8).data).encode())
+
+
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of named arrays, whatever their order."""
+    return digest(
+        "".join(f"{name} {array_digest(arrays[name])}\n" for name in sorted(arrays)).encode("utf-8", "replace")
+    )

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (a scheduler that wants the machine back), heard at a moment that suits the fit."""
+"""SIGINT (Ctrl-C) and SIGTERM (from a scheduler), recorded so that a fit can stop between two steps."""
 
 import contextlib
 import signal
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupted(KeyboardInterrupt):
-    """A command was stopped, and the same command can be given again to go on; says how."""
+    """A command was stopped and can be given again to continue; the message says how."""
 
 
 class StopSignals:
     """`with StopSignals() as stop: ... if stop.requested: ...`
 
-    Inside the block the first signal is only noted; another SIGINT raises `KeyboardInterrupt`, for who cannot wait.
-    Outside the main thread, where Python allows no handlers, nothing is ever noted. With `terminate=False` SIGTERM does
-    what it always does: for fits that have nowhere to save what they would stop for.
+    Inside the block the first signal sets `requested`; a second SIGINT raises `KeyboardInterrupt`. Outside the main
+    thread Python allows no handlers, and nothing is recorded. With `terminate=False` SIGTERM keeps its usual effect,
+    for fits that have no folder to save to.
     """
 
     def __init__(self, *, terminate: bool = True):
@@ -39,7 +39,8 @@ class StopSignals:
 
 @contextlib.contextmanager
 def handled(number: int, handler: Callable) -> Iterator[None]:
-    """A signal with another handler for the length of a block; in the main thread, where alone Python allows it."""
+    """Set a signal's handler for the length of a block. Does nothing outside the main thread, where Python forbids
+    it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,5 +52,5 @@ def handled(number: int, handler: Callable) -> Iterator[None]:
 
 
 def terminated(number, frame):
-    """A handler for SIGTERM outside of fits: as if Ctrl-C had been pressed, but with the advice to try again."""
+    """A handler for SIGTERM outside of fits: raise like Ctrl-C, with the advice to give the same command again."""
     raise Interrupted("terminated; give the same command again")

@@ -1,8 +1,8 @@
 """The orthogonal group: tangent directions, projections onto it, and steps along it.
 
 Everything on the hot path is matrix multiplication only (Newton-Schulz), because SVD and QR are slow on
-accelerators and `expm` is slow to compile. Every product here asks for full float32 precision: an orthogonal
-matrix computed in tf32 or bf16 is orthogonal to three digits, and the function would no longer be preserved.
+accelerators and `expm` is slow to compile. Every product has full float32 precision: an orthogonal matrix that is
+computed in tf32 or bf16 is orthogonal to three digits only, and folding it would change the function.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ def matmul(a: AnyArray, b: Array) -> Array: ...
 @overload
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray: ...
 def matmul(a: AnyArray, b: AnyArray) -> AnyArray:
-    """`a @ b` in full precision on every backend. NumPy arrays, which may be float64 without `jax_enable_x64`, stay
-    NumPy."""
+    """`a @ b` in full precision on every backend. Two NumPy arrays give a NumPy array, so float64 needs no
+    `jax_enable_x64`."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a @ b
     return jnp.matmul(a, b, precision=_HIGHEST)

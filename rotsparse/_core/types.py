@@ -1,4 +1,4 @@
-"""Types of arrays."""
+"""Types of user input."""
 
 import numpy as np
 from jaxtyping import Array, Float

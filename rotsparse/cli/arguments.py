@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from rotsparse.cli import options
 from rotsparse.data.devices import device_mesh
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import RunLog
-from rotsparse.fit.minimize import STEPS
+from rotsparse.engine.method import Method
+from rotsparse.engine.run import Run
+from rotsparse.fit.default_method import STEPS, default_method
 from rotsparse.objectives import measures
-from rotsparse.runs import folders
-from rotsparse.solvers import Annealing, Riemannian
+from rotsparse.solvers.anneal import Anneal
+from rotsparse.solvers.riemannian import Riemannian
 
 # Measures that ignore their scale.
 SCALELESS = ("l4", "top-k")
@@ -30,26 +30,36 @@ def fit_arguments(options: "options.FitOptions", input_scale: str) -> dict[str, 
         check_positive(name, getattr(options, name))
     if options.max_step > 0.5:
         raise ValueError(f"--max-step is an angle in radians: expected at most 0.5, got {options.max_step}")
-    solvers = {
-        "auto": lambda: None,
-        "annealing": lambda: Annealing(angle=options.max_step),
-        "adam": lambda: Riemannian(optax.adam(options.learning_rate), max_step=options.max_step),
-    }
     return {
         "measure": _measure(options),
         "scale_inputs": input_scale == "std",
-        "solver": solvers[options.solver](),
-        "steps": options.steps or (400 if options.solver == "adam" else STEPS),
+        "method": _method(options),
         "restarts": options.restarts,
-        "batch_size": options.batch_size,
         "active_subspace": options.active_subspace,
         "tie": options.tie,
         "hold": options.hold,
-        "patience": options.patience,
         "precision": options.precision,
-        "progress": True,
-        "mesh": mesh(options.devices, options.restarts),
+        "run": Run(progress=True, mesh=mesh(options.devices, options.restarts)),
     }
+
+
+def _method(options: "options.FitOptions") -> Method:
+    if options.solver == "adam":
+        return Riemannian(
+            optax.adam(options.learning_rate),
+            steps=options.steps or 400,
+            batch_size=options.batch_size,
+            patience=options.patience,
+            max_step=options.max_step,
+        )
+    if options.patience is not None:
+        raise ValueError(
+            "--patience belongs to --solver adam: annealing improves most near its end, take fewer --steps"
+        )
+    steps, batch_size = options.steps or STEPS, options.batch_size or 16
+    if options.solver == "annealing":
+        return Anneal(steps=steps, angle=options.max_step, batch_size=batch_size)
+    return default_method(steps=steps, batch_size=batch_size)
 
 
 def _measure(options: "options.FitOptions") -> measures.Measure:
@@ -76,13 +86,13 @@ def mesh(count: int | None, restarts: int) -> Mesh | None:
     return None if len(devices) == 1 else device_mesh(restarts=math.gcd(restarts, len(devices)), devices=devices)
 
 
-def records(options: "options.RunOptions", folder: Path) -> dict[str, Any]:
-    """The arguments of `find_rotations` with which a run can be resumed and followed. Raises `ValueError`."""
+def recorded(fit: dict[str, Any], options: "options.RunOptions", folder: Path) -> dict[str, Any]:
+    """The arguments of `find_rotations`, with checkpoints and a log in `folder`. Raises `ValueError`."""
     check_positive("checkpoint_minutes", options.checkpoint_minutes)
-    return {
-        "checkpoint": Checkpoints(folder / folders.CHECKPOINTS, every_minutes=options.checkpoint_minutes),
-        "log": RunLog(folder, tensorboard=options.tensorboard),
-    }
+    run = dataclasses.replace(
+        fit["run"], folder=folder, every_minutes=options.checkpoint_minutes, tensorboard=options.tensorboard
+    )
+    return fit | {"run": run}
 
 
 def check_positive(name: str, value: float | None) -> None:

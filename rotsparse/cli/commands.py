@@ -11,26 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from rotsparse._core import checks
+from rotsparse._core import checks, files
+from rotsparse._core.printable import visible
 from rotsparse.cli import model_commands
 from rotsparse.cli import options as opt
-from rotsparse.cli.arguments import check_seed, fit_arguments, plain, records, spelled
-from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
+from rotsparse.cli.output import Console
+from rotsparse.data.moments import evenly_spaced
 from rotsparse.data.sources import RowRange, Source, in_memory
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
-from rotsparse.evaluation.compare import compare
+from rotsparse.evaluation.compare import compare_with_baselines
 from rotsparse.examples import digits
-from rotsparse.fit.solution import Solution
+from rotsparse.fit.default_method import default_method
 from rotsparse.layers.activations import ACTIVATIONS
 from rotsparse.layers.base import Layer
-from rotsparse.layers.files import load_layer, open_activations, save_layer
+from rotsparse.layers.files import load_layer, open_activations, save_array, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
-from rotsparse.runs import folders, layer_run, listing
+from rotsparse.runs import folders, inputs, layer_run, listing
 
 console = Console()
 
@@ -82,23 +85,27 @@ def demo(command: "opt.Demo") -> int:
         )
         # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
         save_layer(folder / "layer.safetensors", layer)
-        np.save(folder / "activations.npy", train)
-        np.save(folder / "test_activations.npy", test)
+        save_array(folder / "activations.npy", train)
+        save_array(folder / "test_activations.npy", test)
         config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
         config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
         config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
-        options = {"measure": measures.Log(0.1), "scale_inputs": False, "steps": command.steps, "restarts": 2}
+        config["inputs"] = inputs.hashes(
+            **{name: folder / config[name] for name in ("layer", "activations", "test_activations")}
+        )
+        options = {"measure": measures.Log(0.1), "scale_inputs": False, "restarts": 2}
+        options |= {"method": default_method(steps=command.steps), "run": Run(progress=True)}
         solution = layer_run.run(
             folder,
             layer,
             train,
             test,
-            fit=options | {"progress": True},
+            fit=options,
             seed=command.seed,
             config=config,
             console=console,
         )
-    console.print(f"report: {command.out / 'report.html'}")
+    console.print(f"report: {visible(command.out / 'report.html')}")
     return 0 if layer_run.succeeded(solution) else 1
 
 
@@ -107,13 +114,14 @@ def fit(command: "opt.Fit") -> int:
     layer, train, test = _inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
     options |= {"start": None if command.start is None else _rotations(command.start)}
-    config, run = {"command": "fit", **plain(command)}, command.run
+    config = {"command": "fit", **plain(command), folders.INPUTS: _hashes(command.layer, start=command.start)}
+    run = command.run
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
-        options |= records(run, folder)
+        options = recorded(options, run, folder)
         solution = layer_run.run(
             folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
         )
-    console.print(f"report: {run.out / 'report.html'}")
+    console.print(f"report: {visible(run.out / 'report.html')}")
     known = {field.name: getattr(command.layer, field.name) for field in dataclasses.fields(opt.LayerOptions)}
     rest = f"--rotations {shlex.quote(str(run.out))} --out {shlex.quote(str(run.out / 'folded.safetensors'))}"
     console.print(
@@ -129,30 +137,31 @@ def comparison(command: "opt.Compare") -> int:
     """`rotsparse compare`."""
     layer, train, test = _inputs(command.layer)
     if command.out is not None:
-        _new_file(command.out, command.overwrite)
+        files.check_new_file(command.out, command.overwrite)
     train, _ = in_memory(train)
     key = jax.random.key(command.layer.seed)
     key_baselines = jax.random.fold_in(key, 2)
+    for path in command.rotations:
+        _check_layer(path, command.layer.layer)
     given = _named(command.rotations)
     for name in given.keys() & baselines.methods(layer, key=key_baselines).keys():
         raise ValueError(
             f"{given[name]} would be called {name!r} after its folder, as a baseline is: rename the folder"
         )
     bases = {name: _rotations(path) for name, path in given.items()}
-    bases |= baselines.all_baselines(layer, train, key=key_baselines)
-    table = compare(
+    table, _ = compare_with_baselines(
         layer,
+        train,
         test,
         bases,
+        keys=(key_baselines, jax.random.fold_in(key, 3)),
         scale_inputs=command.layer.input_scale == "std",
-        covariance=covariance(train)[1],
-        key=jax.random.fold_in(key, 3),
     )
     console.print(table.table())
     if command.out is not None:
-        folders.write_json(
-            command.out, {"config": plain(command), "versions": folders.versions(), "metrics": table.to_json()}
-        )
+        config = plain(command) | {folders.INPUTS: _hashes(command.layer)}
+        content = {"config": config, "versions": folders.versions(), "metrics": table.to_json()}
+        folders.write_json(command.out, {"format": "rotsparse comparison 1", **content})
     return 0
 
 
@@ -166,9 +175,10 @@ def benchmarked(command: "opt.Benchmark") -> int:
         console.print(found.table())
         console.print(found.conclusion, highlight=False)
         if folder:
-            folders.write_json(folder / folders.CONFIG, {"command": "benchmark", **plain(command)})
+            config = {"command": "benchmark", **plain(command), folders.INPUTS: _hashes(command.layer)}
+            folders.write_json(folder / folders.CONFIG, config)
             folders.write_json(folder / layer_run.METRICS, {"versions": folders.versions(), **found.to_json()})
-            (folder / layer_run.TABLE).write_text(f"{found.markdown()}\n{found.conclusion}\n", encoding="utf-8")
+            files.write_atomically(folder / layer_run.TABLE, f"{found.markdown()}\n{found.conclusion}\n".encode())
             found.solution.rotations.save(folder / layer_run.ROTATIONS, {"seed": command.layer.seed})
     return 0 if layer_run.succeeded(found.solution) else 1
 
@@ -179,13 +189,14 @@ def fold(command: "opt.Fold") -> int:
         raise ValueError(
             f"--out {command.out}: a layer is written as safetensors, so give a name that ends in .safetensors"
         )
+    _check_layer(command.rotations, command.layer.layer)
     layer, rotations = _layer(command.layer), _rotations(command.rotations)
     x = _part(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
-    _new_file(command.out, command.overwrite)
+    files.check_new_file(command.out, command.overwrite)
     folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
     console.print(
-        f"wrote {command.out}: the same function in rotated coordinates, to {folded.error:.1e} "
+        f"wrote {visible(command.out)}: the same function in rotated coordinates, to {folded.error:.1e} "
         f"(outputs have root mean square {folded.scale:.2g})",
         highlight=False,
     )
@@ -218,16 +229,11 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
     metrics = folders.read_json(run / layer_run.METRICS)
     solution = Solution.load(run / layer_run.SOLUTION)
     # The files of a demo and of a model's layer lie in the run; those of a fit are where the user had them.
-    files = {name: run / config[name] for name in ("layer", "activations", "test_activations") if config[name]}
-    for name, path in files.items():
-        if not path.exists():
-            raise ValueError(
-                f"{path}, which {run / folders.CONFIG} names as {name!r}, does not exist: where is it now?"
-            )
+    found = {name: inputs.located(run, config, name) for name in ("layer", "activations", "test_activations")}
     rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
     # The layers of a model are written with the matrix of their skip connection.
     skip = config["command"] == "fit" and config["skip"]
-    layer, train, test = _inputs(opt.EvaluationOptions(**files, **rest, skip=skip))
+    layer, train, test = _inputs(opt.EvaluationOptions(**found, **rest, skip=skip))
     layer_run.write_comparison(
         run,
         layer,
@@ -240,16 +246,7 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
         function_error=metrics["function_error"],
         console=console,
     )
-    console.print(f"report: {run / 'report.html'}")
-
-
-def _new_file(path: Path, overwrite: bool) -> None:
-    """Make the folder of a file that is to be written. Raises `ValueError` where the file is there already."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another file, or pass --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"report: {visible(run / 'report.html')}")
 
 
 def _rotations(path: Path) -> Rotations:
@@ -259,6 +256,27 @@ def _rotations(path: Path) -> Rotations:
         advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
         raise ValueError(f"{path} holds no {layer_run.ROTATIONS}{advice}")
     return Rotations.load(path / layer_run.ROTATIONS if path.is_dir() else path)[0]
+
+
+def _check_layer(rotations: Path, layer: Path) -> None:
+    """Raise `ValueError` where a run folder is given and was fitted to another layer. Of a rotations file that is named
+    itself nothing is asked."""
+    if rotations.is_dir():
+        inputs.check_layer(rotations, layer)
+
+
+def _hashes(options: "opt.EvaluationOptions", **others: Path | None) -> dict[str, str]:
+    """The hashes of a layer, of what enters it, and of further inputs."""
+    rotations = {
+        name: path / layer_run.ROTATIONS if path is not None and path.is_dir() else path
+        for name, path in others.items()
+    }
+    return inputs.hashes(
+        layer=options.layer,
+        activations=options.activations,
+        test_activations=options.test_activations,
+        **rotations,
+    )
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:

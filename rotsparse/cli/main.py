@@ -53,6 +53,7 @@ def _main() -> int:
     )
     _cache_compilations()
     from rotsparse._core.interrupt import Interrupted, handled, terminated
+    from rotsparse._core.printable import visible
     from rotsparse.cli import commands
 
     try:
@@ -61,15 +62,22 @@ def _main() -> int:
             if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the entry point leaves it
                 stack.enter_context(handled(signal.SIGINT, signal.default_int_handler))
             return commands.run(command)
-    except (ValueError, OSError) as error:
-        print(f"rotsparse: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(visible(f"rotsparse: error: {_explained(error)}", lines=True), file=sys.stderr)
         return 2
     except Interrupted as interruption:
-        print(f"rotsparse: {interruption}", file=sys.stderr)
+        print(visible(f"rotsparse: {interruption}", lines=True), file=sys.stderr)
         return 75
     except KeyboardInterrupt:
         print("rotsparse: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _explained(error: Exception) -> str:
+    """What an error says, without the number that the operating system gives it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
 
 
 def _cache_compilations() -> None:

@@ -1,6 +1,7 @@
 """What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import itertools
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,19 +15,27 @@ from rich.table import Table
 
 from rotsparse import models
 from rotsparse._core.alignment import mean_max_cosine
-from rotsparse._core.files import new_folder, write_atomically
+from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
+from rotsparse._core.printable import markdown, visible
 from rotsparse.cli import options
-from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, records, spelled
+from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
-from rotsparse.fit.solution import Result
-from rotsparse.layers.files import save_layer
+from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
-from rotsparse.runs import folders, layer_run
+from rotsparse.models.inputs import check_tokens
+from rotsparse.models.sequences import PADDING
+from rotsparse.runs import folders, inputs, layer_run
 
 TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
 COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")
+_WRITTEN = {
+    "huggingface": "in huggingface format",
+    "llama2c": "in llama2c format",
+    "gguf": "as a Hugging Face folder",
+}
 CONTROL = "Whether a layer is sparser than the same layer with random weights:"
 
 # A fold is checked on so many sequences of so many tokens.
@@ -47,7 +56,7 @@ def inspect(command: "options.Inspect", console: Console) -> int:
     said = {
         "each MLP": "its inputs and outputs can be rotated (fit-model, fold-model --rotations RUN); its hidden layer "
         "cannot, because an elementwise φ pins its neurons",
-        "the stream": f"can be rotated (fold-model); written in {summary['format']} format: {stream['export']}"
+        "the stream": f"can be rotated (fold-model); written {_WRITTEN[summary['format']]}: {stream['export']}"
         if stream["foldable"]
         else stream["reason"],
     }
@@ -80,7 +89,10 @@ def capture(command: "options.Capture", console: Console) -> int:
     except KeyboardInterrupt:
         raise Interrupted("interrupted: to go on, give the same command again") from None
     for store in stores:
-        console.print(f"{store.folder}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each", highlight=False)
+        said = f"{visible(store.folder)}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each"
+        console.print(said, highlight=False)
+        if heavy := store.manifest.get("heavy_rows"):
+            console.print(f"  {models.HeavyRows(**heavy)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -108,6 +120,8 @@ def fit(command: "options.FitModel", console: Console) -> int:
     }
     results = {}
     config, run = {"command": "fit-model", **plain(command)}, command.run
+    stores = {f"store {i}": command.store / f"{i}.{command.site}" for i, *_ in work}
+    config[folders.INPUTS] = {"model": model.fingerprint(), **inputs.hashes(**stores)}
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
@@ -115,13 +129,16 @@ def fit(command: "options.FitModel", console: Console) -> int:
             if (part / layer_run.METRICS).exists():  # the last file of a layer: it was done before an interruption
                 results[i] = folders.read_json(part / layer_run.METRICS)
                 continue
-            part.mkdir(exist_ok=True)
+            make_folder(part)
             # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
             save_layer(part / layer_config["layer"], layer)
-            np.save(part / layer_config["activations"], train)
-            np.save(part / layer_config["test_activations"], test)
-            own = config | layer_config | {"layer_number": i}
-            fit = arguments | records(run, part)
+            save_array(part / layer_config["activations"], train)
+            save_array(part / layer_config["test_activations"], test)
+            written = inputs.hashes(
+                **{name: part / layer_config[name] for name in ("layer", "activations", "test_activations")}
+            )
+            own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
+            fit = recorded(arguments, run, part)
             layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
             results[i] = folders.read_json(part / layer_run.METRICS)
         folders.write_json(
@@ -136,7 +153,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"a report for each layer: {run.out}/layer-*/report.html")
+    console.print(f"a report for each layer: {visible(run.out)}/layer-*/report.html")
     console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
 
@@ -149,7 +166,7 @@ def parts(run: Path) -> list[Path]:
 
 def fold(command: "options.FoldModel", console: Console) -> int:
     """`rotsparse fold-model`."""
-    if command.out.exists():
+    if os.path.lexists(command.out):
         raise ValueError(f"{command.out} exists: choose another name or remove it first")
     model = models.load_model(command.source.model)
     tokens = _tokens(_source(command.source, model), model)
@@ -168,11 +185,11 @@ def fold(command: "options.FoldModel", console: Console) -> int:
         )
     folded = models.fold_stream(model, rotation, tokens)
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer_from = command.source.model if model.format == "huggingface" else None
+    tokenizer_from = None if model.format == "llama2c" else command.source.model
     models.save_model(folded.model, command.out, tokenizer_from=tokenizer_from)
     difference = np.abs(models.outputs(models.load_model(command.out), tokens) - models.outputs(model, tokens)).max()
     console.print(
-        f"wrote {command.out}: the stream is in rotated coordinates\n"
+        f"wrote {visible(command.out)}: the stream is in rotated coordinates\n"
         f"on {tokens.size} tokens, outputs of up to {folded.scale:.3g} differ by up to {folded.error:.1e} "
         f"(by rounding the weights {folded.rounded_error:.1e}, in float64 throughout {folded.exact_error:.1e})\n"
         f"read back from the file: outputs differ by up to {difference:.1e}",
@@ -188,7 +205,14 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
     files = {i: path for i, path in files.items() if path.exists()}
     if not files:
         raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")
-    if folders.read_json(command.rotations / folders.CONFIG).get("site") != "input":
+    config = folders.read_object(command.rotations / folders.CONFIG)
+    fitted = (config.get(folders.INPUTS) or {}).get("model")
+    if fitted is not None and fitted != model.fingerprint():
+        raise ValueError(
+            f"{command.rotations} was fitted to another model than {command.source.model} is now (the fingerprint of "
+            "its weights is not the one in the run's config): give that model"
+        )
+    if config.get("site") != "input":
         raise ValueError(
             f"{command.rotations} rotates the stream in front of the norms, not the MLPs behind them: fold one of its "
             "rotations files into the whole stream, or fit with --site input"
@@ -205,7 +229,8 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
             save_layer(part / "layer.safetensors", models.mlp_layer(folded, i))
             shutil.copy(path, part)
     console.print(
-        f"wrote {command.out}: layer files of {len(files)} MLPs, each in coordinates of its own, and their rotations\n"
+        f"wrote {visible(command.out)}: layer files of {len(files)} MLPs, each in coordinates of its own, and their "
+        "rotations\n"
         f"on {tokens.size} tokens, outputs of up to {np.abs(before).max():.3g} differ by up to "
         f"{np.abs(after - before).max():.1e} "
         f"(in float64 throughout, one MLP at a time, {max(step.exact_error for step in steps):.1e})",
@@ -229,7 +254,7 @@ def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _markdown(rows: Iterable[Iterable[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows)
     return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
 
 
@@ -262,19 +287,38 @@ def _layer_numbers(text: str, model: models.Model) -> list[int]:
     return sorted(numbers)
 
 
-def _source(options: "options.TextOptions", model: models.Model) -> models.TextFile | models.TokenFile:
-    """The text or the tokens. Raises `ValueError` where not exactly one is given, or a text comes without tokenizer."""
+def _source(
+    options: "options.TextOptions", model: models.Model
+) -> models.TextFile | models.TokenFile | models.ImageFile:
+    """The text, the tokens or the images. Raises `ValueError` unless exactly one is given, or if a text comes without a
+    tokenizer."""
     if options.tokens is not None and options.text is None:
-        return models.TokenFile(options.tokens)
+        if model.config.patches is not None:
+            return models.ImageFile(options.tokens)
+        named = options.tokenizer or (options.model if _has_tokenizer(options.model) else None)
+        if named is None:
+            return models.TokenFile(options.tokens)
+        tokenizer = models.load_tokenizer(named, model)
+        pad = None if tokenizer.pad in {*tokenizer.prefix, *tokenizer.suffix} else tokenizer.pad
+        return models.TokenFile(options.tokens, pad=pad, special=tokenizer.special)
     if options.text is None or options.tokens is not None:
         raise ValueError("give a text with --text, or token numbers with --tokens (one of them)")
-    if options.tokenizer is None and not options.model.is_dir():
+    if options.tokenizer is None and not (options.model.is_dir() or options.model.suffix == ".gguf"):
         raise ValueError(f"{options.model} comes without a tokenizer: name its file with --tokenizer")
     return models.TextFile(options.text, models.load_tokenizer(options.tokenizer or options.model, model))
 
 
-def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> Int[np.ndarray, "batch tokens"]:
-    """A few sequences of equal length to check a fold on."""
+def _has_tokenizer(model: Path) -> bool:
+    """Whether the model comes with one: beside it in its folder, or inside a GGUF file."""
+    return (model / "tokenizer.json").exists() if model.is_dir() else model.suffix == ".gguf"
+
+
+def _tokens(
+    source: models.TextFile | models.TokenFile | models.ImageFile, model: models.Model
+) -> Int[np.ndarray, "batch tokens"] | Float[np.ndarray, "batch channels height width"]:
+    """A few sequences of equal length, or a few images, to check a fold on."""
+    if isinstance(source, models.ImageFile):
+        return np.array(source.images[:CHECKED_SEQUENCES])
     around = len(source.prefix) + len(source.suffix)
     body = min(CHECKED_LENGTH, model.config.max_positions) - around
     pieces = [piece for piece, _ in itertools.islice(source.sequences(body), CHECKED_SEQUENCES)]
@@ -282,11 +326,9 @@ def _tokens(source: models.TextFile | models.TokenFile, model: models.Model) -> 
     if not whole:
         raise ValueError(f"{source.path} holds no tokens")
     tokens = np.stack([np.concatenate([source.prefix, piece, source.suffix]).astype(np.int64) for piece in whole])
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"{source.path} has tokens from {tokens.min()} to {tokens.max()}, the model's are 0 to "
-            f"{model.config.vocab_size - 1}: they do not belong together"
-        )
+    if isinstance(source, models.TokenFile) and source.pad is not None:
+        tokens[tokens == PADDING] = source.pad
+    check_tokens(tokens, model.config, source.path)
     return tokens
 
 

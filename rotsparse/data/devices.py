@@ -1,10 +1,9 @@
-"""Many devices: examples spread over one axis of a mesh, restarts over the other, rotations the same on every device
-along the first.
+"""Many devices: examples are spread over one axis of a mesh and restarts over the other. Rotations are the same on
+every device along the first axis.
 
-Every device runs the same program (`jax.shard_map`) on its own examples and its own restarts. All that it needs of the
-others is the sum over their examples: one all-reduce of `d_in² + d_out²` numbers a step, in `objectives.chunked_sum`.
-Which examples a step sees does not depend on the number of devices, and neither does the result, but for the rounding
-of sums that are taken in another order.
+Every device runs the same program (`jax.shard_map`) on its own examples and its own restarts. The sums over all
+examples need one all-reduce of `d_in² + d_out²` numbers a step. Which examples a step sees does not depend on the
+number of devices; the result depends on it only through the rounding of sums taken in another order.
 
 With several processes (`jax.distributed`) the mesh holds the devices of all of them, every process runs the same Python
 program, and each reads only the examples of its own devices.
@@ -34,8 +33,8 @@ def device_mesh(*, restarts: int = 1, devices: Sequence[Any] | None = None) -> M
     """A mesh of all devices of all processes (or of `devices`), in `restarts` groups: every group fits its share of the
     restarts, and within a group every device has its share of the examples.
 
-    One device is a mesh, too, so a program that asks for one runs on any number. Raises `ValueError` where the devices
-    cannot be divided into so many groups of one size.
+    A single device is a mesh, too, so the same program runs on any number. Raises `ValueError` if the devices cannot
+    be divided into that many groups of equal size.
     """
     devices = jax.devices() if devices is None else list(devices)
     if restarts < 1 or len(devices) % restarts:
@@ -45,24 +44,24 @@ def device_mesh(*, restarts: int = 1, devices: Sequence[Any] | None = None) -> M
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that reports and writes files."""
+    """Whether this process is the one that reports progress and writes files."""
     return jax.process_index() == 0
 
 
 def of_all_processes(x: np.ndarray) -> np.ndarray:
-    """The arrays that the processes have under this name, along a new first axis, to the bit."""
+    """Stack `x` from all processes along a new first axis, bit-exactly."""
     if jax.process_count() == 1:
         return x[None]
-    # As bytes: JAX would make float64 float32.
+    # As bytes, because JAX would convert float64 to float32.
     raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     return np.asarray(multihost_utils.process_allgather(raw)).view(x.dtype).reshape(-1, *x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where a fit runs: on a mesh, or on the default device (`mesh=None`), where all of this does nothing.
+    """Where a fit runs: on a mesh, or on the default device (`mesh=None`), for which every method does nothing.
 
-    Raises `ValueError` for a mesh with other axes than `device_mesh` makes.
+    Raises `ValueError` for a mesh whose axes are not those of `device_mesh`.
     """
 
     mesh: Mesh | None
@@ -75,7 +74,7 @@ class Devices:
             )
 
     def check(self, restarts: int) -> None:
-        """Raise `ValueError` where so many restarts cannot be spread evenly."""
+        """Raise `ValueError` if this number of restarts cannot be spread evenly."""
         if self.mesh is not None and restarts % self.mesh.shape[RESTARTS]:
             raise ValueError(
                 f"{restarts} restarts cannot be spread evenly over {self.mesh.shape[RESTARTS]} groups of devices: take "
@@ -89,22 +88,23 @@ class Devices:
         return objective if self.mesh is None else objective.spread(self)
 
     def replicate(self, tree: Any) -> Any:
-        """All arrays of a tree on every device, but for those that `rows` has spread already."""
+        """Put all arrays of a tree on every device, except those that `rows` has already spread."""
         return self._place(tree, _EVERYWHERE)
 
     def over_restarts(self, tree: Any) -> Any:
-        """All arrays of a tree spread over the groups of devices by their first axis, the restarts."""
+        """Spread all arrays of a tree over the groups of devices along their first axis, the restarts."""
         return self._place(tree, PartitionSpec(RESTARTS))
 
     def rows(self, x: Float[Array, "n d"]) -> Float[Array, "m d"]:
-        """Examples spread over the devices of a group, filled up with copies of the last one to a multiple of them."""
+        """Examples spread over the devices of a group, padded with copies of the last one to a multiple of their
+        number."""
         if self.mesh is None:
             return x
         filled = np.asarray(x)[self._filled(len(x))]
         return _global(filled, NamedSharding(self.mesh, PartitionSpec(EXAMPLES)))
 
     def gather(self, tree: Any) -> Any:
-        """The arrays of a tree as a whole, on this process's default device."""
+        """The whole arrays of a tree on this process's default device."""
         if self.mesh is None:
             return tree
         whole = _identity(NamedSharding(self.mesh, _EVERYWHERE))(tree)
@@ -134,21 +134,21 @@ class Devices:
         return read
 
     def batches(self, read: Any) -> Any:
-        """What readers have read, on the devices: `[restarts, steps, batch, width]`, every device with its part of the
-        batch."""
+        """Put what readers have read on the devices: `[restarts, steps, batch, width]`, each device with its part of
+        the batch."""
         return jax.tree.map(lambda leaf: leaf.spread() if isinstance(leaf, _Blocks) else jnp.asarray(leaf), read)
 
     # --- programs
 
     def layout(self, tree: Any) -> tuple[PartitionSpec, ...] | None:
-        """How the arrays of a tree lie on the mesh: a static argument for `map`."""
+        """How the arrays of a tree are sharded on the mesh: a static argument for `map`."""
         if self.mesh is None:
             return None
         return tuple(leaf.sharding.spec for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
     def map(self, function: Callable, layout, shared: Any, restarts: Any, batches: Any = None) -> Any:
-        """`function(shared, restarts, batches)` on every device: with what `shared` is there by its `layout`, with its
-        own restarts, and its own part of the batches. The result has the restarts first."""
+        """Run `function(shared, restarts, batches)` on every device, with its own restarts and its own part of the
+        batches; `shared` is sharded as `layout` says. Arrays of the result have the restarts first."""
         if self.mesh is None:
             return function(shared, restarts, batches)
         arrays, static = eqx.partition(shared, eqx.is_array)
@@ -158,7 +158,7 @@ class Devices:
             mesh=self.mesh,
             in_specs=(list(layout), PartitionSpec(RESTARTS), PartitionSpec(RESTARTS, None, EXAMPLES)),
             out_specs=PartitionSpec(RESTARTS),
-            check_vma=False,  # that rotations are equal along the examples' axis follows from the sums' being
+            check_vma=False,  # rotations are equal along the examples' axis because the sums are
         )(leaves, restarts, batches)
 
     def _place(self, tree, spec):
@@ -174,7 +174,7 @@ class Devices:
         return eqx.combine(jax.tree.map(place, arrays), rest)
 
     def _filled(self, n: int) -> np.ndarray:
-        """The numbers of n things, the last one repeated to a multiple of the devices of a group."""
+        """The indices 0 to n - 1, the last one repeated up to a multiple of the number of devices in a group."""
         assert self.mesh is not None
         devices = self.mesh.shape[EXAMPLES]
         return np.minimum(np.arange(-(-n // devices) * devices), n - 1)
@@ -182,7 +182,7 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The parts of an array that this process's devices hold, by their bounds in it."""
+    """The blocks of an array that this process's devices hold, by their bounds."""
 
     shape: tuple[int, ...]
     sharding: NamedSharding
@@ -194,7 +194,7 @@ class _Blocks:
 
 @functools.cache
 def _identity(sharding: NamedSharding) -> Callable[[Any], Any]:
-    """A program that only moves what it is given. Kept, so that it is compiled once."""
+    """A program that only reshards its argument. Cached, so that it is compiled once."""
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
@@ -203,7 +203,7 @@ def _bounds(index: Any, shape: tuple[int, ...]) -> tuple:
 
 
 def _global(leaf, sharding: NamedSharding) -> Array:
-    """An array that every process has, as one array of all processes. Nothing is sent."""
+    """One global array from an array that every process holds. No data are sent."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_global(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     whole = np.asarray(leaf)

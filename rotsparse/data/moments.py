@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import npz, write_atomically
+from rotsparse._core.reading import load_npz
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.devices import of_all_processes
 from rotsparse.data.sources import Source, read_ahead
@@ -24,7 +23,7 @@ CHUNK_BYTES = 64 * 2**20
 def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[AnyArray, "m ..."], int]]:
     """`x` in chunks of `size` rows, each with the number of rows that count.
 
-    The last chunk is filled up by repeating its last row, so that a jitted function meets one shape only.
+    The last chunk is padded by repeating its last row, so that a jitted function sees one shape only.
     """
     size = min(size, len(x))
     for start in range(0, len(x), size):
@@ -42,7 +41,7 @@ def evenly_spaced(x: Shaped[AnyArray, "n *row"], count: int) -> Shaped[AnyArray,
 class Moments:
     """Count, mean and scatter `Σ (v - mean)(v - mean)ᵀ` of vectors, in float64.
 
-    Each block is centred on its own mean and blocks are merged pairwise, so nothing cancels where the mean is much
+    Each block is centred on its own mean and blocks are merged pairwise, which avoids cancellation if the mean is much
     larger than the spread (Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983).
     """
 
@@ -52,24 +51,24 @@ class Moments:
 
     @classmethod
     def none(cls, width: int) -> "Moments":
-        """Of no vectors."""
+        """The moments of no vectors."""
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
     def of(cls, x: Rows) -> "Moments":
-        """Of the rows of an array, in blocks."""
+        """The moments of the rows of an array, computed in blocks."""
         blocks = (np.asarray(block)[:count] for block, count in chunks(x, block_rows(x.shape[1])))
         return functools.reduce(Moments.with_block, blocks, cls.none(x.shape[1]))
 
     def with_block(self, block: Float[np.ndarray, "n d"]) -> "Moments":
-        """With more vectors."""
+        """The moments with the rows of `block` added."""
         centred = np.array(block, np.float64)
         mean = centred.mean(axis=0)
         centred -= mean
         return self.merged(Moments(len(block), mean, centred.T @ centred))
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of both sets of vectors."""
+        """The moments of both sets of vectors together."""
         total = self.count + other.count
         if not total:
             return self
@@ -92,7 +91,7 @@ class Moments:
 
 
 def block_rows(width: int) -> int:
-    """How many rows of a block are `CHUNK_BYTES` in float64."""
+    """How many rows of this width fit into `CHUNK_BYTES` in float64; at least one."""
     return max(1, CHUNK_BYTES // (8 * width))
 
 
@@ -113,11 +112,11 @@ def covariance(
 def stream_moments(source: Source, path: str | os.PathLike | None = None, *, save_seconds: float = 60.0) -> Moments:
     """Mean and covariance of all rows of a source, in one pass over it; the next block is read meanwhile.
 
-    With `path` the sums so far are saved there every `save_seconds` and at the end, and a pass that was interrupted
-    goes on where they end: with the same bits, since the blocks are the same. A pass that was finished is not taken
-    again. With several processes each goes through its share of the rows, in a file of its own.
+    With `path` the sums are saved there every `save_seconds` and at the end. An interrupted pass continues from them
+    and gives the same bits, since the blocks are the same; a finished pass is not repeated. With several processes
+    each reads its share of the rows and has its own file.
 
-    Raises `ValueError` where rows cannot be read or are not finite, and where `path` belongs to other data.
+    Raises `ValueError` if rows cannot be read or are not finite, or `path` belongs to other data.
     """
     first, last = (len(source) * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
     if path is not None and jax.process_count() > 1:
@@ -138,18 +137,16 @@ def stream_moments(source: Source, path: str | os.PathLike | None = None, *, sav
 
 
 def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, about=about, **dataclasses.asdict(moments))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, npz(about=about, **dataclasses.asdict(moments)))
 
 
 def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:
     """What was saved of a pass; nothing where there is no file, or a damaged one: the pass is taken again."""
     try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-            found = str(file["about"])
-            moments = Moments(int(file["count"]), file["mean"], file["scatter"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        file = load_npz(path)
+        found = str(file["about"])
+        moments = Moments(int(file["count"]), file["mean"], file["scatter"])
+    except (ValueError, KeyError, TypeError):
         return Moments.none(width)
     if found != about:
         raise ValueError(f"{path} holds the moments of {found}, not of {about}: remove it, or choose another path")

@@ -10,7 +10,7 @@ from rotsparse.data.store import open_store
 
 def open_source(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
     """Examples on disk: a `.npy` file `[n, width]`, a folder that `rotsparse capture` wrote, or several of them, one
-    after the other. Raises `ValueError` where they cannot be opened or are of different widths."""
+    after the other. Raises `ValueError` if they cannot be opened or differ in width."""
     if not isinstance(paths, str | os.PathLike):
         return Shards([open_source(path) for path in paths])
     return open_store(paths) if Path(paths).is_dir() else NpyFile(paths)

@@ -1,11 +1,11 @@
-"""Sources: examples that stay on disk, of which only the rows that are asked for are read.
+"""Sources: examples that stay on disk, of which only requested rows are read.
 
 A fit needs random minibatches, one pass for the covariance, and a part of bounded size to judge rotations on. So a
-source is random access, and nothing else: which rows a step sees follows from the key and the number of the step, the
-same ones as from an array in memory. Nothing about a position in the data has to be kept.
+source offers random access only. Which rows a step sees follows from the key and the number of the step; they are the
+rows that an array in memory would give. No position in the data has to be stored.
 
-Files are read, not mapped: a mapped file's pages count as the process's memory for as long as there is room, and a file
-that was truncated ends the process without a word.
+Files are read, not mapped: the pages of a mapped file count as the process's memory while there is room, and a
+truncated file would end the process without a message.
 """
 
 import abc
@@ -20,35 +20,36 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
+from rotsparse._core.reading import npy_header, regular_file
 from rotsparse._core.types import Data
 
-# Of a source, rotations are judged on (and `E[JᵀJ]`, the outputs' covariance and pair searches taken from) so many
-# examples, or as many as fit into so many bytes.
+# How much of a source is kept in memory, for judging rotations, `E[JᵀJ]`, the outputs' covariance and pair searches.
 RESIDENT_EXAMPLES = 8192
 RESIDENT_BYTES = 256 * 2**20
 
-# The draws of a step are 32-bit numbers.
+# A step draws its rows as 32-bit numbers.
 MOST_ROWS = 2**31 - 1
 
 T = TypeVar("T")
 
 
 class Source(abc.ABC):
-    """`n` examples of `width` numbers, by their number."""
+    """`n` examples of `width` numbers, read by their index. Subclass it for a format of your own: set `shape`, and
+    implement `_rows` and `where`."""
 
     shape: tuple[int, int]
 
     @abc.abstractmethod
     def _rows(self, rows: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k width"]:
-        """These rows, in this order, as floating-point numbers; they are within the source, and may repeat."""
+        """These rows, in this order, as floating-point numbers. Indices are within the source and may repeat."""
 
     @abc.abstractmethod
     def where(self, row: int) -> str:
-        """Where a row comes from, for a message."""
+        """Where a row comes from, for error messages."""
 
     def read(self, rows: Int[np.ndarray, "k"] | range) -> Float[np.ndarray, "k width"]:
-        """These rows, in this order, as float32 or float64. Raises `ValueError` where they are outside the source,
-        cannot be read, are of another width than the first one, or are not finite: which ones, and where."""
+        """These rows, in this order, as float32 or float64. Raises `ValueError`, with the row and its file, if a row
+        is outside the source, cannot be read, differs in width, or is not finite."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise ValueError(f"rows {rows.min()} to {rows.max()} are outside {self}, which has {len(self)}")
@@ -66,11 +67,11 @@ class Source(abc.ABC):
         return x
 
     def part(self, examples: int) -> Float[np.ndarray, "k width"]:
-        """One random row of each of `examples` equal parts, always the same ones; all rows where there are no more."""
+        """One random row out of each of `examples` equal parts, always the same ones; all rows if there are no more."""
         n = len(self)
         if examples >= n:
             return self.read(range(n))
-        # Evenly spaced rows might all be at the same position of a sequence.
+        # Random, because evenly spaced rows might all have the same position in a sequence.
         offsets = np.random.default_rng(0).random(examples)
         return self.read(((np.arange(examples) + offsets) * (n / examples)).astype(np.int64))
 
@@ -79,15 +80,15 @@ class Source(abc.ABC):
         return self.part(max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1]))))
 
     def fingerprint(self) -> str:
-        """What a checkpoint keeps of it, beside a hash of the resident part: data that moved to another folder are the
-        same data."""
+        """What a checkpoint compares, beside a hash of the resident part. It has no path, so data may move to another
+        folder."""
         return f"a source of {self.shape[0]} x {self.shape[1]}"
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, row: int) -> Float[np.ndarray, "width"]:
-        """One row: with `len`, what `grain.MapDataset.source` and other pipelines take."""
+        """One row. With `len`, this is the interface of `grain.MapDataset.source` and other pipelines."""
         if not -len(self) <= row < len(self):
             raise IndexError(row)
         return self.read(np.array([row % len(self)]))[0]
@@ -96,19 +97,17 @@ class Source(abc.ABC):
 class NpyFile(Source):
     """The rows of a `.npy` file `[n, width]`, or of a part of it.
 
-    Raises `ValueError` where it holds no floating-point matrix in C order; later, where it has become shorter or is
-    gone.
+    Raises `ValueError` if it holds no floating-point matrix in C order; when rows are read, if it has become shorter
+    or is gone.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            with self.path.open("rb") as f:
-                version = np.lib.format.read_magic(f)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran_order, self.dtype = header[version](f)
+            with regular_file(self.path).open("rb") as f:
+                shape, fortran_order, self.dtype = npy_header(f)
                 self.offset = f.tell()
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except Exception as error:  # of a damaged header NumPy's parser raises many kinds
             raise ValueError(f"cannot read {self.path}: {error}") from None
         if len(shape) != 2 or fortran_order or self.dtype.kind != "f":
             order = " in Fortran order" if fortran_order else ""
@@ -123,7 +122,7 @@ class NpyFile(Source):
 
     @classmethod
     def of_map(cls, x: np.memmap) -> "NpyFile":
-        """The file behind a memory map, or behind a range of its rows."""
+        """The file of a memory map, or of a range of its rows."""
         root = x
         while isinstance(root.base, np.memmap):
             root = root.base
@@ -166,7 +165,7 @@ class NpyFile(Source):
         return out.astype(out.dtype.newbyteorder("="), copy=False)
 
     def _whole_rows(self):
-        """How many of its rows the file really has."""
+        """How many complete rows the file has now."""
         return max(0, self.path.stat().st_size - self.offset) // (self.shape[1] * self.dtype.itemsize)
 
 
@@ -224,8 +223,8 @@ class RowRange(Source):
 
 
 class Mapped(Source):
-    """What a function, such as a layer, makes of the rows of another source: `[k, width] -> [k, d]`, computed anew each
-    time that rows are read."""
+    """A function, such as a layer, applied to the rows of another source, `[k, width] -> [k, d]`, each time that rows
+    are read."""
 
     def __init__(self, source: Source, function: Callable[[Any], Any]):
         self.source, self.function = source, function
@@ -293,8 +292,8 @@ class Dataset(Source):
 
 
 def as_source(x: Any) -> Source | None:
-    """`x` as a source, if it is one: a `Source`, a NumPy memory map, or a dataset with a length and elements; `None`
-    for arrays, which are kept in memory. Raises `ValueError` where it is one that cannot be used."""
+    """`x` as a source if it is a `Source`, a NumPy memory map, or a dataset with a length and elements; `None` for
+    arrays, which are kept in memory. Raises `ValueError` for a source that cannot be used."""
     if isinstance(x, np.memmap):
         x = NpyFile.of_map(x)
     elif not isinstance(x, Source):
@@ -307,8 +306,8 @@ def as_source(x: Any) -> Source | None:
 
 
 def whole(name: str, x: Any) -> Any:
-    """`x`, for steps that need all examples at once: arrays as they are, memory maps too, which are read. Raises
-    `ValueError` for other sources."""
+    """`x` as an array, for steps that need all examples at once; a memory map is read. Raises `ValueError` for other
+    sources."""
     if not isinstance(x, np.memmap) and as_source(x) is not None:
         raise ValueError(
             f"{name} is {x}, and here every step needs all examples in memory: give an array, such as "
@@ -318,8 +317,8 @@ def whole(name: str, x: Any) -> Any:
 
 
 def in_memory(x: Any) -> tuple[Any, Source | None]:
-    """What of `x` is kept in memory (all of an array, the resident part of a source), and the source, if there is more
-    in it. Raises `ValueError` for a source that cannot be used."""
+    """The part of `x` that is kept in memory (all of an array, the resident part of a source), and the source if it
+    holds more. Raises `ValueError` for a source that cannot be used."""
     source = as_source(x)
     if source is None:
         return x, None
@@ -328,8 +327,8 @@ def in_memory(x: Any) -> tuple[Any, Source | None]:
 
 
 def read_ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """What each function returns, the next one always running in a background thread. The functions themselves are
-    taken from the iterator in the caller's thread, before the result that they follow is handed out."""
+    """Yield what each function returns, while the next one runs in a background thread. The iterator itself advances
+    in the caller's thread, one function ahead of the result that is yielded."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for read in reads:

@@ -1,9 +1,10 @@
 """Activations on disk: a folder with `manifest.json` and the rows in `.npy` shards.
 
 The manifest says which model, layer, site and tokens they come from, and lists every finished shard with its rows and
-SHA-256. It is replaced after each shard, so that whatever it lists is whole, and a capture can go on from there.
+SHA-256. It is replaced after each shard, so every listed shard is complete, and a capture can continue from there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,17 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from rotsparse._core import files
+from rotsparse._core.confined import confined
+from rotsparse._core.errors import CheckError
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
 
-_MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
-_PROGRESS = ("rows", "shards", "complete")
+MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
+_PROGRESS = ("rows", "shards", "complete", "heavy_rows")
 
 
 class ActivationStore(Source):
-    """A finished store: `rows x width` numbers, of which only what is asked for is read (as float32).
+    """A finished store: `rows x width` numbers, of which only requested rows are read (as float32).
 
-    Raises `ValueError` where a shard is missing or is not what the manifest says.
+    Raises `ValueError` if a shard is missing or differs from the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
@@ -41,11 +45,12 @@ class ActivationStore(Source):
         return self._shards._rows(rows)
 
     def verify(self) -> None:
-        """Read everything once and compare it with the manifest's hashes. Raises `ValueError` that names the shard."""
+        """Read everything once and compare it with the manifest's hashes. Raises `ValueError`, with the shard's name,
+        if they differ."""
         for shard in self.manifest["shards"]:
             with (self.folder / shard["file"]).open("rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
-                    raise ValueError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
+                    raise CheckError(f"{self.folder / shard['file']} is damaged: remove the store and capture again")
 
     def _shard(self, file: str, rows: int, sha256: str) -> NpyFile:
         shard = NpyFile(self.folder / file)
@@ -57,12 +62,12 @@ class ActivationStore(Source):
 def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> ActivationStore:
     """The store in a folder; with a model's `fingerprint()`, only if it was captured from that model.
 
-    Raises `ValueError` where there is no store, it is unfinished or a shard is missing, or another model wrote it.
+    Raises `ValueError` if there is no store, it is unfinished, a shard is missing, or another model wrote it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} holds no activations: there is no {_MANIFEST}")
+        raise ValueError(f"{folder} holds no activations: there is no {MANIFEST}")
     if fingerprint is not None and manifest["model"] != fingerprint:
         raise ValueError(
             f"the activations in {folder} come from another model (or from before it was folded): capture them again"
@@ -78,22 +83,44 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder, `None` where there is none. Raises `ValueError` where it is something else."""
+    """The manifest in a folder; `None` if there is none. Raises `ValueError` if the file is not a manifest."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {folder / _MANIFEST}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {folder / MANIFEST}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise ValueError(f"{folder / _MANIFEST} is not the manifest of an activation store")
+        raise ValueError(f"{folder / MANIFEST} is not the manifest of an activation store")
+    if not _whole(manifest):
+        raise CheckError(f"{folder / MANIFEST} is damaged: remove the store and capture again")
+    for shard in manifest["shards"]:
+        confined(folder, shard["file"], folder / MANIFEST)
     return manifest
 
 
-class StoreWriter:
-    """Adds shards to a store, beginning or going on.
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything that is read from a manifest is there and of its type."""
+    shards = manifest.get("shards")
+    return (
+        isinstance(manifest.get("model"), str)
+        and isinstance(manifest.get("complete"), bool)
+        and isinstance(manifest.get("tokens", {}), dict)
+        and _count(manifest.get("width"))
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and set(s) == {"file", "rows", "sha256"} and _count(s["rows"]) for s in shards)
+        and sum(shard["rows"] for shard in shards) == manifest.get("rows")
+    )
 
-    `settings` is everything that determines the rows; a store that was begun with others is refused.
+
+def _count(number: Any) -> bool:
+    return type(number) is int and number > 0
+
+
+class StoreWriter:
+    """Adds shards to a new store or to an unfinished one.
+
+    `settings` is everything that determines the rows. Raises `ValueError` for a store that began with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -105,7 +132,7 @@ class StoreWriter:
             self.manifest = begun
         elif begun is None and folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no activations: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         self._open: _GrowingArray | None = None
 
     @property
@@ -118,56 +145,58 @@ class StoreWriter:
         return len(self.manifest["shards"])
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Shard number `index`, whole; one that is there already is left alone."""
+        """Write the complete shard number `index`; does nothing if it exists."""
         self.append(index, rows)
         self.close(index)
 
     def append(self, index: int, rows: np.ndarray) -> None:
-        """Add rows to shard number `index`, the next one, which nobody sees before `close`. Of one that is there
-        already nothing changes."""
+        """Add rows to shard number `index`, the next one, which becomes visible with `close`. Does nothing if it
+        exists."""
         if index < self.shards:
             return
         assert index == self.shards, "shards are written in order"
         if self._open is None:
             if index == 0:
-                self._save()  # from now on the folder is known as this store, whatever happens
-            self._open = _GrowingArray(self.folder / f".{index:05d}.npy.part")
+                files.adopt(self.folder)
+                self._save()  # from now on the folder is known as this store, also after an interruption
+            files.remove_leftovers(self.folder)
+            self._open = _GrowingArray(self.folder / f"{index:05d}.npy")
         self._open.append(rows)
 
     def close(self, index: int) -> None:
-        """Shard number `index` is whole."""
+        """Complete shard number `index` and list it in the manifest."""
         if index < self.shards:
             return
         assert self._open is not None, "a shard has rows"
         file = f"{index:05d}.npy"
-        rows, digest = self._open.move_to(self.folder / file)
+        rows, digest = self._open.finish()
         self._open = None
         self.manifest["shards"].append({"file": file, "rows": rows, "sha256": digest})
         self.manifest["rows"] += rows
         self._save()
 
     def abandon(self) -> None:
-        """Forget a shard that was not closed."""
+        """Remove a shard that was not closed."""
         if self._open is not None:
             self._open.remove()
             self._open = None
 
     def finish(self) -> ActivationStore:
-        """Mark the store as complete."""
+        """Mark the store as complete, and open it."""
         if not self.complete:
             self.manifest["complete"] = True
             self._save()
         return ActivationStore(self.folder, self.manifest)
 
     def _save(self) -> None:
-        write_atomically(self.folder / _MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def _check_same(self, begun: Mapping[str, Any]) -> None:
         wanted = {name: value for name, value in self.manifest.items() if name not in _PROGRESS}
         found = {name: value for name, value in begun.items() if name not in _PROGRESS}
         if wanted["model"] != found["model"]:
             raise ValueError(f"{self.folder} holds activations of another model: choose another folder")
-        # What was asked for comes before what follows from it.
+        # Report what the user set before what is derived from it.
         (before, now), derived = map(_flat, (found, wanted)), "sequences_per_shard"
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name == derived, name)):
             if before.get(name) != now.get(name):
@@ -178,16 +207,20 @@ class StoreWriter:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the settings of what gave the tokens among the others."""
+    """The settings with those of `tokens` on the same level."""
     return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
+class _Abandoned(Exception):
+    """A shard is given up before it is whole."""
+
+
 class _GrowingArray:
-    """A `.npy` file that rows are added to, so that a shard never has to be in memory."""
+    """A `.npy` file that grows by rows, so that no shard has to fit into memory."""
 
     def __init__(self, path: Path):
-        self._path, self._rows = path, 0
-        self._file = path.open("w+b")
+        self._rows, self._writing = 0, contextlib.ExitStack()
+        self._file = self._writing.enter_context(files.writing(path))
 
     def append(self, rows: np.ndarray) -> None:
         if not self._rows:
@@ -196,24 +229,22 @@ class _GrowingArray:
         self._file.write(np.ascontiguousarray(rows).data)
         self._rows += len(rows)
 
-    def move_to(self, path: Path) -> tuple[int, str]:
-        """Put the whole array in its place: the number of its rows, and its SHA-256."""
-        with self._file as file:
-            file.seek(0)
+    def finish(self) -> tuple[int, str]:
+        """Move the complete array into its place. Returns the number of its rows and its SHA-256."""
+        with self._writing:
+            self._file.seek(0)
             self._write_header()
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(self._path, path)
+            self._file.flush()
+            self._file.seek(0)
+            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
         return self._rows, digest
 
     def remove(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(_Abandoned), self._writing:
+            raise _Abandoned
 
     def _write_header(self) -> None:
-        # NumPy leaves room for any number of rows: the header can be written again in place.
+        # NumPy's header has room for any number of rows, so it can be overwritten in place.
         descr = np.lib.format.dtype_to_descr(self._like.dtype)
         shape = (self._rows, *self._like.shape[1:])
         np.lib.format.write_array_header_1_0(self._file, {"descr": descr, "fortran_order": False, "shape": shape})

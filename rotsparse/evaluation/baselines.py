@@ -189,7 +189,7 @@ def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStat
 # --- the linear algebra, in float64 -----------------------------------------------------------------------------
 
 
-def _rotations(r_in: Matrix, r_out: Matrix) -> Rotations:
+def _rotations(r_in: Float[np.ndarray, "i i"], r_out: Float[np.ndarray, "o o"]) -> Rotations:
     return Rotations(r_in.astype(np.float32), r_out.astype(np.float32))
 
 

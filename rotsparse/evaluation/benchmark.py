@@ -17,16 +17,14 @@ from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Data
 from rotsparse.data.moments import covariance
 from rotsparse.data.sources import Source, in_memory
-from rotsparse.evaluation import baselines
-from rotsparse.evaluation.compare import Comparison, compare, number, shown
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Solution
+from rotsparse.evaluation import tables
+from rotsparse.evaluation.compare import Comparison, compare, compare_with_baselines
 from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import another_redraw, beyond_control
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import RunLog
+from rotsparse.evaluation.verdict import against_baselines, another_redraw, beyond_control
 from rotsparse.fit.find_rotations import find_rotations
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import LayerStatistics
 
 LEARNED = "learned"
 CONTROL = "learned, random weights"
@@ -60,7 +58,7 @@ class Benchmark:
     @property
     def conclusion(self) -> str:
         """Sparser than the baselines? Than random weights? The same directions again?"""
-        said = [self.comparison.verdict(LEARNED)]
+        said = [against_baselines(self.comparison, LEARNED)]
         if self.controls:
             shares = [control[SHARE] for control in self.controls]
             words = beyond_control(self.comparison.metrics[LEARNED][SHARE], shares)[1]
@@ -72,20 +70,16 @@ class Benchmark:
 
     def table(self) -> Table:
         """A rich table; the control in the last row."""
-        table = self.comparison.table(seconds=self.seconds)
-        if (control := self.control) is not None:
-            table.add_section()
-            cells = [number(name, m.value) for name, m in control.items()]
-            table.add_row(CONTROL, *cells, f"{self.seconds[CONTROL]:.1f}")
-        return table
+        return tables.rich_table(self.comparison.metrics, controls=self._controls, seconds=self.seconds)
 
     def markdown(self) -> str:
         """The same in Markdown, with half the widths of the intervals."""
-        text = self.comparison.markdown(seconds=self.seconds)
-        if (control := self.control) is not None:
-            cells = [shown(name, m) for name, m in control.items()]
-            text += f"| {CONTROL} | {' | '.join(cells)} | {self.seconds[CONTROL]:.1f} |\n"
-        return text
+        return tables.markdown_table(self.comparison.metrics, controls=self._controls, seconds=self.seconds)
+
+    @property
+    def _controls(self) -> dict[str, dict[str, Interval]]:
+        control = self.control
+        return {} if control is None else {CONTROL: control}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rotations, ready for `json.dump`."""
@@ -114,7 +108,7 @@ def benchmark(
 
     `fit` holds further arguments of `find_rotations`; `restarts=2` or more tell whether other starts find the same
     directions. Where `train` is a source, the baselines see the part of it that a fit keeps in memory. `nulls` are
-    fitted the same way to the same activations: by default three redraws by `controls.random_weights(layer)`, because
+    fitted the same way to the same activations: by default three redraws by `random_weights(layer)`, because
     redraws differ by more than the examples' intervals say (for a layer without weights of its own, a `FunctionLayer`
     say, there are none unless given).
 
@@ -125,32 +119,30 @@ def benchmark(
         draws = jax.random.split(keys[0], REDRAWS) if layer.weights() else []
         nulls = [random_weights(layer, key=k) for k in draws]
     sample, _ = in_memory(train)
-    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1], "key": keys[3]}
-    seconds = {}
-
-    def timed(name, compute):
-        begun = time.perf_counter()
-        result = compute()
-        seconds[name] = time.perf_counter() - begun
-        return result
+    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
+    seconds: dict[str, float] = {}
 
     def learn(layer, part):
         # Each fit has checkpoints and a log of its own.
-        kinds = {"checkpoint": Checkpoints, "log": RunLog}
-        places = {k: kind.of(fit[k]).part(part) for k, kind in kinds.items() if fit.get(k) is not None}
-        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | places).completed()
+        own: dict[str, Any] = {"run": Run.of(fit.get("run")).part(part)}
+        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | own).completed()
 
-    solution = timed(LEARNED, lambda: learn(layer, "learned"))
-    bases = {LEARNED: solution.rotations}
-    for name, compute in baselines.methods(layer, key=keys[2]).items():
-        bases[name] = timed(name, lambda compute=compute: compute(LayerStatistics(layer, sample)))
+    begun = time.perf_counter()
+    solution = learn(layer, "learned")
+    seconds[LEARNED] = time.perf_counter() - begun
     controls = []
     for i, null in enumerate(nulls):
-        rotations = timed(CONTROL, lambda i=i, null=null: learn(null, f"control-{i}")).rotations
-        controls.append(compare(null, test, {CONTROL: rotations}, **judged).metrics[CONTROL])
+        begun = time.perf_counter()
+        rotations = learn(null, f"control-{i}").rotations
+        seconds[CONTROL] = time.perf_counter() - begun
+        controls.append(compare(null, test, {CONTROL: rotations}, key=keys[3], **judged).metrics[CONTROL])
+    comparison, _ = compare_with_baselines(
+        layer, sample, test, {LEARNED: solution.rotations}, scale_inputs=scale_inputs, keys=(keys[2], keys[3]),
+        seconds=seconds,
+    )  # fmt: skip
     again = solution.reproduced()
     return Benchmark(
-        comparison=compare(layer, test, bases, **judged),
+        comparison=comparison,
         controls=tuple(controls),
         seconds=seconds,
         reproduced=None if again is None else {side: float(found.mean()) for side, found in again.items()},

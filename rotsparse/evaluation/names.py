@@ -1,6 +1,19 @@
 """Bases and metrics in words."""
 
-from rotsparse.evaluation.compare import LABELS, digits
+from rotsparse._core.intervals import Interval
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
+
+LABELS: dict[str, str] = {
+    "edges_90": "edges@90",
+    "edges_99": "edges@99",
+    "fraction_below_0.1_rms": "<0.1 rms",
+    "hoyer": "Hoyer",
+    "gini": "Gini",
+    "participation_ratio": "particip.",
+    "top_1_percent_energy": "top 1%",
+    "top_5_percent_energy": "top 5%",
+    "gap_closed": "gap closed",
+}
 
 _BASES = {
     "learned": "learned rotations",
@@ -54,3 +67,24 @@ def metric_meaning(metric: str) -> str:
 def metric_value(metric: str, value: float) -> str:
     """A metric's value as people write numbers."""
     return f"{value:,.{digits(metric)}f}".replace("-", "−")
+
+
+def heading(name: str) -> str:
+    """A metric's label, with an arrow to where sparser is."""
+    return f"{LABELS[name]} {'↑' if HIGHER_IS_SPARSER[name] else '↓'}"
+
+
+def shown(name: str, m: Interval, *, bold: bool = False) -> str:
+    """A metric's value and half the width of its interval, in Markdown."""
+    value, half = number(name, m.value), number(name, (m.high - m.low) / 2)
+    return f"**{value}** ±{half}" if bold else f"{value} ±{half}"
+
+
+def number(name: str, value: float) -> str:
+    """A metric's value with the digits that it deserves."""
+    return f"{value:.{digits(name)}f}"
+
+
+def digits(name: str) -> int:
+    """Whole entries for counts, three decimals for shares."""
+    return 0 if name.startswith("edges") else 1 if name == "participation_ratio" else 3

@@ -1,8 +1,16 @@
-"""Controls: what would be seen if there were nothing to see?
+"""Null models: what would be seen if there were nothing to see?
 
-Null models keep everything but the structure in question: `random_weights` keeps a layer's activations and redraws its
-weights, `shuffled_inputs` keeps each coordinate's distribution and destroys their dependence. `random_perturbation` has
-the size of a substitution's error and none of its direction. `finite_effects` asks for locality without derivatives.
+Each keeps everything but the structure in question, and answers one question:
+
+| null | keeps | a layer that beats it has |
+|---|---|---|
+| `random_weights` | the mean square of each weight matrix, biases | weights that are not Gaussian noise |
+| `rate_matched` | also how often each neuron is active | sparsity that its activity rates do not explain |
+| `same_spectrum` | the singular values of each matrix | sparsity that low rank does not explain |
+| `re_paired` | every matrix as it is, but for the order of neurons | inputs wired to outputs through specific neurons |
+| `shuffled_inputs` | the distribution of each input | sparsity that follows from dependence of the inputs |
+
+`random_perturbation` has the size of a substitution's error and none of its direction.
 """
 
 import jax
@@ -10,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rotsparse._core.types import Rows
-from rotsparse.layers.base import Layer
+from rotsparse._core.intervals import numpy_generator
+from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray, Rows
+from rotsparse.layers.base import ClosedForm, Layer, normalized
 
 
 def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
@@ -22,17 +32,66 @@ def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
 
     Raises `ValueError` for a layer without weights (a `FunctionLayer`).
     """
-    matrices = {name: w for name, w in layer.weights().items() if w.ndim == 2}
-    if not matrices:
-        raise ValueError(
-            f"random_weights redraws the weights of Dense, MLP and GatedMLP layers, got {type(layer).__name__}: "
-            "build the null layer from your own function with weights redrawn"
-        )
+    matrices = _matrices(layer)
     redrawn = {}
     for (name, w), k in zip(matrices.items(), jax.random.split(key, len(matrices)), strict=True):
         rms = float(np.sqrt(np.mean(np.square(w, dtype=np.float64))))
         redrawn[name] = (rms * np.asarray(jax.random.normal(k, w.shape), w.dtype)).astype(w.dtype)
     return layer.with_weights(**redrawn)
+
+
+def rate_matched(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> Layer:
+    """`random_weights`, with the biases of the hidden neurons shifted so that each one's pre-activation is positive on
+    as many of the examples `x` as in the trained layer. (Redrawn weights alone change these rates, and a ReLU that is
+    off makes exact zeros.) The shift is exact up to ties.
+
+    Raises `ValueError` for a layer that is not made of weights.
+    """
+    if not isinstance(layer, ClosedForm):
+        raise ValueError(_no_weights(layer))
+    null = random_weights(layer, key=key)
+    assert isinstance(null, ClosedForm)
+    bias = next(name for weight, name in _BIAS_OF.items() if weight in layer.weights())
+    trained, redrawn = (_preactivations(of, getattr(of, bias), x) for of in (layer, null))
+    rate = (trained > 0).mean(axis=0)
+    # Between the entries with so many above: as many of them are then above zero.
+    ranked, above = np.sort(redrawn, axis=0), np.rint(rate * len(redrawn)).astype(int)
+    padded = np.concatenate([ranked[:1] - 1, ranked, ranked[-1:] + 1])
+    at = len(redrawn) - above
+    columns = np.arange(padded.shape[1])
+    shift = -(padded[at, columns] + padded[at + 1, columns]) / 2
+    before = getattr(null, bias)
+    moved = shift if before is None else np.asarray(before, np.float64) + shift
+    return replace_fields(null, **{bias: moved.astype(null.rights[0].dtype)})
+
+
+def same_spectrum(layer: Layer, *, key: PRNGKeyArray) -> Layer:
+    """Every weight matrix with its own singular values and Haar-random singular vectors; biases stay.
+
+    Raises `ValueError` for a layer without weights (a `FunctionLayer`).
+    """
+    matrices, new = _matrices(layer), {}
+    for (name, w), k in zip(matrices.items(), jax.random.split(key, len(matrices)), strict=True):
+        rng = numpy_generator(k)
+        left, right = (np.linalg.qr(rng.standard_normal((d, min(w.shape))))[0] for d in w.shape)
+        new[name] = ((left * np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)) @ right.T).astype(w.dtype)
+    return layer.with_weights(**new)
+
+
+def re_paired(layer: Layer, *, key: PRNGKeyArray) -> Layer:
+    """The hidden neurons of a block in another order behind their gates: each feeds the outputs that another one fed.
+    Every matrix keeps its entries, and every neuron its activity.
+
+    Raises `ValueError` for a layer whose outputs are its neurons: there is nothing to re-pair.
+    """
+    names = [name for name in ("w_out", "w_down") if name in layer.weights()]
+    if not names:
+        raise ValueError(
+            f"re_paired shuffles which hidden neuron feeds which output of an MLP or GatedMLP block; a "
+            f"{type(layer).__name__} has no output matrix"
+        )
+    w = layer.weights()[names[0]]
+    return layer.with_weights(**{names[0]: w[:, numpy_generator(key).permutation(w.shape[1])]})
 
 
 def shuffled_inputs(x: Rows, *, key: PRNGKeyArray) -> Float[Array, "n d"]:
@@ -54,3 +113,27 @@ def random_perturbation(x: Rows, replaced: Rows, *, key: PRNGKeyArray) -> Float[
     direction = jax.random.normal(key, x.shape, x.dtype)
     length = jnp.linalg.norm(replaced - x, axis=-1, keepdims=True)
     return x + direction * (length / jnp.linalg.norm(direction, axis=-1, keepdims=True))
+
+
+# The bias that moves the gates of a layer, by its first weight.
+_BIAS_OF = {"w": "b", "w_in": "b_in", "w_gate": "b_gate"}
+
+
+def _preactivations(layer: ClosedForm, bias: AnyArray | None, x: Rows) -> Float[np.ndarray, "n hidden"]:
+    normed = np.asarray(normalized(layer.norm, jnp.asarray(x)), np.float64)
+    a = normed @ np.asarray(layer.rights[0], np.float64).T
+    return a if bias is None else a + np.asarray(bias, np.float64)
+
+
+def _matrices(layer: Layer) -> dict[str, AnyArray]:
+    matrices = {name: w for name, w in layer.weights().items() if w.ndim == 2}
+    if not matrices:
+        raise ValueError(_no_weights(layer))
+    return matrices
+
+
+def _no_weights(layer: Layer) -> str:
+    return (
+        f"this null redraws the weights of Dense, MLP and GatedMLP layers, got {type(layer).__name__}: build the null "
+        "layer from your own function with weights redrawn"
+    )

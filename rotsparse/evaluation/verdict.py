@@ -1,10 +1,14 @@
-"""Is the basis real? Two questions, asked of every direction, and one verdict.
+"""What the evidence amounts to, in words: every verdict, and every threshold of one.
 
-Do independent restarts find it again (is it identified by the data)? And does it talk to fewer partners than the
-directions that the same fit finds in a null model (was it learned)? A sparse result that fails both is the optimiser's
-doing, and the verdict says so.
+- `against_baselines`: on which metrics is the learned basis ahead?
+- `finding`, `remarks`: what a fit found, in one sentence with the sizes; the remarks without which it would mislead.
+- `beyond_control`: is a layer sparser than its null models?
+- `identifiability`: do independent restarts find a direction again (is it identified by the data)? And does it talk to
+  fewer partners than the directions that the same fit finds in a null model (was it learned)? A sparse result that
+  fails both is the optimiser's doing, and the verdict says so.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,9 +17,11 @@ from jaxtyping import Bool, Float
 
 from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Rows
+from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.ablation import EdgeAblation
-from rotsparse.fit.solution import Solution
-from rotsparse.layers.base import Layer
+from rotsparse.evaluation.compare import Comparison
+from rotsparse.evaluation.names import LABELS, basis_name
+from rotsparse.layers.base import ClosedForm, Layer
 
 # A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1:
 # that much less is left of the objective. Less than that is no structure worth the name, however sure.
@@ -28,7 +34,7 @@ class Side:
 
     `agreement`: |cos| with the match in each other restart, the mean over restarts. `partners`: the effective number of
     directions on the other side that it talks to, the participation ratio `(Σm)²/Σm²` of its mean squared scaled
-    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `fitted`: which
+    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `free`: which
     directions the fit could turn; the others (outside the active subspace, or held) agree by construction and do not
     count.
     """
@@ -36,11 +42,11 @@ class Side:
     agreement: Float[np.ndarray, "d"]
     partners: Float[np.ndarray, "d"]
     null_partners: float
-    fitted: Bool[np.ndarray, "d"]
+    free: Bool[np.ndarray, "d"]
 
     def identified(self, cosine: float) -> int:
         """How many fitted directions the restarts agree on."""
-        return int(np.count_nonzero(self.fitted & (self.agreement >= cosine)))
+        return int(np.count_nonzero(self.free & (self.agreement >= cosine)))
 
     @property
     def gain(self) -> Float[np.ndarray, "d"]:
@@ -67,7 +73,7 @@ class Identifiability:
     @property
     def verdict(self) -> str:
         """One plain sentence or two."""
-        counts = {name: (side.identified(self.cosine), int(side.fitted.sum())) for name, side in self.sides.items()}
+        counts = {name: (side.identified(self.cosine), int(side.free.sum())) for name, side in self.sides.items()}
         found = " and ".join(f"{k} of {d} '{name}' directions" for name, (k, d) in counts.items())
         against = f"gain {self.gain:.2f} over random rotations, null models {max(self.null_gains):.2f}"
         some = any(k > 0.1 * d for k, d in counts.values())
@@ -91,7 +97,7 @@ def identifiability(
 ) -> Identifiability:
     """Report on a fit by `find_rotations`, with two restarts or more, of `layer` on `x`.
 
-    `nulls`: null models (`controls.random_weights`, `controls.shuffled_inputs`) as layer, inputs and the solution of
+    `nulls`: null models (by `random_weights`, `shuffled_inputs`) as layer, inputs and the solution of
     the same fit. `cosine`: from which |cos| on two restarts are said to agree on a direction.
 
     Raises `ValueError` without nulls, or for a solution with a single restart.
@@ -102,10 +108,10 @@ def identifiability(
     partners = _partners(layer, x, solution)
     null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
     sides = {}
-    for name, fitted in solution.fitted().items():
-        null_partners = np.concatenate([found[name][s.fitted()[name]] for s, found in null])
-        if fitted.any():
-            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), fitted)
+    for name, free in solution.free.items():
+        null_partners = np.concatenate([found[name][s.free[name]] for s, found in null])
+        if free.any():
+            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), free)
     return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
 
 
@@ -164,3 +170,102 @@ def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[boo
         f"{learned.value:.3f} of the entries are small, {null.value:.3f} with random weights ({compared} {range_of}): "
         + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
     )
+
+
+def against_baselines(comparison: Comparison, learned: str = "learned") -> str:
+    """One sentence: on which metrics the learned basis beats every other one, and on which it does not.
+
+    Raises `ValueError` where there is no basis of that name, or nothing to compare it with.
+    """
+    rivals = [basis for basis in comparison.metrics if basis != learned]
+    if learned not in comparison.metrics or not rivals:
+        raise ValueError(f"expected {learned!r} and at least one other basis, got {', '.join(comparison.metrics)}")
+    clear, close, behind = [], defaultdict(list), defaultdict(list)
+    for name in comparison.names:
+        rival = comparison.best_of(name, rivals)
+        ours, theirs = comparison.metrics[learned][name], comparison.metrics[rival][name]
+        if comparison.best_of(name, [rival, learned]) == rival:
+            behind[rival].append(LABELS[name])
+        elif ours.overlaps(theirs):
+            close[rival].append(LABELS[name])
+        else:
+            clear.append(LABELS[name])
+    total = len(comparison.names)
+    if len(clear) == total:
+        return (
+            f"On held-out examples {learned} is sparser than every baseline on all {total} metrics, "
+            "beyond the 95% intervals."
+        )
+    parts = [f"sparser than every baseline on {len(clear)} of {total} metrics"]
+    parts[0] += f" ({', '.join(clear)})" if clear else ""
+    parts += [f"ahead of {rival} within the 95% intervals on {', '.join(names)}" for rival, names in close.items()]
+    parts += [f"not ahead of {rival} on {', '.join(names)}" for rival, names in behind.items()]
+    return f"On held-out examples {learned} is {'; '.join(parts)}".rstrip(".") + "."
+
+
+# Objectives of restarts that differ by less than this share count as equally good.
+ABOUT_AS_SPARSE = 0.02
+
+
+def finding(comparison: Comparison, layer: Layer) -> str:
+    """One sentence: how many entries are left, and how many are practically zero."""
+    rivals = Comparison({basis: of for basis, of in comparison.metrics.items() if basis != "learned"})
+
+    def sizes(metric: str, form: str) -> str:
+        rival = rivals.best(metric)
+        of = comparison.metrics
+        return (
+            f"(neurons {of['neurons'][metric].value:{form}}; best baseline, {basis_name(rival)}, "
+            f"{of[rival][metric].value:{form}})"
+        )
+
+    learned = comparison.metrics["learned"]
+    return (
+        f"In the learned basis {learned['edges_99'].value:,.0f} of {layer.d_in * layer.d_out:,} entries hold 99% "
+        f"of the mean squared Jacobian of held-out examples {sizes('edges_99', ',.0f')}, and "
+        f"{learned['fraction_below_0.1_rms'].value:.0%} of all entries are below a tenth of their rms "
+        f"{sizes('fraction_below_0.1_rms', '.0%')}."
+    )
+
+
+def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[str]:
+    """Where the learned basis is ahead and where not; which directions other starts find again; and what is no news."""
+    said = [against_baselines(comparison)]
+    if {comparison.best("participation_ratio"), comparison.best("top_1_percent_energy")} != {"learned"}:
+        said.append(
+            "Participation ratio and top-1% energy look only at the few largest entries, which an SVD makes as large "
+            "as can be; the objective asks for zeros elsewhere."
+        )
+    reproduced = solution.reproduced()
+    if isinstance(layer, ClosedForm) and layer.left is None:
+        # An elementwise φ pins the outputs of a single layer to its neurons.
+        found = int(np.sum(np.max(np.abs(np.asarray(solution.rotations.r_out)), axis=1) > SAME))
+        said.append(
+            f"{found} of the {layer.d_out} output directions are single neurons (|cos| > {SAME}). That is no "
+            "discovery: the nonlinearity pins the outputs of a single layer to its neurons, and finding them again is "
+            "a check of the method."
+        )
+    if reproduced:
+        parts = [
+            f"{int(again.sum())} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
+        ]
+        said.append(f"Other restarts find {' and '.join(parts)} again (|cos| > {SAME}).")
+        undetermined = [_side(space) for space, again in reproduced.items() if again.mean() < 0.5]
+        least = float(np.min(solution.candidate_values))
+        behind = (float(np.max(solution.candidate_values)) - least) / max(abs(least), 1e-12)
+        if undetermined and behind < ABOUT_AS_SPARSE:
+            said.append(
+                f"Most {' and '.join(undetermined)} directions are not determined by these data: other starts give "
+                f"other ones that are as sparse (objectives within {behind:.1%}): do not read meaning into single ones."
+            )
+        elif undetermined:
+            said.append(
+                f"Whether these data determine the {' and '.join(undetermined)} directions is open: not all starts "
+                f"came as low as the best (up to {behind:.0%} above it). Take more steps, and meanwhile do not read "
+                "meaning into single ones."
+            )
+    return said
+
+
+def _side(space: str) -> str:
+    return {"in": "input", "out": "output"}.get(space, space)

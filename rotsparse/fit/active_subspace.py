@@ -7,14 +7,15 @@ components among themselves; the remaining ones stay as they are.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rotsparse._core.orthogonal import matmul
 from rotsparse.data.moments import covariance
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply
 from rotsparse.layers.subspace import Subspace
-from rotsparse.objectives import Bases, JacobianSparsity
+from rotsparse.objectives.base import Bases
+from rotsparse.objectives.jacobian import JacobianSparsity
 
 
 class ActiveSubspace:
@@ -38,6 +39,11 @@ class ActiveSubspace:
         """The same objective within the active subspace."""
         frames = {space: directions[: self.kept[space]] for space, directions in self.pca.items()}
         return objective.within(Subspace(objective.layer, frames["in"], frames["out"]))
+
+    @property
+    def free(self) -> dict[str, Bool[np.ndarray, "d"]]:
+        """Which of the lifted directions a fit can turn."""
+        return {space: np.arange(len(directions)) < self.kept[space] for space, directions in self.pca.items()}
 
     def lift(self, bases: Bases) -> Bases:
         """Rotations of the active directions as rotations of the whole spaces."""

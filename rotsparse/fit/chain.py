@@ -9,141 +9,64 @@ Separate fits answer a question: are the sparse outputs of one layer the sparse 
 at a Haar-random rotation of its own, so that two sides that agree cannot have it from a common start.
 """
 
+import dataclasses
 import functools
 import itertools
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks
-from rotsparse._core.alignment import match
-from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.orthogonal import haar
 from rotsparse._core.types import Data
 from rotsparse.data.sources import Mapped, Source, in_memory
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import RunLog
-from rotsparse.fit.find_rotations import BATCH_SIZE, kept_moments
-from rotsparse.fit.minimize import STEPS, minimize
-from rotsparse.fit.solution import Result, Solution
+from rotsparse.engine.history import History
+from rotsparse.engine.method import Method
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result, Solution
+from rotsparse.fit.find_rotations import kept_moments
+from rotsparse.fit.minimize import minimize
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply
 from rotsparse.layers.rotations import Rotations
-from rotsparse.objectives import Bases, Held, JacobianSparsity, WeightedSum, chunked_sum
+from rotsparse.objectives.base import Bases
+from rotsparse.objectives.combined import Held, WeightedSum
+from rotsparse.objectives.jacobian import JacobianSparsity
 from rotsparse.objectives.measures import Log, Measure
-from rotsparse.solvers import Annealing, Solver
-
-# A direction with a smaller share of the Jacobian than this, times the average one's, is not used by the layer: where
-# it points is arbitrary (dead neurons; the null space of a layer with fewer outputs than inputs).
-USED = 1e-3
-
-DRAWS = 40
-RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class BoundaryMatch:
-    """Whether the sparse outputs of layer `boundary - 1` are the sparse inputs of layer `boundary`.
-
-    `outputs` and `inputs` count the directions that each layer uses. `cosines` are the `|cos|` of the best one-to-one
-    match between them (one for each direction of the side with fewer), `cosine` their mean with its bootstrap interval
-    over directions, `chance` that of random orthonormal directions, as many on either side: the mean and the range of
-    95% of the draws. `shared`: both sides have one rotation.
-    """
-
-    boundary: int
-    shared: bool
-    outputs: int
-    inputs: int
-    cosines: Float[np.ndarray, "k"]
-    cosine: Interval
-    chance: Interval
-
-    def __str__(self) -> str:
-        between = f"Layers {self.boundary - 1} and {self.boundary}"
-        if self.shared:
-            return f"{between} share a rotation; what it costs them is the difference to a separate fit."
-        if not len(self.cosines):
-            return f"{between} cannot be compared: one of them uses no direction at all."
-        if self.cosine.low > self.chance.high:
-            verdict = "more than chance gives"
-        elif self.cosine.high < self.chance.low:
-            verdict = "less than chance gives"
-        else:
-            verdict = "no more than chance gives"
-        return (
-            f"{between}: the {self.outputs} output and {self.inputs} input directions match at a mean |cos| of "
-            f"{self.cosine.value:.2f} [{self.cosine.low:.2f}, {self.cosine.high:.2f}], {verdict} "
-            f"({self.chance.value:.2f} [{self.chance.low:.2f}, {self.chance.high:.2f}]); {np.sum(self.cosines > 0.9)} "
-            f"of {len(self.cosines)} pairs are above 0.9."
-        )
-
-
-@dataclass(frozen=True)
-class ChainSolution:
-    """The rotations of every layer, and the evidence.
-
-    `values`, `neuron_values`, `random_values`: each layer's objective on the held-out examples at the result, in the
-    neuron basis, and at one Haar-random pair. `matches`: one for each interior boundary. `solutions`: one for each
-    problem that was solved (separate: one a layer; joint: one).
-    """
-
-    rotations: tuple[Rotations, ...]
-    values: tuple[float, ...]
-    neuron_values: tuple[float, ...]
-    random_values: tuple[float, ...]
-    matches: tuple[BoundaryMatch, ...]
-    solutions: tuple[Solution, ...]
-
-    def summary(self) -> str:
-        """A few lines for a person."""
-        lines = [str(s.result.value) for s in self.solutions if s.result is Result.INTERRUPTED]
-        lines.append("held-out objective: found (neurons, random)")
-        for layer, values in enumerate(zip(self.values, self.neuron_values, self.random_values, strict=True)):
-            lines.append("layer {}: {:.4f} ({:.4f}, {:.4f})".format(layer, *values))
-        return "\n".join([*lines, *map(str, self.matches)])
+from rotsparse.solvers.anneal import Anneal
 
 
 def fit_chain(
     layers: Sequence[Layer],
     x: Float[Data, "n d_in"] | Source,
     *,
-    test: Float[Data, "m d_in"] | Source,
     key: PRNGKeyArray,
     joint: bool,
     hold: Sequence[int] = (),
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
-    scale_inputs: bool = True,
+    method: Method = Anneal(),  # noqa: B008 (immutable)
     restarts: int = 1,
-    solver: Solver | None = None,
-    steps: int = STEPS,
-    batch_size: int | None = None,
-    progress: bool = False,
-    checkpoint: Checkpoints | str | os.PathLike | None = None,
-    log: RunLog | str | os.PathLike | None = None,
-    mesh: Mesh | None = None,
-) -> ChainSolution:
+    scale_inputs: bool = True,
+    run: Run | str | os.PathLike | None = None,
+) -> Solution:
     """Rotations of every layer of the chain `x_{l+1} = f_l(x_l)` in which their per-example Jacobians are sparse.
 
-    - `layers`: first to last; `x`: inputs of the first, `[n, d_in]`; `test`: held-out ones, on which every number is
-      reported and nothing is chosen. Either may be a source: what enters a later layer is then computed from its rows
-      whenever they are read, by the layers before (one forward pass, against a step's products with whole Jacobians).
-    - `joint`: boundaries have one rotation, shared by both layers. Otherwise every layer has its own pair.
+    - `layers`: first to last; `x`: inputs of the first, `[n, d_in]`, or a source: what enters a later layer is then
+      computed from its rows whenever they are read, by the layers before (one forward pass, against a step's products
+      with whole Jacobians).
+    - `joint`: boundaries have one rotation, shared by both layers; the solution's spaces are "0", "1", ... Otherwise
+      every layer has its own pair; the spaces are "0 in", "0 out", "1 in", ...
     - `hold`: numbers of boundaries (0 is the chain's input) that stay in the neuron basis.
     - `restarts`: independent Haar-random starts; the best is chosen for each problem, on `x`.
-    - `solver`: `Annealing()` unless given, without the pair searches that may follow it in `find_rotations`; the rest
-      (`mesh`, too) as there. `checkpoint` and `log` get a folder for each problem: `0`, `1`, ...
+    - `run`: as for `find_rotations`; each separate problem has a folder of its own: `0`, `1`, ...
 
-    After an interruption, problems that were not begun have no solution, and their rotations are random: the last
-    solution's result is `Result.INTERRUPTED`.
+    `layer_rotations(solution)` are the rotations of each layer, and `evaluation.chain.evaluate_chain` compares them on
+    held-out examples. An interrupted solution has rotations only for the problems that were begun.
 
     Separate layers are fitted one after the other, not vmapped: layers of one shape share a compilation either way, on
     a CPU one program for five gated blocks of width 64 took longer (25 s, 12 of them compiling, against 17 s), and
@@ -151,15 +74,50 @@ def fit_chain(
 
     Raises `ValueError` where the layers do not fit each other or `x`, or `hold` names no boundary.
     """
+    run = Run.of(run)
+    terms = chain_objectives(layers, x, joint=joint, measure=measure, scale_inputs=scale_inputs, run=run)
+    if unknown := set(hold) - set(range(len(terms) + 1)):
+        raise ValueError(f"hold names boundaries {sorted(unknown)}: expected numbers from 0 to {len(terms)}")
+    neurons, random = chain_starts(terms, key=key)
+    held = {name: r for name, r in neurons.items() if _boundary(name) in hold}
+    key_fit = jax.random.split(key, 3)[1]
+    solutions = []
+    with run.listening() as listening:
+        for i, group in enumerate(_connected(terms, held)):
+            objective = Held(WeightedSum(group), held)
+            solutions.append(
+                minimize(
+                    objective,
+                    random,
+                    method=method,
+                    key=jax.random.fold_in(key_fit, i),
+                    restarts=restarts,
+                    run=listening.part(f"{i}"),
+                )
+            )
+            if solutions[-1].result is Result.INTERRUPTED:
+                break
+    free = {name: np.full(len(r), name not in held) for name, r in neurons.items()}
+    joined = _joined(solutions)
+    return joined.lifted(lambda bases: held | bases, {k: v for k, v in free.items() if k in held | joined.bases})
+
+
+def chain_objectives(
+    layers: Sequence[Layer],
+    x: Float[Data, "n d_in"] | Source,
+    *,
+    joint: bool,
+    measure: Measure,
+    scale_inputs: bool = True,
+    run: Run = Run(),  # noqa: B008 (immutable)
+) -> list[JacobianSparsity]:
+    """The objective of every layer, on what enters it; joint ones share their spaces. Raises `ValueError` where the
+    layers do not fit each other or `x`."""
     layers = tuple(layers)
     if not layers:
         raise ValueError("a chain needs at least one layer")
-    if unknown := set(hold) - set(range(len(layers) + 1)):
-        raise ValueError(f"hold names boundaries {sorted(unknown)}: expected numbers from 0 to {len(layers)}")
-    if batch_size is None and (solver is None or isinstance(solver, Annealing)):
-        batch_size = BATCH_SIZE
     names = [(f"{i}", f"{i + 1}") if joint else (f"{i} in", f"{i} out") for i in range(len(layers))]
-    terms = [
+    return [
         JacobianSparsity(
             layer,
             inputs,
@@ -167,57 +125,39 @@ def fit_chain(
             scale_inputs=scale_inputs,
             space_in=a,
             space_out=b,
-            batch_size=batch_size,
-            moments=kept_moments(inputs, checkpoint, f"moments-{i}") if scale_inputs else None,
+            moments=kept_moments(inputs, run, f"moments-{i}") if scale_inputs else None,
         )
-        for i, (layer, inputs, (a, b)) in enumerate(zip(layers, _inputs("x", layers, x), names, strict=True))
+        for i, (layer, inputs, (a, b)) in enumerate(zip(layers, _inputs(layers, x), names, strict=True))
     ]
-    held_out = [term.on(inputs) for term, inputs in zip(terms, _inputs("test", layers, test), strict=True)]
 
+
+def chain_starts(terms: Sequence[JacobianSparsity], *, key: PRNGKeyArray) -> tuple[Bases, Bases]:
+    """The neuron basis of every space of a chain, and the Haar-random rotations at which `fit_chain` starts."""
     spaces = WeightedSum(terms).spaces
     neurons = {name: jnp.eye(d, dtype=terms[0].x.dtype) for name, d in spaces.items()}
-    at_boundary = {name: i + side for i, pair in enumerate(names) for side, name in enumerate(pair)}
-    held = {name: r for name, r in neurons.items() if at_boundary[name] in hold}
-    key_start, key_fit, key_match = jax.random.split(key, 3)
-    keys = jax.random.split(key_start, len(spaces))
-    random = {name: haar(k, len(r), r.dtype) for k, (name, r) in zip(keys, neurons.items(), strict=True)} | held
-    solutions, bases = [], dict(held)
-    for i, group in enumerate(_connected(terms, held)):
-        solution = minimize(
-            Held(WeightedSum(group), held),
-            random,
-            key=jax.random.fold_in(key_fit, i),
-            solver=solver,
-            steps=steps,
-            restarts=restarts,
-            progress=progress,
-            checkpoint=None if checkpoint is None else Checkpoints.of(checkpoint).part(f"{i}"),
-            log=None if log is None else RunLog.of(log).part(f"{i}"),
-            mesh=mesh,
-        )
-        solutions.append(solution)
-        bases |= solution.bases
-        if solution.result is Result.INTERRUPTED:
-            bases = random | bases
-            break
-
-    used = [_used(term, bases) for term in held_out]
-    matches = tuple(
-        _match(i, names[i - 1][1] == names[i][0], used[i - 1][1], used[i][0], jax.random.fold_in(key_match, i))
-        for i in range(1, len(layers))
-    )
-    values, neuron_values, random_values = (
-        tuple(float(eqx.filter_jit(term.value)(at)) for term in held_out) for at in (bases, neurons, random)
-    )
-    rotations = tuple(Rotations(bases[a], bases[b]) for a, b in names)
-    return ChainSolution(rotations, values, neuron_values, random_values, matches, tuple(solutions))
+    keys = jax.random.split(jax.random.split(key, 3)[0], len(spaces))
+    return neurons, {name: haar(k, len(r), r.dtype) for k, (name, r) in zip(keys, neurons.items(), strict=True)}
 
 
-def _inputs(name: str, layers: tuple[Layer, ...], x) -> list:
+def layer_rotations(solution: Solution) -> tuple[Rotations, ...]:
+    """The rotations of each layer of a chain. Raises `KeyboardInterrupt` if the fit was interrupted."""
+    bases = solution.completed().bases
+    if "0 in" in bases:
+        return tuple(Rotations(bases[f"{i} in"], bases[f"{i} out"]) for i in range(len(bases) // 2))
+    return tuple(Rotations(bases[f"{i}"], bases[f"{i + 1}"]) for i in range(len(bases) - 1))
+
+
+def _boundary(space: str) -> int:
+    """The number of the boundary that a space lies at."""
+    layer, _, side = space.partition(" ")
+    return int(layer) + (side == "out")
+
+
+def _inputs(layers: tuple[Layer, ...], x) -> list:
     """What enters each layer: arrays, or sources. Raises `ValueError` where a layer's outputs are not as wide as the
     next one's inputs."""
     kept, source = in_memory(x)
-    inputs: list = [checks.activations(name, kept, layers[0].d_in)]
+    inputs: list = [checks.activations("x", kept, layers[0].d_in)]
     if source is not None:
         inputs = [source]
     for i, (layer, after) in enumerate(itertools.pairwise(layers)):
@@ -247,38 +187,42 @@ def _connected(terms: Sequence[JacobianSparsity], held: Bases) -> list[list[Jaco
     return [members for _, members in groups]
 
 
-def _used(term: JacobianSparsity, bases: Bases) -> tuple[np.ndarray, np.ndarray]:
-    """The input and the output directions that hold more than a vanishing share of the layer's mean square Jacobian
-    (with inputs of unit variance, where the objective scales them)."""
-    r_in, r_out = bases[term.space_in], bases[term.space_out]
-
-    def squares(x, weights):
-        return jnp.einsum("n,noi->oi", weights, jnp.square(term.layer.jacobian(x, r_in, r_out)))
-
-    with jax.default_matmul_precision("highest"):
-        energy = np.asarray(chunked_sum(squares, term.x, term.chunk), np.float64)
-    if term.covariance is not None:
-        energy = energy * np.einsum("ij,ij->i", np.asarray(r_in) @ np.asarray(term.covariance), r_in)
-    by_side = (np.asarray(r_in), energy.sum(axis=0)), (np.asarray(r_out), energy.sum(axis=1))
-    of_in, of_out = (r[share > USED * share.mean()] for r, share in by_side)
-    return of_in, of_out
-
-
-def _match(boundary: int, shared: bool, outputs: np.ndarray, inputs: np.ndarray, key: PRNGKeyArray) -> BoundaryMatch:
-    few, many = sorted((outputs, inputs), key=len)
-    if not len(few):
-        nothing = Interval(math.nan, math.nan, math.nan)
-        return BoundaryMatch(boundary, shared, len(outputs), len(inputs), np.zeros(0), nothing, nothing)
-    cosines = match(few, many).cosines
-    key_bootstrap, key_chance = jax.random.split(key)
-    resampled = bootstrap_counts(len(few), RESAMPLES, key=key_bootstrap) @ cosines / len(few)
-    # Random directions on one side are enough: the Haar measure is invariant.
-    d = few.shape[1]
-    draws = [
-        match(np.asarray(haar(k, d))[: len(few)], np.eye(d)[: len(many)]).cosines.mean()
-        for k in jax.random.split(key_chance, DRAWS)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    chance = Interval(float(np.mean(draws)), float(low), float(high))
-    cosine = bootstrap_interval(cosines.mean(), resampled)
-    return BoundaryMatch(boundary, shared, len(outputs), len(inputs), cosines, cosine, chance)
+def _joined(solutions: Sequence[Solution]) -> Solution:
+    """The solutions of problems without a common space as one: every value is the sum of theirs."""
+    first = solutions[0]
+    if len(solutions) == 1:
+        return first
+    # Every problem's candidates from best to worst, so that the first of the joined ones is the best.
+    ranked = [np.argsort(s.candidate_values, kind="stable") for s in solutions]
+    union = lambda parts: {k: v for part in parts for k, v in part.items()}  # noqa: E731
+    candidates = tuple(
+        union(s.candidates[order[i]] for s, order in zip(solutions, ranked, strict=True))
+        for i in range(len(first.candidates))
+    )
+    values = sum(s.candidate_values[order] for s, order in zip(solutions, ranked, strict=True))
+    last, stats = solutions[-1], dict.fromkeys(("seconds", "compile_seconds"), 0.0)
+    totals: dict[str, Any] = {name: sum(s.stats.get(name, 0.0) for s in solutions) for name in stats}
+    totals["gradient_norm"] = float(np.sqrt(sum(s.stats["gradient_norm"] ** 2 for s in solutions)))
+    totals["orthogonality_error"] = max(s.stats["orthogonality_error"] for s in solutions)
+    bad = [s.result for s in solutions if s.result.broken_off] or [s.result for s in solutions if not s.result.ok]
+    alike = all(s.history.objective.shape == first.history.objective.shape for s in solutions)
+    alike = alike and all(np.array_equal(s.history.checked_at, first.history.checked_at) for s in solutions)
+    history = last.history
+    if alike:
+        objective = np.sum([s.history.objective for s in solutions], axis=0)
+        checked = np.sum([s.history.checked for s in solutions], axis=0)
+        history = History(objective, first.history.checked_at, checked)
+    return dataclasses.replace(
+        first,
+        bases=union(s.bases for s in solutions),
+        result=bad[-1] if bad else first.result,
+        detail="; ".join(filter(None, (s.detail for s in solutions))),
+        value=sum(s.value for s in solutions),
+        start_value=sum(s.start_value for s in solutions),
+        history=history,
+        candidates=candidates,
+        candidate_values=np.asarray(values),
+        free=union(s.free for s in solutions),
+        stages=tuple(stage for s in solutions for stage in s.stages),
+        stats=totals,
+    )

@@ -1,13 +1,15 @@
 """Elementwise nonlinearities φ and their derivatives.
 
-An activation is any JAX function of a scalar that broadcasts. The named ones below are what model configurations
-call them; `derivative(φ)` is by forward-mode autodiff, which for an elementwise function costs one extra evaluation.
+An activation is any elementwise JAX function. The functions below carry the names that model configurations use.
+`derivative(φ)` uses forward-mode autodiff, which costs one extra evaluation for an elementwise function.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from rotsparse._core.types import AnyArray
@@ -74,8 +76,14 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def as_activation(activation: str | Activation) -> Activation:
-    """The function itself, or the one with that name. Raises `ValueError` that lists the known names."""
+    """The function itself, or the one with that name.
+
+    Raises `ValueError` for an unknown name, with a list of the known ones, and for a function that does not act on
+    every entry by itself: each is tried on a few numbers.
+    """
     if callable(activation):
+        if activation not in ACTIVATIONS.values():
+            _check_elementwise(activation)
         return activation
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -83,6 +91,44 @@ def as_activation(activation: str | Activation) -> Activation:
             "or any elementwise JAX function"
         )
     return ACTIVATIONS[activation]
+
+
+def _check_elementwise(activation: Activation) -> None:
+    name = getattr(activation, "__name__", type(activation).__name__)
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(activation) if isinstance(leaf, jax.Array | np.ndarray)]
+    if shapes:
+        reason = f"carries parameters of its own, of shape {' and '.join(map(str, shapes))}"
+    else:
+        reason = _why_not_elementwise(activation)
+    if reason is not None:
+        raise ValueError(
+            f"the activation {name} {reason}. Expected a function that acts on every entry by itself, and alike. "
+            "Instead, describe the whole layer as a FunctionLayer, which may be any function"
+        )
+
+
+@lru_cache(256)
+def _why_not_elementwise(activation: Activation) -> str | None:
+    """Try it on a matrix, and on the same numbers in other company."""
+    numbers = np.linspace(-3.1, 2.9, 77, dtype=np.float32)
+    numbers = np.random.default_rng(0).permutation(numbers).reshape(7, 11)
+    others = {"in a smaller array": np.s_[:3, :5], "in another order": np.s_[::-1, ::-1]}
+    try:
+        with jax.ensure_compile_time_eval():
+            whole = np.asarray(activation(jnp.asarray(numbers)))
+            if whole.shape != numbers.shape:
+                return f"makes {list(whole.shape)} of shape [7, 11]"
+            for where, part in others.items():
+                values = np.asarray(activation(jnp.asarray(numbers[part])))
+                if values.shape != numbers[part].shape or not np.allclose(
+                    values, whole[part], rtol=1e-3, atol=1e-4, equal_nan=True
+                ):
+                    return f"gives the same numbers other values {where} (does it normalise, or have parameters?)"
+    except jax.errors.JAXTypeError:  # it depends on values that are being traced: nothing can be tried
+        return None
+    except Exception as error:
+        return f"fails on an array of shape [7, 11] with {type(error).__name__}: {str(error)[:200]}"
+    return None
 
 
 def value_and_derivative(activation: Activation, a: AnyArray) -> tuple[Array, Array]:

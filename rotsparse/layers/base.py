@@ -2,7 +2,7 @@
 
 The Jacobian of a layer made of weights is `J(x) = Σ_k L diag(g_k(x)) M_k`, with small corrections for a norm in front
 and a skip connection around it (`ClosedForm`). Rotated, `R_out J R_inᵀ = Σ_k (R_out L) diag(g_k) (M_k R_inᵀ)`: the
-rotations act on the weights once, the examples only on the gates. No autodiff Jacobian is ever built.
+rotations multiply the weights once, and only the gates depend on the example. No autodiff Jacobian is built.
 
 Conventions: `x` is `[..., d_in]`, weights are `[out, in]`, `J` is `[d_out, d_in]`. A rotation argument of `None` means
 the identity; it may have fewer rows than columns, and then selects a subspace.
@@ -24,7 +24,7 @@ Matrix = Float[AnyArray, "_ _"]
 
 
 class Layer(eqx.Module):
-    """One stage `y = f(x)` of a network."""
+    """One stage `y = f(x)` of a network. Subclass it for a layer with a closed-form Jacobian of your own."""
 
     d_in: eqx.AbstractVar[int]
     d_out: eqx.AbstractVar[int]
@@ -35,29 +35,29 @@ class Layer(eqx.Module):
 
     @abc.abstractmethod
     def jacobian(self, x: Float[AnyArray, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
-        """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is how far rotated output o moves for a small change
-        of rotated input i."""
+        """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is the derivative of rotated output o with respect to
+        rotated input i."""
 
     @abc.abstractmethod
     def rotate(self, r_in: Matrix | None, r_out: Matrix | None) -> "Layer":
-        """The layer `z ↦ R_out f(R_inᵀ z)`, in the same arithmetic as its weights. `rotsparse.fold` does this in
-        float64 and checks the result."""
+        """The layer `z ↦ R_out f(R_inᵀ z)`, computed in the dtype of its weights. `rotsparse.fold` does this in float64
+        and checks the result."""
 
     def gathered(self, x: Float[AnyArray, "n d_in"]) -> "Layer":
-        """The same layer with a faster `jacobian` for these examples, where most hidden neurons have a gate of exactly
-        zero on each of them (ReLU): only the active ones enter the matrix products. Itself where that does not pay.
+        """The same layer with a faster `jacobian` for these examples, if most hidden neurons have a gate of exactly
+        zero on each of them (ReLU): only active neurons enter the matrix products. Returns `self` if that is no faster.
 
-        For other examples, on which more neurons are active than on any of these, its Jacobian is NaN.
+        For an example with more active neurons than any of these, its Jacobian is NaN.
         """
         return self
 
     def weights(self) -> dict[str, AnyArray]:
-        """The layer's weight matrices and biases by name; empty for a layer that has none of its own."""
+        """The layer's weight matrices and biases by name; empty for a layer without weights."""
         return {}
 
     def with_weights(self, **weights: AnyArray) -> "Layer":
-        """The same layer with other values of some of its `weights()`. Raises `ValueError` for a name that is not
-        among them, or another shape."""
+        """The same layer with some of its `weights()` replaced. Raises `ValueError` for an unknown name or another
+        shape."""
         own = self.weights()
         for name, value in weights.items():
             if name not in own or value.shape != own[name].shape:
@@ -67,17 +67,17 @@ class Layer(eqx.Module):
 
 
 class ClosedForm(Layer):
-    """A layer whose Jacobian is `Σ_k L diag(g_k(x)) M_k`, corrected for a norm in front and a skip connection."""
+    """A layer with the Jacobian `Σ_k L diag(g_k(x)) M_k`, plus terms for a norm in front and a skip connection."""
 
     skip: eqx.AbstractVar[Matrix | None]
     norm: eqx.AbstractVar[Norm | None]
     activation: eqx.AbstractVar[Activation]
-    active: eqx.AbstractVar[int | None]  # how many neurons of each example `jacobian` gathers
+    active: eqx.AbstractVar[int | None]  # how many neurons of each example `jacobian` gathers; None: all
 
     @property
     @abc.abstractmethod
     def left(self) -> Matrix | None:
-        """L `[d_out, hidden]`; `None` for the identity: the outputs are the neurons."""
+        """L `[d_out, hidden]`; `None` for the identity, where the outputs are the neurons."""
 
     @property
     @abc.abstractmethod
@@ -86,8 +86,8 @@ class ClosedForm(Layer):
 
     @abc.abstractmethod
     def gates(self, x: Float[AnyArray, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
-        """Every `g_k(x)`. In full precision whatever the objective's is: which neurons are active must not depend on
-        who asks."""
+        """Every `g_k(x)`, in full precision whatever the objective's precision is: which neurons are active must not
+        depend on it."""
 
     def jacobian(self, x, r_in=None, r_out=None):
         return _closed_forms.jacobian(
@@ -104,5 +104,5 @@ def normalized(norm: Norm | None, x: Float[AnyArray, "*n d"]) -> Float[AnyArray,
 
 
 def full_precision():
-    """A context in which matrix products are exact to float32 on every device."""
+    """A context in which matrix products have full float32 precision on every device."""
     return jax.default_matmul_precision("highest")

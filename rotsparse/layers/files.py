@@ -6,9 +6,9 @@ A layer file holds named arrays, matrices `[out, in]`:
 - `w_in`, `b_in`, `w_out`, `b_out`: an MLP block
 - `w_gate`, `w_up`, `w_down` (and `b_gate`, `b_up`, `b_down`): a gated block
 
-Biases may be missing. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front, with the ε of `norm_eps`
-(one number; 1e-5 where it is missing); `skip` is the matrix of a skip connection. What a LayerNorm removes is along
-`norm_mean_direction`, a unit vector (that of equal entries where it is missing); an RMSNorm has none.
+Biases are optional. `norm_scale` (and `norm_bias`) put an RMSNorm or a LayerNorm in front; `norm_eps` is its ε (one
+number, by default 1e-5). `skip` is the matrix of a skip connection. A LayerNorm removes the component along
+`norm_mean_direction`, a unit vector (by default the one with equal entries); an RMSNorm has no such vector.
 """
 
 import os
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from rotsparse._core import checks
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically, writing
+from rotsparse._core.reading import load_npy, load_npz, load_safetensors, safetensors
 from rotsparse.data.sources import RESIDENT_BYTES, NpyFile, Source
 from rotsparse.data.store import open_store
 from rotsparse.layers.activations import Activation
@@ -37,31 +36,39 @@ _COMMON = ("norm_scale", "norm_bias", "norm_mean_direction", "norm_eps", "skip")
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every named array of a safetensors or `.npz` file; that of a `.npy` file is called "array".
+    """All named arrays of a safetensors or `.npz` file; the array of a `.npy` file is called "array". Half precision
+    becomes float32.
 
-    Raises `ValueError` where the file is missing, damaged, or of another kind.
+    Raises `ValueError` if the file is missing, damaged, or of another kind.
     """
     path = Path(path)
-    try:
-        match path.suffix:
-            case ".safetensors":
-                return load_file(path)
-            case ".npz":
-                with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-                    return {name: arrays[name] for name in arrays.files}
-            case ".npy":
-                return {"array": np.load(path, allow_pickle=False)}
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
-    except Exception as error:  # zipfile and zlib have exceptions of their own for damaged archives
-        raise ValueError(f"{path} cannot be read, it may be damaged or cut short: {error}") from None
+    return {name: _widened(path, array) for name, array in _stored(path).items()}
+
+
+def _widened(path: Path, array: np.ndarray) -> np.ndarray:
+    """float16 and bfloat16 as float32: too coarse to rotate in."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} holds {array.dtype.str}, numbers of two bytes whose type NumPy did not keep: save them "
+            "as float32, np.load(path).view(ml_dtypes.bfloat16).astype('float32')"
+        )
+    return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    match path.suffix:
+        case ".safetensors":
+            return load_safetensors(path)[0]
+        case ".npz":
+            return load_npz(path)
+        case ".npy":
+            return {"array": load_npy(path)}
     raise ValueError(f"{path}: expected a .npy, .npz or .safetensors file, got {path.suffix or 'no extension'!r}")
 
 
 def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
-    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, or unfit ones."""
+    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, another shape, or values
+    that are not finite."""
     arrays = load_arrays(path)
     if len(arrays) != 1:
         raise ValueError(
@@ -71,9 +78,9 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
 
 
 def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source:
-    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, and where a `.npy` file or a
-    folder holds more than `LOADED_BYTES` a source. Raises `ValueError` for unfit ones: of a source only the width is
-    looked at, and a folder is compared with its hashes."""
+    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, or a source if a `.npy` file
+    or a folder holds more than `LOADED_BYTES`. Compares a folder with its hashes. Raises `ValueError` for activations
+    that do not fit; of a source only the width is checked."""
     path = Path(path)
     if path.is_dir():
         source = open_store(path)
@@ -94,8 +101,8 @@ def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source
 def load_layer(
     path: str | os.PathLike, activation: str | Activation, *, norm: str | None = None, skip: bool = False
 ) -> Layer:
-    """The layer in a file. `norm` ("rms" or "layer") says what `norm_scale` is the scale of; `skip` adds a skip
-    connection. Raises `ValueError` that says which names were expected and which came."""
+    """The layer in a file. `norm` ("rms" or "layer") is the kind of norm that `norm_scale` belongs to; `skip` adds a
+    skip connection. Raises `ValueError`, with the expected names and those found, for other arrays."""
     arrays = load_arrays(path)
     kinds = [kind for kind in _KINDS if kind in arrays]
     known = {kinds[0], *_KINDS[kinds[0]], *_COMMON} if len(kinds) == 1 else set()
@@ -112,6 +119,8 @@ def load_layer(
         match kinds[0]:
             case "w":
                 return Dense(arrays["w"], arrays.get("b"), **options)
+            case "w_in" if not {"w_out", "b_out"} & arrays.keys():
+                return Dense(arrays["w_in"], arrays.get("b_in"), **options)
             case "w_in":
                 return MLP(*(arrays.get(name) for name in ("w_in", "b_in", "w_out", "b_out")), **options)
             case _:
@@ -126,7 +135,7 @@ def load_layer(
 
 
 def _advice(arrays: dict[str, np.ndarray]) -> str:
-    """What may be the matter with arrays whose shapes do not fit each other."""
+    """A likely cause for arrays whose shapes do not fit each other, to append to the message."""
     if "w_in" in arrays and "b_out" in arrays and "w_out" not in arrays:
         return "; there is no w_out: is it missing?"
     for matrix, bias in (("w", "b"), ("w_in", "b_in"), ("w_gate", "b_gate"), ("w_up", "b_up"), ("w_down", "b_down")):
@@ -137,8 +146,7 @@ def _advice(arrays: dict[str, np.ndarray]) -> str:
 
 
 def save_layer(path: str | os.PathLike, layer: Layer) -> None:
-    """Write a layer in the form that `load_layer` reads, as safetensors. Atomic. Raises `ValueError` for a layer that
-    is not made of weights."""
+    """Write a layer as safetensors, for `load_layer`. Atomic. Raises `ValueError` for a layer without weights."""
     if not isinstance(layer, ClosedForm):
         raise ValueError(f"a {type(layer).__name__} has no weights to write")
     arrays: dict[str, Any] = {**layer.weights(), "skip": layer.skip}
@@ -150,7 +158,14 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
             arrays["norm_scale"] = np.ones(
                 layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
             )
-    write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}))
+    held = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
+    write_atomically(path, safetensors(held, **{SIGNATURE: "layer"}))
+
+
+def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one array as `.npy`. Atomic."""
+    with writing(path) as file:
+        np.save(file, array)
 
 
 def _norm(path, common, kind) -> Norm | None:

@@ -1,4 +1,4 @@
-"""`fold`: put rotations into a layer's weights, and check that the function did not change.
+"""`fold`: multiply rotations into a layer's weights, and check that the function did not change.
 
 `f'(z) = R_out f(R_inᵀ z)`. The rotations are made orthogonal to float64 and multiplied into the weights in float64,
 once; only the result is rounded to the precision that the weights came in.
@@ -13,20 +13,21 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse._core import checks
+from rotsparse._core.errors import CheckError
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations, checked
 
-# A fold whose outputs differ by more than this share of their own size is no rounding error.
+# Larger differences of the outputs, relative to their rms, are not rounding errors.
 TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A rotated layer `z ↦ R_out f(R_inᵀ z)` with the rotations that it holds (exact to float64).
+    """A rotated layer `z ↦ R_out f(R_inᵀ z)` and the rotations in it, orthogonal to float64.
 
-    `error` is the largest absolute difference between `R_outᵀ f'(R_in x)` and `f(x)` on the examples that were
-    checked, in the precision of the weights, `scale` the root mean square of `f(x)` on them.
+    `error` is the largest absolute difference between `R_outᵀ f'(R_in x)` and `f(x)` on the checked examples, in the
+    precision of the weights; `scale` is the root mean square of `f(x)` on them.
     """
 
     layer: Layer
@@ -38,11 +39,12 @@ class Folded:
 def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None = None) -> Folded:
     """The layer in rotated coordinates: the same function, `f(x) = R_outᵀ f'(R_in x)`.
 
-    `x`: inputs on which this is checked (default: 64 standard normal ones; real activations are better).
+    `x`: inputs `[n, d_in]` on which this is checked (default: 64 standard normal ones; real activations are better).
 
-    The outputs of a single layer `φ(Wx + b)` are rotated behind φ: `f'` then ends in the matrix `R_out`.
+    The outputs of a single layer `φ(Wx + b)` are rotated after φ: `f'` then ends in the matrix `R_out`.
 
-    Raises `ValueError` where the rotations do not fit the layer, or the function changed by more than `TOLERANCE`.
+    Raises `ValueError` if the rotations do not fit the layer, and `CheckError` (a `ValueError`) if the function changed
+    by more than `TOLERANCE`.
     """
     rotations = checked("rotations", rotations)
     widths = (rotations.r_in.shape[0], rotations.r_out.shape[0])
@@ -56,7 +58,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
     x = np.asarray(checks.weight("x", x, (None, layer.d_in)), dtype)
 
     exact = Rotations(_orthogonalized(rotations.r_in), _orthogonalized(rotations.r_out))
-    # A side that stays as it is needs no product, and the outputs of a single layer then stay its neurons.
+    # An identity needs no product; the outputs of a single layer then stay its neurons.
     r_in, r_out = (None if np.array_equal(r, np.eye(len(r))) else r for r in (exact.r_in, exact.r_out))
     with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
         rotated = _cast(_cast(layer, np.float64).rotate(r_in, r_out), dtype)
@@ -65,7 +67,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
         after = np.asarray(rotated(jnp.asarray(z)), np.float64) @ exact.r_out
     error, scale = float(np.abs(after - before).max()), float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     if not error <= TOLERANCE * max(scale, 1e-30):
-        raise ValueError(
+        raise CheckError(
             f"folding changed the function: outputs differ by up to {error:.2g} where their root mean square is "
             f"{scale:.2g}. Check that the layer computes in full float32 precision and that x looks like its real "
             "inputs"
@@ -74,7 +76,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
 
 
 def _orthogonalized(r: AnyArray) -> np.ndarray:
-    """The nearest orthogonal matrix in float64, by Newton-Schulz steps (it is already near)."""
+    """The nearest orthogonal matrix in float64, by Newton-Schulz steps; `r` is orthogonal to float32 already."""
     x = np.asarray(r, np.float64)
     for _ in range(4):
         x = 1.5 * x - 0.5 * x @ x.T @ x
@@ -82,5 +84,5 @@ def _orthogonalized(r: AnyArray) -> np.ndarray:
 
 
 def _cast(layer, dtype):
-    """The layer with NumPy weights of that type (indices, functions and constants that they close over stay)."""
+    """The layer with NumPy weights of that dtype; indices, and functions with their constants, stay as they are."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype) if eqx.is_inexact_array_like(leaf) else leaf, layer)

@@ -14,8 +14,8 @@ from rotsparse.layers.base import Layer, Matrix
 class FunctionLayer(Layer):
     """Any differentiable `f: [d_in] → [d_out]` of one example, e.g. several layers at once or an attention block.
 
-    Its Jacobian is by forward- or reverse-mode autodiff, whichever has fewer columns to push through: general, but
-    slower than the closed forms, and held in memory for one chunk of examples at a time.
+    Its Jacobian uses forward- or reverse-mode autodiff, whichever needs fewer passes. This is slower than a closed
+    form, and holds the Jacobians of one chunk of examples in memory.
     """
 
     function: Callable[[Array], Array]

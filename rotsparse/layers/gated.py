@@ -13,13 +13,13 @@ from rotsparse.layers.norms import Norm
 
 
 class GatedMLP(ClosedForm):
-    """`y = W_down (φ(W_gate N(x)) ⊙ W_up N(x))  (+ x)`: SwiGLU and its relatives (Shazeer, "GLU Variants Improve
+    """`y = W_down (φ(W_gate N(x)) ⊙ W_up N(x))  (+ x)`: SwiGLU and similar blocks (Shazeer, "GLU Variants Improve
     Transformer", 2020).
 
     `J = W_down [diag(φ'(a) ⊙ u) W_gate + diag(φ(a)) W_up] N'(x) (+ I)`. The two terms are added before the large
     matrix product, so a gated block costs the same `2·d_out·d_hidden·d_in` as a plain one.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w_gate: Matrix

@@ -1,7 +1,7 @@
 """Statistics of a layer over many examples: moments of activations and of Jacobians.
 
-Examples stream through in chunks of a fixed number of bytes, so memory does not grow with their number. Sums within a
-chunk are in the precision of the data, sums over chunks in float64 on the host.
+Examples are processed in chunks of a fixed number of bytes, so memory does not grow with their number. Sums within a
+chunk have the precision of the data, sums over chunks are in float64 on the host.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from rotsparse.layers.base import Layer
 def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
     """How many examples' Jacobians, in float32, fit into `chunk_bytes` (default: `moments.CHUNK_BYTES`); at least one.
 
-    An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for the gated weights it is made of: as
-    many as the largest weight matrix has.
+    An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for its gated weights, as many as the
+    largest weight matrix has.
     """
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(layer) if eqx.is_array_like(leaf)]
     numbers = max([layer.d_out * layer.d_in, *sizes])
@@ -62,9 +62,9 @@ def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int 
 
 
 class LayerStatistics:
-    """What the baselines need to know of a layer and its inputs, each computed when first asked for and then kept.
+    """The statistics of a layer and its inputs that baselines use, each computed on first use and then kept.
 
-    Raises `ValueError` where `x` is not `[examples, d_in]`, not finite, or constant.
+    Raises `ValueError` if `x` is not `[examples, d_in]`, not finite, or constant.
     """
 
     def __init__(self, layer: Layer, x: Rows):
@@ -87,7 +87,7 @@ class LayerStatistics:
         return jacobian_moments(self.layer, self.x)
 
 
-# Full precision everywhere: these numbers define bases, and are computed once.
+# Full precision everywhere: baselines are computed from these numbers, once.
 
 
 @eqx.filter_jit
@@ -118,7 +118,7 @@ def _gram_sum(layer, x, counted):
 
 
 def _mean_over_examples(chunk_sums, layer, x):
-    """Mean over the examples of what `chunk_sums(layer, chunk, counted)` sums over one chunk."""
+    """Mean over the examples; `chunk_sums(layer, chunk, counted)` returns the sums over one chunk."""
     x = jnp.asarray(x)
     totals = None
     for chunk, count in chunks(x, chunk_size(layer)):

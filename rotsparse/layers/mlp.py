@@ -19,7 +19,7 @@ class MLP(ClosedForm):
     `J = W_out diag(φ'(a)) W_in N'(x) (+ I)`, `a = W_in N(x) + b_in`. Forward cost of one rotated Jacobian:
     `2·d_out·d_hidden·d_in` flops.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w_in: Matrix
@@ -86,11 +86,11 @@ class MLP(ClosedForm):
 class Dense(ClosedForm):
     """A single layer `y = φ(W N(x) + b) (+ x)`: `L = I`, `g = φ'(Wx + b)`, `M = W`.
 
-    Its outputs are neurons: an elementwise φ pins their basis, so only a block that ends in a linear map has outputs
-    that can be rotated for free. Rotating them here is still meaningful for analysis: the rotated layer is an `MLP`
-    that ends in `R_out`, and the next layer absorbs the inverse.
+    Its outputs are neurons: an elementwise φ fixes their basis. To rotate them, `rotate` returns an `MLP` that ends in
+    the matrix `R_out`, and the next layer must multiply by `R_outᵀ`; in a block that ends in a linear map no matrix is
+    added.
 
-    Raises `ValueError` where the shapes do not fit each other, or weights are not finite floating-point numbers.
+    Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """
 
     w: Matrix

@@ -4,8 +4,8 @@ Both are `N(x) = γ ⊙ n̂ + β` with `n̂ = P x / r`, where `r = √(mean((Px)
 unit vector `m = 1/√d`, RMSNorm has `P = I`. Their derivative is `(1/r)(diag(γ) P - (γ⊙n̂) n̂ᵀ/d)`: a diagonal (and
 centring) part that moves into the weights behind it, and a rank-one part.
 
-In rotated coordinates `z = R x` the same norm has `m' = R m` and no `γ` (it does not commute with R, so it must first
-be absorbed by the weights): hence `mean_direction` is a vector here and not a flag.
+In rotated coordinates `z = R x` the same norm has `m' = R m`. It has no `γ`, which does not commute with R and must
+first be multiplied into the weights. That is why `mean_direction` is a vector and not a flag.
 """
 
 import equinox as eqx
@@ -47,9 +47,10 @@ class Norm(eqx.Module):
         return w - (w @ self.mean_direction)[:, None] * self.mean_direction
 
     def rotate(self, r: Float[AnyArray, "k d"]) -> "Norm":
-        """The norm of `z = R x`, after its γ and β moved into the weights behind it.
+        """The norm of `z = R x`, after γ and β have moved into the weights that follow.
 
-        Raises `ValueError` where a rotation with fewer rows than columns would lose LayerNorm's mean direction.
+        Raises `ValueError` for a LayerNorm and a rotation with fewer rows than columns, which would lose the mean
+        direction.
         """
         if self.mean_direction is not None and r.shape[0] != r.shape[1]:
             raise ValueError(

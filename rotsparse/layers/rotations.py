@@ -1,4 +1,4 @@
-"""`Rotations`: the answer of a fit, one orthogonal matrix for a layer's inputs and one for its outputs."""
+"""`Rotations`: one orthogonal matrix for a layer's inputs and one for its outputs."""
 
 import json
 import os
@@ -8,19 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from rotsparse._core import checks, orthogonal
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import SIGNATURE, write_atomically
+from rotsparse._core.reading import load_safetensors, safetensors
 from rotsparse._core.types import AnyArray
 
 
 class Rotations(eqx.Module):
     """`z_in = R_in x` and `z_out = R_out y`. The rows of each matrix are the new directions.
 
-    Raises `ValueError` where a matrix is not square, not finite, or not orthogonal (beyond 1e-3: that is no rounding
-    error).
+    Raises `ValueError` if a matrix is not square, not finite, or not orthogonal (`|R Rᵀ - I|` above 1e-3).
     """
 
     r_in: Float[AnyArray, "d_in d_in"]
@@ -54,7 +52,7 @@ class Rotations(eqx.Module):
         return Rotations(self.r_in.T, self.r_out.T)
 
     def compose(self, first: "Rotations") -> "Rotations":
-        """Apply `first`, then these: `R = R_self R_first` on both sides."""
+        """First apply `first`, then these: `R = R_self R_first` on both sides."""
         return Rotations(
             orthogonal.matmul(self.r_in, first.r_in),
             orthogonal.matmul(self.r_out, first.r_out),
@@ -66,25 +64,23 @@ class Rotations(eqx.Module):
 
     def save(self, path: str | os.PathLike, metadata: dict | None = None) -> None:
         """Write `r_in` and `r_out` to a safetensors file, with `metadata` (JSON) beside them. Atomic: an interrupted
-        save leaves the earlier file. Raises `OSError` where the folder is missing or cannot be written."""
+        save leaves the earlier file. Raises `OSError` if the folder is missing or cannot be written."""
         tensors = {"r_in": np.ascontiguousarray(self.r_in), "r_out": np.ascontiguousarray(self.r_out)}
-        write_atomically(path, save(tensors, metadata={"rotsparse": json.dumps(metadata or {})}))
+        write_atomically(path, safetensors(tensors, **{SIGNATURE: json.dumps(metadata or {})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Rotations", dict]:
         """The rotations in a file that `save` wrote, and their metadata.
 
-        Raises `ValueError`, naming the file, where it is missing, unreadable, or holds something else.
+        Raises `ValueError`, with the file's name, if it is missing, unreadable, or holds something else.
         """
         try:
-            with safe_open(path, framework="numpy") as f:
-                names = sorted(f.keys())
-                tensors = {name: f.get_tensor(name) for name in ("r_in", "r_out") if name in names}
-                metadata = (f.metadata() or {}).get("rotsparse", "{}")
-        except (SafetensorError, OSError) as error:
+            tensors, about = load_safetensors(path)
+        except ValueError as error:
             raise ValueError(f"cannot read rotations from {path}: {error}") from None
-        if len(tensors) < 2:
-            raise ValueError(f"{path} holds {names}, expected r_in and r_out: is it a rotations file?")
+        metadata = about.get(SIGNATURE, "{}")
+        if not {"r_in", "r_out"} <= tensors.keys():
+            raise ValueError(f"{path} holds {sorted(tensors)}, expected r_in and r_out: is it a rotations file?")
         try:
             return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
         except json.JSONDecodeError as error:
@@ -94,7 +90,7 @@ class Rotations(eqx.Module):
 
 
 def checked(name: str, value) -> Rotations:
-    """`value`, if it is a pair of rotations. Raises `ValueError`."""
+    """Return `value`. Raises `ValueError` if it is not a pair of rotations."""
     if isinstance(value, Rotations):
         return value
     advice = f": take its .rotations, {name}.rotations" if hasattr(type(value), "rotations") else ""

@@ -1,4 +1,4 @@
-"""A layer seen through some of its directions."""
+"""A layer restricted to some of its input and output directions."""
 
 from jaxtyping import Float
 
@@ -7,8 +7,8 @@ from rotsparse.layers.base import Layer, Matrix
 
 
 class Subspace(Layer):
-    """`J ↦ P_out J P_inᵀ` for frames P with orthonormal rows: a layer seen through some of its directions. The
-    examples stay whole, so gates and norms are those of the original layer."""
+    """A layer with the Jacobian `P_out J P_inᵀ`, for frames P with orthonormal rows. Examples keep all their
+    coordinates, so gates and norms are those of the original layer."""
 
     layer: Layer
     frame_in: Float[AnyArray, "k_in d_in"]

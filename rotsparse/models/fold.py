@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse._core import checks
+from rotsparse._core.errors import CheckError
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.model import AnyArray, Model
@@ -111,7 +112,7 @@ def obstacle(model: Model) -> str | None:
             f"the stream of a {name} model cannot be rotated: its norms stand in the stream (post-LN), and their "
             f"scales do not commute with a rotation. {instead}"
         )
-    if model.config.placement == "sandwich":
+    if model.config.placement in ("sandwich", "output"):
         return (
             f"the stream of a {name} model cannot be rotated: between each block and it stands a norm whose scale no "
             f"matrix behind it could take up. {instead}"
@@ -137,8 +138,10 @@ def _exact(r, d: int) -> np.ndarray:
 
 def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedModel:
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or tokens.size == 0:
-        raise ValueError(f"tokens should be [batch, tokens] to check the fold on, got shape {list(tokens.shape)}")
+    images = original.config.patches is not None
+    if tokens.ndim != (4 if images else 2) or tokens.size == 0:
+        wanted = "images [batch, channels, height, width]" if images else "tokens should be [batch, tokens]"
+        raise ValueError(f"{wanted} to check the fold on, got shape {list(tokens.shape)}")
     rounded = folded.astype(original.dtype)
     with jax.enable_x64(True):
         before = outputs(exact, tokens)
@@ -146,7 +149,7 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
         rounded_error = np.abs(outputs(rounded.astype(np.float64), tokens) - before).max()
     scale = float(np.abs(before).max())
     if not exact_error <= TOLERANCE * scale:
-        raise ValueError(
+        raise CheckError(
             f"folding changed the function: outputs of up to {scale:.2g} differ by up to {exact_error:.2g}. "
             "Are all weights finite, and of similar size?"
         )

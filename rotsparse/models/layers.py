@@ -9,8 +9,9 @@ import numpy as np
 from rotsparse.layers.base import Layer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.mlp import MLP
+from rotsparse.models.embedding import norm_of
 from rotsparse.models.model import Model
-from rotsparse.models.transformer import check_point, norm_of
+from rotsparse.models.transformer import check_point
 
 _PLAIN = ("w_in", "b_in", "w_out", "b_out")
 _GATED = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
@@ -22,22 +23,23 @@ def mlp_layer(model: Model, layer: int, *, norm: bool = False, skip: bool = Fals
     As it is, it maps the site `input` to `output`. With `norm` it starts at `residual`; with `skip` too it ends with
     the stream behind the block (in front of a post-norm).
 
-    Raises `ValueError` where the architecture has no norm in front (BERT), another norm before the sum (Gemma 2), or
-    the MLP was folded to rotate when it runs, so that its coordinates are no longer the stream's.
+    Raises `ValueError` where the architecture has no norm in front (BERT, OLMo 2), another norm before the sum (Gemma 2
+    and 3, OLMo 2), or the MLP was folded to rotate when it runs, so that its coordinates are no longer the stream's.
     """
     check_point(model.config, (layer, "input"))
     block, config = model.params["layers"][layer], model.config
     options: dict[str, Any] = {"activation": config.activation}
-    if norm and config.placement == "post":
+    if norm and config.placement in ("post", "output"):
+        already = "Its input is already normalised" if config.placement == "post" else "Its input is the stream itself"
         raise ValueError(
-            f"{config.architecture} normalises behind its blocks: there is no norm in front of an MLP. Its input is "
-            "already normalised; leave norm=False"
+            f"{config.architecture} normalises behind its blocks: there is no norm in front of an MLP. {already}; "
+            "leave norm=False"
         )
-    if skip and not norm and config.placement != "post":
+    if skip and not norm and config.placement in ("pre", "sandwich"):
         raise ValueError(
             "skip=True adds the stream in front of the norm, so the layer must start there: set norm=True too"
         )
-    if skip and config.placement == "sandwich":
+    if skip and config.placement in ("sandwich", "output"):
         raise ValueError(
             f"{config.architecture} normalises an MLP's output before adding it to the stream, which no "
             "rotsparse layer does: leave skip=False"

@@ -7,10 +7,12 @@ Tokenizer: int32 longest token, then for every token its float32 score, int32 le
 """
 
 import itertools
+import math
 import os
 import re
 import struct
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,13 +46,13 @@ def load_llama2c(path: str | os.PathLike) -> Model:
         )
     config = _config(dim, hidden, n_layers, n_heads, n_kv_heads, abs(vocab), seq_len)
     layout = _layout(config, untied=vocab < 0)
-    expected = _HEADER.size + 4 * sum(int(np.prod(shape)) for _, shape in layout)
+    expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in layout)
     if len(data) != expected:
         reason = "it is truncated, fetch it again" if len(data) < expected else "it is another version of the format"
         raise ValueError(f"{path} has {len(data)} bytes, but its header calls for {expected}: {reason}")
     flat, start = {}, _HEADER.size
     for name, shape in layout:
-        stop = start + 4 * int(np.prod(shape))
+        stop = start + 4 * math.prod(shape)
         array = data[start:stop].view("<f4").reshape(shape)
         flat.update(_unstack(name, array) if "*" in name else {name: np.array(array)})
         start = stop
@@ -146,6 +148,8 @@ class Llama2cTokenizer:
 
     prefix: Sequence[int] = (1,)
     suffix: Sequence[int] = ()
+    special: AbstractSet[int] = frozenset((0, 1, 2))
+    pad: int | None = None
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         self.vocab_size = vocab_size

@@ -1,41 +1,104 @@
 """From a path to a model and its tokenizer, whatever format they are in."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from rotsparse.models.huggingface import load_huggingface, save_huggingface
+from rotsparse.models.checkpoint import is_lfs_pointer, read_json
+from rotsparse.models.gguf import load_gguf
+from rotsparse.models.gguf_tokenizer import gguf_tokenizer, save_tokenizer
+from rotsparse.models.huggingface import load_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
 from rotsparse.models.model import Model
 
 
 class Tokenizer(Protocol):
-    """Text to token numbers and back. `prefix` and `suffix` are what the model expects around every sequence."""
+    """Text to token numbers and back. `prefix` and `suffix` are what the model expects around every sequence;
+    `special` are the tokens that stand for no text (separators too), `pad` is the one that fills up sequences."""
 
-    vocab_size: int
-    prefix: Sequence[int]
-    suffix: Sequence[int]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def prefix(self) -> Sequence[int]: ...
+
+    @property
+    def suffix(self) -> Sequence[int]: ...
+
+    @property
+    def special(self) -> AbstractSet[int]: ...
+
+    @property
+    def pad(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, and however the library that reads it takes it, a user gets a `ValueError`; a
+    missing extra stays an `ImportError`."""
+    try:
+        yield
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}. Is it damaged, or another format?"
+        ) from error
+
+
 def load_model(path: str | os.PathLike) -> Model:
-    """The model in a Hugging Face folder or a llama2.c `.bin` file. Raises `ValueError` where it is neither."""
+    """The model in a Hugging Face folder, a GGUF file or a llama2.c `.bin` file.
+
+    Raises `ValueError` where it is none of them, or cannot be read (it says why).
+    """
     path = Path(path)
-    if path.is_dir():
-        return load_huggingface(path)
-    if path.suffix == ".bin":
-        return load_llama2c(path)
-    raise ValueError(f"{path} is no model: expected a Hugging Face folder, or a llama2.c file that ends in .bin")
+    with _reading(path):
+        if path.is_dir():
+            return load_huggingface(path)
+        if path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
+            return load_gguf(path)
+        if _begins_with(path, b"PK\x03\x04"):
+            raise ValueError(
+                f"{path} is a file of PyTorch: save the model again with safe_serialization (from_pretrained, then "
+                "save_pretrained of transformers), and give the folder"
+            )
+        if path.suffix == ".bin":
+            return load_llama2c(path)
+        if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+            raise ValueError(f"{path} holds only the weights: give its folder, {path.parent}")
+    raise ValueError(
+        f"{path} is no model: expected a Hugging Face folder, a GGUF file that ends in .gguf, or a llama2.c file that "
+        "ends in .bin"
+    )
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return f.read(len(magic)) == magic
 
 
 def save_model(model: Model, path: str | os.PathLike, *, tokenizer_from: str | os.PathLike | None = None) -> None:
-    """Write a model in the format that it was read from. Raises `ValueError` where that cannot hold it."""
+    """Write a model in the format that it was read from; one that was read from GGUF as a Hugging Face folder.
+
+    Raises `ValueError` where the format cannot hold it.
+    """
     if model.format == "huggingface":
         save_huggingface(model, path, tokenizer_from=tokenizer_from)
+    elif model.format == "gguf":
+        save_huggingface(model, path)
+        if tokenizer_from is not None:
+            save_tokenizer(tokenizer_from, path)
     elif model.format == "llama2c":
         save_llama2c(model, path)
     else:
@@ -43,49 +106,76 @@ def save_model(model: Model, path: str | os.PathLike, *, tokenizer_from: str | o
 
 
 def load_tokenizer(path: str | os.PathLike, model: Model) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder (its `tokenizer.json`), or a llama2.c tokenizer file.
+    """The tokenizer of a Hugging Face folder (its `tokenizer.json`), the one inside a GGUF file, or a llama2.c
+    tokenizer file.
 
     Raises `ValueError` where it is missing, damaged, or not this model's.
     """
     path = Path(path)
-    if path.suffix == ".bin":
-        return Llama2cTokenizer(path, model.config.vocab_size)
-    return HuggingFaceTokenizer(path / "tokenizer.json" if path.is_dir() else path, model.config.vocab_size)
+    with _reading(path):
+        if path.suffix == ".bin":
+            return Llama2cTokenizer(path, model.config.vocab_size)
+        if path.suffix == ".gguf":
+            return HuggingFaceTokenizer.wrapped(gguf_tokenizer(path), path, model.config.vocab_size)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        return HuggingFaceTokenizer(file, model.config.vocab_size)
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the tokenizers library (the extra `models`).
 
-    A model may have more embeddings than the tokenizer has tokens (they are often padded), never fewer.
+    A model may have more embeddings than the tokenizer has tokens (they are often padded). Added tokens may be beyond
+    the embeddings (a pad token that no text needs): they are refused where they occur.
     """
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
-            raise ValueError(
+            raise ImportError(
                 "reading tokenizer.json needs the tokenizers library: pip install 'rotsparse[models]'"
             ) from None
         if not Path(path).exists():
             raise ValueError(f"there is no {path}: save the tokenizer beside the model, in its fast form")
         try:
-            self._fast = Fast.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions
-            raise ValueError(f"cannot read the tokenizer {path}: {error}") from None
+            fast = Fast.from_file(str(path))
+        except BaseException as error:  # the library raises bare exceptions, and Rust's panics are not even those
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            pointer = " (it is a Git LFS pointer)" if is_lfs_pointer(Path(path)) else ""
+            raise ValueError(f"cannot read the tokenizer {path}: {error}{pointer}") from None
+        self._set_up(fast, path, vocab_size)
+
+    @classmethod
+    def wrapped(cls, fast, path: str | os.PathLike, vocab_size: int) -> "HuggingFaceTokenizer":
+        """One that exists already, as an object of the tokenizers library."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(fast, path, vocab_size)
+        return tokenizer
+
+    def _set_up(self, fast, path, vocab_size):
+        self._fast = fast
+        self.pad: int | None = (fast.padding or {}).get("pad_id")
+        if self.pad is None:
+            self.pad = fast.token_to_id(_stated_pad(Path(path)))
         # Sentence-transformers store a length to cut and pad to; here sequences are cut elsewhere.
-        self._fast.no_truncation()
-        self._fast.no_padding()
-        self.vocab_size = self._fast.get_vocab_size()
-        largest = max(self._fast.get_vocab().values(), default=-1)
-        if largest >= vocab_size:
+        fast.no_truncation()
+        fast.no_padding()
+        self.vocab_size = fast.get_vocab_size()
+        added = fast.get_added_tokens_decoder()
+        words = [i for i in fast.get_vocab().values() if i not in added]
+        if max(words, default=-1) >= vocab_size:
             raise ValueError(
-                f"{path} has token number {largest}, but the model has embeddings for {vocab_size} only: "
+                f"{path} has token number {max(words)}, but the model has embeddings for {vocab_size} only: "
                 "they do not belong together"
             )
-        # What the tokenizer puts around an empty text is what it puts around any: [BOS], or [CLS] and [SEP].
-        around = self._fast.encode("").ids
-        self.prefix: Sequence[int] = around[:1]
-        self.suffix: Sequence[int] = around[1:]
+        self.prefix: Sequence[int]
+        self.suffix: Sequence[int]
+        self.prefix, self.suffix = _around(fast, path)
+        self.special: AbstractSet[int] = frozenset(i for i, token in added.items() if token.special) | {
+            *self.prefix,
+            *self.suffix,
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without `prefix` and `suffix`."""
@@ -94,3 +184,34 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens; special ones are left out."""
         return self._fast.decode(list(ids))
+
+
+def _around(fast, path) -> tuple[list[int], list[int]]:
+    """What the tokenizer's template puts in front of a text and behind it. Raises `ValueError` where it puts something
+    into the middle."""
+    words = (word for word in fast.get_vocab() if word.isalnum())
+    for probe in (*("a", "the", "0", "A"), *itertools.islice(words, 50)):
+        plain = fast.encode(probe, add_special_tokens=False).ids
+        if not plain:
+            continue
+        encoding = fast.encode(probe)
+        ids, template = encoding.ids, [bool(flag) for flag in encoding.special_tokens_mask]
+        first = template.index(False) if False in template else len(ids)
+        if ids[first : first + len(plain)] == plain and all(template[first + len(plain) :]):
+            return ids[:first], ids[first + len(plain) :]
+        raise ValueError(f"{path}: its template does not keep a text together, it makes {ids} of {plain}")
+    around = fast.encode("").ids
+    return around[:1], around[1:]
+
+
+def _stated_pad(path: Path) -> str:
+    """The padding token that the files beside a tokenizer name, "" where they name none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            token = read_json(path.parent / name).get("pad_token")
+        except ValueError:
+            continue
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return ""

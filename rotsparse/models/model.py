@@ -2,13 +2,14 @@
 
 Parameters are nested dictionaries of arrays, matrices `[out, in]`, embeddings `[entries, d_model]`:
 
-    embed, positions?, token_types?, embed_norm?, final_norm?, unembed?,
+    embed, positions?, token_types?, embed_norm?, embed_project?, position_bias?, final_norm?, unembed?,
     layers: [{attn_norm, attn: {w_q, w_k, w_v, w_o, b_*?, q_norm?, k_norm?}, attn_post_norm?,
               mlp_norm, mlp: {w_in, w_out, b_*?} or {w_gate, w_up, w_down, b_*?}, mlp_post_norm?}]
 
 A norm is `{scale, bias?}`. Folding adds, where it must: `attn_skip`, `mlp_skip` in a layer (a matrix on the skip
 connection, where two neighbouring spaces got different rotations), `r_in`, `r_out` in an MLP (rotations that are
-carried out when the model runs).
+carried out when the model runs). A model of images has `patch_embed: {w_patch, b_patch}` and `class_token` instead of
+`embed`.
 """
 
 import hashlib
@@ -29,8 +30,9 @@ AnyArray = jax.Array | np.ndarray
 class Model:
     """A trained transformer.
 
-    `format` is the one it was read from ("huggingface" or "llama2c") and `raw` that format's own configuration;
-    `extra` are tensors of the file that the transformer does not use (BERT's pooler), carried along for export.
+    `format` is the one it was read from ("huggingface", "gguf" or "llama2c") and `raw` its configuration (of GGUF, as
+    Hugging Face would have it); `extra` are tensors of the file that the transformer does not use (BERT's pooler),
+    carried along for export; `prefix` is what stands before the names of the transformer's tensors in the file.
     """
 
     config: TransformerConfig
@@ -38,6 +40,7 @@ class Model:
     format: str = "none"
     raw: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prefix: str | None = None
 
     @property
     def tied(self) -> bool:
@@ -47,7 +50,7 @@ class Model:
     @property
     def dtype(self) -> np.dtype:
         """The parameters' floating-point type."""
-        return np.dtype(self.params["embed"].dtype)
+        return np.dtype(jax.tree.leaves(self.params["layers"][0])[0].dtype)
 
     def astype(self, dtype) -> "Model":
         """The same model in another precision (float64 NumPy arrays need no `jax_enable_x64`)."""
@@ -89,10 +92,16 @@ def expected_shape(config: TransformerConfig, name: str) -> tuple[int | None, ..
     c = config
     queries, keys = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
     table: dict[str, tuple[int | None, ...]] = {
-        "embed": (c.vocab_size, c.d_model),
+        "embed": (c.vocab_size, c.d_embedding or c.d_model),
         "unembed": (c.vocab_size, c.d_model),
-        "positions": (c.max_positions, c.d_model),
-        "token_types": (None, c.d_model),
+        "positions": (c.max_positions + c.position_offset, c.d_embedding or c.d_model),
+        "token_types": (None, c.d_embedding or c.d_model),
+        "position_bias": (c.position_buckets, c.n_heads),
+        "class_token": (c.d_model,),
+        "w_project": (c.d_model, c.d_embedding),
+        "b_project": (c.d_model,),
+        "w_patch": (c.d_model, c.patches.pixels if c.patches else None),
+        "b_patch": (c.d_model,),
         "w_q": (queries, c.d_model),
         "w_k": (keys, c.d_model),
         "w_v": (keys, c.d_model),
@@ -118,5 +127,8 @@ def expected_shape(config: TransformerConfig, name: str) -> tuple[int | None, ..
     }
     parts = name.split(".")
     if parts[-1] in ("scale", "bias"):
-        return (c.d_head,) if parts[-2] in ("q_norm", "k_norm") else (c.d_model,)
+        norm = parts[-2]
+        if norm in ("q_norm", "k_norm"):
+            return ({"q_norm": queries, "k_norm": keys}[norm] if c.wide_qk_norm else c.d_head,)
+        return (c.d_embedding or c.d_model,) if norm == "embed_norm" else (c.d_model,)
     return table[parts[-1]]

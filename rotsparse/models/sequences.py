@@ -1,16 +1,19 @@
-"""Token sequences of one length, streamed from a text file or a token file."""
+"""Token sequences of one length, streamed from a text file or a token file; and images from a file of their pixels."""
 
 import hashlib
 import io
 import os
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rotsparse.models.load import Tokenizer
+from rotsparse.models.model import Model
 
+PADDING = int(np.iinfo(np.int64).min)  # stands in for tokens that fill up a sequence
 _BLOCK = 1 << 18  # characters of text that are encoded at a time
 
 
@@ -20,6 +23,7 @@ class TextFile:
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer):
         self.path, self.tokenizer = _existing(path), tokenizer
         self.prefix, self.suffix = list(tokenizer.prefix), list(tokenizer.suffix)
+        self.special: AbstractSet[int] = tokenizer.special
         self.size = self.path.stat().st_size
 
     def identity(self) -> dict[str, Any]:
@@ -56,17 +60,18 @@ class TextFile:
 
 
 class TokenFile:
-    """Token numbers in a `.npy` file: one long line of them `[n]`, or sequences `[sequences, tokens]`."""
+    """Token numbers in a `.npy` file: one long line of them `[n]`, or sequences `[sequences, tokens]`.
+
+    `pad`: the token that fills up sequences at their ends. Nobody looks at it and none of its rows is kept. `None`:
+    what `model` names as such (unless it ends texts too). `special`: tokens that stand for no text, such as separators.
+    """
 
     prefix: list[int] = []
     suffix: list[int] = []
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = _existing(path)
-        try:
-            self._tokens = np.load(self.path, mmap_mode="r")
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"cannot read tokens from {path}: {error}") from None
+    def __init__(self, path: str | os.PathLike, *, pad: int | None = None, special: AbstractSet[int] = frozenset()):
+        self.path, self.pad, self.special = _existing(path), pad, special
+        self._tokens = _array(self.path, "tokens")
         if self._tokens.dtype.kind not in "iu" or self._tokens.ndim not in (1, 2):
             raise ValueError(
                 f"{path} holds {self._tokens.dtype} {list(self._tokens.shape)}: expected integer tokens, [n] or "
@@ -74,19 +79,67 @@ class TokenFile:
             )
         self.size = self._tokens.size
 
+    def padded_as(self, model: Model) -> "TokenFile":
+        """The same file, its padding known from the model's configuration where it is not given.
+
+        Only sequences are padded, not one long line; and a token that also begins or ends texts may be meant as such.
+        """
+        pad = model.raw.get("pad_token_id")
+        ends = [model.raw.get(f"{end}_token_id") for end in ("bos", "eos")]
+        ends = [i for end in ends for i in (end if isinstance(end, list) else [end])]
+        if self.pad is not None or self._tokens.ndim == 1 or type(pad) is not int or pad in ends:
+            return self
+        return TokenFile(self.path, pad=pad, special=self.special)
+
     def identity(self) -> dict[str, Any]:
         """What determines the tokens."""
-        return {"tokens_sha256": _sha256(self.path)}
+        return {"tokens_sha256": _sha256(self.path), "pad": self.pad}
 
     def sequences(self, length: int) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces of at most `length` tokens, none of which crosses the end of a sequence, and how much of `size` is
-        read."""
+        read. Padding is `PADDING` in them."""
         done = 0
         for row in self._tokens if self._tokens.ndim == 2 else [self._tokens]:
+            first, stop = self._real(row)
             for start in range(0, len(row), length):
-                piece = np.asarray(row[start : start + length], np.int64)
+                piece = np.array(row[start : start + length], np.int64)
+                place = np.arange(start, start + len(piece))
+                piece[(place < first) | (place >= stop)] = PADDING
                 done += len(piece)
-                yield piece, done
+                if (piece != PADDING).any():
+                    yield piece, done
+
+    def _real(self, row) -> tuple[int, int]:
+        """Where the padding in front of a sequence ends, and where the one behind it begins."""
+        if self.pad is None:
+            return 0, len(row)
+        real = np.flatnonzero(np.asarray(row) != self.pad)
+        return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
+
+
+class ImageFile:
+    """Images in a `.npy` file `[n, channels, height, width]`, scaled as the model expects them."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = _existing(path)
+        self.images = _array(self.path, "images")
+        if self.images.dtype.kind != "f" or self.images.ndim != 4:
+            raise ValueError(
+                f"{path} holds {self.images.dtype} {list(self.images.shape)}: expected floating-point images [n, "
+                "channels, height, width], scaled as the model's image processor does it"
+            )
+        self.size = len(self.images)
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the images."""
+        return {"images_sha256": _sha256(self.path)}
+
+
+def _array(path: Path, what: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:  # NumPy evaluates the header: anything may go wrong in it
+        raise ValueError(f"cannot read {what} from {path}: {str(error)[:300]}") from None
 
 
 def _existing(path: str | os.PathLike) -> Path:

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse.models.config import TransformerConfig
+from rotsparse.models.embedding import norm_of
 from rotsparse.models.model import AnyArray, Params
-from rotsparse.models.transformer import norm_of
 
 
 def stream_places(config: TransformerConfig) -> list[str]:

@@ -12,15 +12,15 @@ No dropout: training is other libraries' business.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse.layers.activations import as_activation
-from rotsparse.layers.norms import Norm, layer_norm
 from rotsparse.models.config import TransformerConfig
+from rotsparse.models.embedding import affine, embed_image, embed_tokens, norm_of, position_bias
 from rotsparse.models.model import AnyArray, Params
 
 SITES = ("residual", "input", "hidden", "output")
@@ -42,14 +42,15 @@ Intervention = Callable[[Array], Array]
 def run(
     params: Params,
     config: TransformerConfig,
-    tokens: Int[AnyArray, "batch tokens"],
+    tokens: Int[AnyArray, "batch tokens"] | Float[AnyArray, "batch channels height width"],
     *,
     mask: Bool[AnyArray, "batch tokens"] | None = None,
     token_types: Int[AnyArray, "batch tokens"] | None = None,
     capture: tuple[tuple[int, str], ...] = (),
     intervene: Mapping[tuple[int, str], Intervention] | None = None,
 ) -> tuple[Float[Array, "batch tokens out"], dict[tuple[int, str], Array]]:
-    """Logits (the last hidden state where the model has no head), and the values at the points in `capture`.
+    """Logits (the last hidden state where the model has no head), and the values at the points in `capture`. A model
+    of images takes their pixels instead of tokens.
 
     `mask` is False where a token is padding: nobody looks at it. `intervene` maps points to functions that replace the
     value there; a captured value is the replaced one. Everything but `params`, `tokens`, `mask` and `token_types` is
@@ -58,16 +59,29 @@ def run(
     Raises `ValueError` for a point that is not there, or more tokens than the model has positions.
     """
     probe = _Probe(config, capture, intervene or {})
-    if tokens.shape[1] > config.max_positions:
-        raise ValueError(
-            f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them shorter"
-        )
-    positions = jnp.arange(tokens.shape[1])
-    x = _embed(params, config, tokens, token_types, positions)
+    if config.patches is not None:
+        x = embed_image(params, config, tokens)
+    else:
+        if tokens.shape[1] > config.max_positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them "
+                "shorter"
+            )
+        places = jnp.arange(tokens.shape[1])
+        if mask is not None and config.position_offset and config.position_pad is None:
+            places = jnp.cumsum(mask, axis=1) * mask - 1  # OPT counts the tokens that are looked at
+        x = embed_tokens(params, config, tokens, token_types, places)
+    n = x.shape[1]
+    positions = jnp.arange(n)
+    bias = position_bias(params, n)
     for index, layer in enumerate(params["layers"]):
-        visible = _visible(config, index, positions, tokens.shape[1])
+        visible = _visible(config, index, positions, n)
         visible = visible[None] if mask is None else visible[None] & mask[:, None, :]
-        x = _block(layer, config, x, lambda p, u, v=visible: _attention(p, config, u, positions, v), index, probe)
+
+        def attend(p, u, index=index, visible=visible):
+            return _attention(p, config, index, u, positions, visible, n, bias=bias)
+
+        x = _block(layer, config, x, attend, index, probe)
     return _output(params, config, x), probe.captured
 
 
@@ -87,21 +101,14 @@ def step(
             cache = cache.at[index, :, :, position].set(jnp.stack([k[:, 0], v[:, 0]]))
             return cache[index, 0], cache[index, 1]
 
-        visible = _visible(config, index, position[None], cache.shape[3])[None]
-        return _attention(p, config, u, position[None], visible, remember)
+        n = cache.shape[3]
+        visible = _visible(config, index, position[None], n)[None]
+        return _attention(p, config, index, u, position[None], visible, n, remember=remember)
 
-    x = _embed(params, config, token[:, None], None, position[None])
+    x = embed_tokens(params, config, token[:, None], None, position[None])
     for index, layer in enumerate(params["layers"]):
         x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), {}))
     return _output(params, config, x)[:, 0], cache
-
-
-def norm_of(p: Params, config: TransformerConfig) -> Norm:
-    """The norm with these parameters (`rotsparse.norms`)."""
-    if config.norm == "layer":
-        return layer_norm(p["scale"], p.get("bias"), config.norm_eps)
-    # A LayerNorm whose stream was centred by folding is an RMSNorm that has a bias.
-    return Norm(p["scale"], p.get("bias"), None, len(p["scale"]), config.norm_eps)
 
 
 class _Probe:
@@ -136,18 +143,9 @@ def check_point(config: TransformerConfig, point: tuple[int, str]) -> Point:
     return Point(layer, site)
 
 
-def _embed(params, config, tokens, token_types, positions):
-    x = params["embed"][tokens] * config.embedding_scale
-    if "positions" in params:
-        x = x + params["positions"][positions]
-    if "token_types" in params:
-        x = x + params["token_types"][jnp.zeros_like(tokens) if token_types is None else token_types]
-    return norm_of(params["embed_norm"], config)(x) if "embed_norm" in params else x
-
-
 def _block(layer, config, x, attend, index, probe):
     def pre(name, x):
-        return x if config.placement == "post" else norm_of(layer[name], config)(x)
+        return norm_of(layer[name], config)(x) if config.placement in ("pre", "sandwich") else x
 
     def attention(x):
         return attend(layer["attn"], pre("attn_norm", x))
@@ -164,7 +162,7 @@ def _block(layer, config, x, attend, index, probe):
 
 def _add(layer, config, name, x, y):
     """A block's output joins the stream, with the norms that come after it in some architectures."""
-    if config.placement == "sandwich":
+    if config.placement in ("sandwich", "output"):
         y = norm_of(layer[f"{name}_post_norm"], config)(y)
     x = _skip(layer, f"{name}_skip", x) + y
     return norm_of(layer[f"{name}_norm"], config)(x) if config.placement == "post" else x
@@ -178,36 +176,40 @@ def _mlp(p, config, u, index, probe):
     phi = as_activation(config.activation)
     u = probe(index, "input", u @ p["r_in"].T if "r_in" in p else u)
     if config.gated:
-        h = phi(_affine(p, "gate", u)) * _affine(p, "up", u)
+        h = phi(affine(p, "gate", u)) * affine(p, "up", u)
     else:
-        h = phi(_affine(p, "in", u))
-    y = probe(index, "output", _affine(p, "down" if config.gated else "out", probe(index, "hidden", h)))
+        h = phi(affine(p, "in", u))
+    y = probe(index, "output", affine(p, "down" if config.gated else "out", probe(index, "hidden", h)))
     return y @ p["r_out"] if "r_out" in p else y  # r_out is undone: R⁻¹ = Rᵀ
 
 
-def _attention(p, config, u, positions, visible, remember=lambda k, v: (k, v)):
-    def heads(name, n):
-        return _affine(p, name, u).reshape(*u.shape[:2], n, config.d_head)
-
-    q, k, v = heads("q", config.n_heads), heads("k", config.n_kv_heads), heads("v", config.n_kv_heads)
-    if "q_norm" in p:
+def _attention(p, config, index, u, positions, visible, n, *, bias=None, remember=lambda k, v: (k, v)):
+    q, k, v = (affine(p, name, u) for name in "qkv")
+    if "q_norm" in p and config.wide_qk_norm:
         q, k = norm_of(p["q_norm"], config)(q), norm_of(p["k_norm"], config)(k)
-    if config.rotary is not None:
-        q, k = _rotate(config.rotary, q, positions), _rotate(config.rotary, k, positions)
+    q, k, v = (a.reshape(*u.shape[:2], -1, config.d_head) for a in (q, k, v))
+    if "q_norm" in p and not config.wide_qk_norm:
+        q, k = norm_of(p["q_norm"], config)(q), norm_of(p["k_norm"], config)(k)
+    if (rotary := config.rotary_of(index)) is not None:
+        q, k = _rotate(rotary, q, positions, n), _rotate(rotary, k, positions, n)
     k, v = remember(k, v)
     # Grouped-query attention: each key/value head serves `group` consecutive query heads.
     q = q.reshape(*q.shape[:2], config.n_kv_heads, -1, config.d_head)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * config.attention_scale
+    scale = config.attention_scale / (index + 1 if config.inverse_layer_scale else 1)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * scale
+    if bias is not None:
+        scores = scores + bias.reshape(config.n_kv_heads, -1, *bias.shape[1:])
     scores = _soft_cap(scores, config.attention_softcap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min), axis=-1)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
-    return _affine(p, "o", mixed.reshape(*u.shape[:2], -1))
+    return affine(p, "o", mixed.reshape(*u.shape[:2], -1))
 
 
-def _rotate(rotary, x, positions):
-    """Turn the pairs of every head of `x` `[batch, tokens, heads, d]` by their position's angles."""
-    angle = positions[:, None] * jnp.asarray(rotary.frequencies(), x.dtype)
-    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+def _rotate(rotary, x, positions, n):
+    """Turn the pairs of every head of `x` `[batch, tokens, heads, d]` by their position's angles; the model sees `n`
+    tokens."""
+    angle = positions[:, None] * jnp.asarray(rotary.frequencies(n), x.dtype)
+    cos, sin = (rotary.amplitude * f(angle)[:, None] for f in (jnp.cos, jnp.sin))
     turned, rest = x[..., : rotary.dims], x[..., rotary.dims :]
     if rotary.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
@@ -221,8 +223,10 @@ def _rotate(rotary, x, positions):
 def _visible(config, layer, positions, n):
     """`[query, key]`: which of the n tokens each position may look at."""
     back = positions[:, None] - jnp.arange(n)[None, :]
-    visible = back >= 0 if config.causal else jnp.ones_like(back, bool)
-    return visible if config.windows[layer] is None else visible & (back < config.windows[layer])
+    window = config.windows[layer]
+    if not config.causal:
+        return jnp.ones_like(back, bool) if window is None else abs(back) <= window
+    return back >= 0 if window is None else (back >= 0) & (back < window)
 
 
 def _output(params, config, x):
@@ -236,8 +240,3 @@ def _output(params, config, x):
 
 def _soft_cap(s, cap):
     return s if cap is None else cap * jnp.tanh(s / cap)
-
-
-def _affine(p: Mapping[str, Any], name: str, x):
-    y = x @ p[f"w_{name}"].T
-    return y if f"b_{name}" not in p else y + p[f"b_{name}"]

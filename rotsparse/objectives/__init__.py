@@ -12,7 +12,6 @@ is made, used and forgotten), and for an MLP block with d_hidden = 4 d the gradi
 backpropagation through `(R_out L) diag(g) (M R_inᵀ)` would.
 """
 
-from rotsparse.objectives._examples import chunked_sum as chunked_sum
 from rotsparse.objectives.activation import ActivationSparsity as ActivationSparsity
 from rotsparse.objectives.base import Bases as Bases
 from rotsparse.objectives.base import Objective as Objective

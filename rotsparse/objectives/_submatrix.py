@@ -1,36 +1,45 @@
-"""A random part of each Jacobian: some rows and columns, which make an unbiased estimate of the whole objective."""
+"""A random submatrix of each Jacobian: an unbiased estimate of the whole objective from some rows and columns."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from rotsparse.objectives.measures import Measure
 
-class Part(eqx.Module):
+
+class Submatrix(eqx.Module):
     """Some rows and columns of Z, drawn uniformly without replacement: an unbiased view of an elementwise objective.
 
     The value is the mean over fewer entries. The relative gradient needs `E[G Zᵀ]` at pairs of rows (o, p), which are
     both drawn with probability `s(s-1)/(d(d-1))`, and `E[Gᵀ Z]` likewise at pairs of columns (the diagonal, with
     probability t/d, counts where inputs are scaled): every entry is divided by its probability, and those of rows or
     columns that were not drawn are zero. A step therefore turns the drawn directions among each other only, and needs
-    no other part of Z: the cost falls with the number of entries drawn.
+    nothing else of Z: the cost falls with the number of entries drawn.
     """
 
     rows: Int[Array, "s"]
     columns: Int[Array, "t"]
 
     @classmethod
-    def draw(cls, key: PRNGKeyArray, part: tuple[int, int], shape: tuple[int, int]) -> "Part":
+    def draw(cls, key: PRNGKeyArray, size: tuple[int, int], shape: tuple[int, int], measure: Measure) -> "Submatrix":
+        """So many rows and columns of Jacobians of that shape, or all where it has fewer. Raises `ValueError` for sizes
+        below two, and for a measure that is not elementwise."""
+        if len(size) != 2 or not all(n >= 2 for n in size):
+            raise ValueError(f"submatrix is how many rows and columns a step sees, at least two of each, got {size}")
+        if not measure.elementwise:
+            raise ValueError(f"a submatrix needs an elementwise measure, and {type(measure).__name__} is not")
         keys = jax.random.split(jax.random.fold_in(key, 1))
-        return cls(*(jax.random.choice(k, d, (n,), replace=False) for k, n, d in zip(keys, part, shape, strict=True)))
+        counts = (min(n, d) for n, d in zip(size, shape, strict=True))
+        return cls(*(jax.random.choice(k, d, (n,), replace=False) for k, n, d in zip(keys, counts, shape, strict=True)))
 
     def select(self, r_in, r_out, column_scale):
         column_scale = jnp.broadcast_to(column_scale, r_in.shape[:1])
         return r_in[self.columns], r_out[self.rows], column_scale[self.columns]
 
     def spread(self, h_out, h_in, shape: tuple[int, int]):
-        """`E[G Zᵀ]` and `E[Gᵀ Z]` of the drawn part, both over its own number of entries, as unbiased estimates of the
-        whole ones."""
+        """`E[G Zᵀ]` and `E[Gᵀ Z]` of the drawn submatrix, both over its own number of entries, as unbiased estimates of
+        the whole ones."""
 
         def spread(h, at, d):
             # Its entries' mean over the other side is unbiased already; what is left is the chance of a pair.
@@ -40,14 +49,3 @@ class Part(eqx.Module):
             return jnp.zeros((d, d), h.dtype).at[at[:, None], at].set(h / chance)
 
         return spread(h_out, self.rows, shape[0]), spread(h_in, self.columns, shape[1])
-
-
-def check_part(part, layer, measure):
-    if part is None:
-        return None
-    shape = (layer.d_out, layer.d_in)
-    if len(part) != 2 or not all(2 <= n <= d for n, d in zip(part, shape, strict=True)):
-        raise ValueError(f"part is how many of the {shape[0]} rows and {shape[1]} columns a step sees, got {part}")
-    if not measure.elementwise:
-        raise ValueError(f"parts of the Jacobian need an elementwise measure, and {type(measure).__name__} is none")
-    return (int(part[0]), int(part[1]))

@@ -7,28 +7,26 @@ from jaxtyping import Array, Float
 from rotsparse._core import checks
 from rotsparse._core.orthogonal import skew
 from rotsparse._core.types import Data
+from rotsparse.data.examples import Examples
 from rotsparse.data.moments import Moments
 from rotsparse.data.sources import Source, in_memory
-from rotsparse.objectives._examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
+from rotsparse.objectives.base import CHUNK_BYTES, MeasuredObjective
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
 
-class ActivationSparsity(OnExamples):
+class ActivationSparsity(MeasuredObjective):
     """`E_x mean_i S(z_i)`, `z = R x / rms(x)`: a basis in which the activations themselves are sparse.
 
     `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs; or a source, as for `JacobianSparsity`. The rms is
     over all entries and does not depend on the rotation. One value and gradient cost `4·n·d²` flops.
     """
 
-    x: Float[Array, "n d"]
+    data: Examples
     rms: Float[Array, ""]
     measure: Measure
     space: str = eqx.field(static=True)
-    batch_size: int | None = eqx.field(static=True)
     precision: str = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
-    source: Source | None = eqx.field(static=True)
-    total: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -36,19 +34,17 @@ class ActivationSparsity(OnExamples):
         measure: Measure,
         *,
         space: str = "in",
-        batch_size: int | None = None,
         precision: str = "highest",
         moments: Moments | None = None,
     ):
-        kept, self.source = examples_of(x, batch_size)
-        self.x, self.total = checks.activations("x", kept, jnp.shape(kept)[-1] if jnp.ndim(kept) else 0), None
+        kept, source = in_memory(x)
+        self.data = Examples(checks.activations("x", kept, jnp.shape(kept)[-1] if jnp.ndim(kept) else 0), source)
         self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
-        if self.source is not None:
-            moments = moments_of(self.x, self.source) if moments is None else moments
+        if source is not None:
+            moments = self.data.moments() if moments is None else moments
             self.rms = jnp.asarray(moments.rms, self.x.dtype)
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.space = space
-        self.batch_size = batch_size
         self.precision = precision
         self.chunk = max(1, CHUNK_BYTES // (3 * self.x.dtype.itemsize * self.x.shape[1]))
 

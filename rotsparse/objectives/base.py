@@ -1,19 +1,32 @@
-"""What an objective is: a function of the rotations of some spaces, with its relative gradient."""
+"""What an objective is: a function of the rotations of some spaces, with its relative gradient.
+
+An objective is mathematics. Where its examples lie and how they are drawn is the business of `data.examples.Examples`,
+of which it holds one for every term.
+"""
 
 import abc
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rotsparse._core.modules import replace_fields
 from rotsparse.data.devices import Devices
+from rotsparse.data.examples import Examples
+from rotsparse.objectives.measures import Measure, with_eps
 
 Bases = dict[str, Float[Array, "d d"]]
 
+# Memory for the per-example arrays of one chunk. Larger chunks are no faster: this keeps a core's matrix products busy
+# and the intermediate results near the cache.
+CHUNK_BYTES = 8 * 2**20
+
 
 class Objective(eqx.Module):
-    """A function of the rotations of some spaces, with its relative gradient."""
+    """A function of the rotations of some spaces, with its relative gradient. An objective of your own needs the three
+    abstract methods only; the others matter for minibatches, several devices and schedules of ε."""
 
     @property
     @abc.abstractmethod
@@ -21,51 +34,113 @@ class Objective(eqx.Module):
         """Name and dimension of every space whose rotation this objective depends on."""
 
     @abc.abstractmethod
-    def value_and_grad(self, bases: Bases) -> tuple[Float[Array, ""], Bases]:
-        """The objective and the relative gradient (one skew-symmetric matrix for every space)."""
-
-    @abc.abstractmethod
     def value(self, bases: Bases) -> Float[Array, ""]:
         """The objective."""
 
     @abc.abstractmethod
-    def sample(self, key: PRNGKeyArray, fetched: Any = None) -> "Objective":
-        """The same objective on a random minibatch of its examples (drawn with replacement, so both value and gradient
-        are unbiased), or itself when it has no batch size. `fetched` are the examples that belong to this key, where
-        `fetching` has read them."""
+    def value_and_grad(self, bases: Bases) -> tuple[Float[Array, ""], Bases]:
+        """The objective and the relative gradient (one skew-symmetric matrix for every space)."""
 
     @property
-    def fetched_bytes(self) -> int:
-        """What `fetching` reads for one step of one restart: nothing unless a subclass says otherwise."""
-        return 0
+    def examples(self) -> tuple[Examples, ...]:
+        """The examples of every term."""
+        return ()
 
-    def fetching(self, keys: PRNGKeyArray, devices: Devices) -> Callable[[], Any]:
-        """A function that reads the examples that `sample` takes with each of these keys, `[restarts, steps]`. It may
-        run in any thread."""
-        return lambda: None
-
-    def spread(self, devices: Devices) -> "Objective":
-        """The same objective with its examples spread over the devices of a mesh; to be used within `devices.map`.
-        Unless a subclass says otherwise, every device computes all of it."""
+    def with_examples(self, examples: tuple[Examples, ...]) -> "Objective":
+        """The same objective on other examples, normalised as before."""
         return self
 
-    @abc.abstractmethod
-    def thinned(self, examples: int) -> "Objective":
-        """The same objective on at most so many of its examples, evenly spaced, normalised as on all of them."""
+    def split_key(self, key: PRNGKeyArray) -> tuple[PRNGKeyArray, ...]:
+        """A key for drawing from each of `examples`."""
+        return (key,) * len(self.examples)
 
-    @property
-    @abc.abstractmethod
-    def batch_share(self) -> float:
-        """The share of the examples that `sample` draws: what a step costs, relative to `value` on all of them."""
+    def subsampled(self, key: PRNGKeyArray, submatrix: tuple[int, int]) -> "Objective":
+        """An unbiased estimate of the objective from so many random rows and columns of each Jacobian. Raises
+        `ValueError` for objectives that have none."""
+        raise ValueError(f"a submatrix is drawn from Jacobians, and {type(self).__name__} has none: leave it out")
 
-    @property
-    def work(self) -> float:
-        """What `value` on all examples costs, in a unit that objectives of one kind on other examples share."""
-        return 1.0
+    def map_measures(self, function: Callable[[Measure], Measure]) -> "Objective":
+        """The same objective with the measure of every term replaced. Raises `ValueError` for objectives that have
+        none."""
+        raise ValueError(f"{type(self).__name__} has no measure that could be replaced")
 
-    @abc.abstractmethod
     def with_eps(self, eps: float | Array) -> "Objective":
         """The same objective with the measure's scale replaced."""
+        dtype = self.examples[0].x.dtype
+        return self.map_measures(lambda measure: with_eps(measure, eps, dtype))
+
+
+class MeasuredObjective(Objective):
+    """One measure on one set of examples: what `JacobianSparsity` and `ActivationSparsity` have in common."""
+
+    data: eqx.AbstractVar[Examples]
+    measure: eqx.AbstractVar[Measure]
+    precision: eqx.AbstractVar[str]
+    chunk: eqx.AbstractVar[int]
+
+    @property
+    def x(self) -> Float[Array, "n d"]:
+        """The examples in memory."""
+        return self.data.x
+
+    @property
+    def examples(self):
+        return (self.data,)
+
+    def with_examples(self, examples):
+        return replace_fields(self, data=examples[0])
+
+    def map_measures(self, function):
+        return replace_fields(self, measure=function(self.measure))
+
+    def sum(self, function) -> Any:
+        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision."""
+        with jax.default_matmul_precision(self.precision):
+            return self.data.sum(function, self.chunk)
+
+    @property
+    def count(self) -> int:
+        """How many examples `sum` adds up."""
+        return self.data.count
+
+
+# --- what a fit does with the examples of any objective
+
+
+def sampled(
+    objective: Objective,
+    key: PRNGKeyArray,
+    batch_size: int | None,
+    submatrix: tuple[int, int] | None = None,
+    fetched: tuple[Any, ...] | None = None,
+) -> Objective:
+    """The objective on a random minibatch of its examples. `fetched` is what `reading` has read for this key."""
+    examples, keys = objective.examples, objective.split_key(key)
+    rows = (None,) * len(examples) if fetched is None else fetched
+    drawn = tuple(e.draw(k, batch_size, r) for e, k, r in zip(examples, keys, rows, strict=True))
+    objective = objective.with_examples(drawn)
+    return objective if submatrix is None else objective.subsampled(key, submatrix)
+
+
+def reading(
+    objective: Objective, keys: PRNGKeyArray, batch_size: int | None, devices: Devices
+) -> Callable[[], tuple[Any, ...]]:
+    """A function that reads the examples that `sampled` takes with each of these keys, `[restarts, steps]`."""
+    split = jax.vmap(jax.vmap(objective.split_key))(keys)
+    reads = [e.reading(k, batch_size, devices) for e, k in zip(objective.examples, split, strict=True)]
+    return lambda: tuple(read() for read in reads)
+
+
+def spread(objective: Objective, devices: Devices, batch_size: int | None) -> Objective:
+    """The same objective with its examples spread over the devices of a mesh, to be used within `devices.map`."""
+    if devices.mesh is None:
+        return objective
+    return objective.with_examples(tuple(e.spread(devices, batch_size) for e in objective.examples))
+
+
+def thinned(objective: Objective, examples: int) -> Objective:
+    """The same objective on at most so many examples of each term, evenly spaced, normalised as on all of them."""
+    return objective.with_examples(tuple(e.thinned(examples) for e in objective.examples))
 
 
 def add_grads(a: Bases, b: Bases) -> Bases:

@@ -32,40 +32,6 @@ class WeightedSum(Objective):
                     raise ValueError(f"space {name!r} has dimension {spaces[name]} in one term and {d} in another")
         return spaces
 
-    def sample(self, key, fetched=None):
-        keys = jax.random.split(key, len(self.terms))
-        parts = (None,) * len(self.terms) if fetched is None else fetched
-        # Terms of other classes need not know of fetched examples.
-        given = [() if part is None else (part,) for part in parts]
-        terms = tuple(term.sample(k, *part) for term, k, part in zip(self.terms, keys, given, strict=True))
-        return replace_fields(self, terms=terms)
-
-    def fetching(self, keys, devices):
-        keys = jax.vmap(jax.vmap(lambda key: jax.random.split(key, len(self.terms))))(keys)
-        reads = [term.fetching(keys[..., i], devices) for i, term in enumerate(self.terms)]
-        return lambda: tuple(read() for read in reads)
-
-    @property
-    def fetched_bytes(self):
-        return sum(term.fetched_bytes for term in self.terms)
-
-    def spread(self, devices):
-        return replace_fields(self, terms=tuple(term.spread(devices) for term in self.terms))
-
-    def thinned(self, examples):
-        return replace_fields(self, terms=tuple(term.thinned(examples) for term in self.terms))
-
-    @property
-    def work(self):
-        return sum(term.work for term in self.terms)
-
-    @property
-    def batch_share(self):
-        return sum(term.batch_share for term in self.terms) / len(self.terms)
-
-    def with_eps(self, eps):
-        return replace_fields(self, terms=tuple(term.with_eps(eps) for term in self.terms))
-
     def value(self, bases):
         values = [w * term.value(bases) for w, term in zip(self.weights, self.terms, strict=True)]
         return jnp.sum(jnp.stack(values))
@@ -78,9 +44,33 @@ class WeightedSum(Objective):
             grads = add_grads(grads, jax.tree.map(lambda g, w=w: w * g, grad))
         return total, grads
 
+    @property
+    def examples(self):
+        return tuple(e for term in self.terms for e in term.examples)
+
+    def with_examples(self, examples):
+        terms, rest = [], examples
+        for term in self.terms:
+            count = len(term.examples)
+            terms.append(term.with_examples(rest[:count]))
+            rest = rest[count:]
+        return replace_fields(self, terms=tuple(terms))
+
+    def split_key(self, key):
+        keys = jax.random.split(key, len(self.terms))
+        return tuple(k for term, of_term in zip(self.terms, keys, strict=True) for k in term.split_key(of_term))
+
+    def subsampled(self, key, submatrix):
+        keys = jax.random.split(key, len(self.terms))
+        terms = (term.subsampled(k, submatrix) for term, k in zip(self.terms, keys, strict=True))
+        return replace_fields(self, terms=tuple(terms))
+
+    def map_measures(self, function):
+        return replace_fields(self, terms=tuple(term.map_measures(function) for term in self.terms))
+
 
 class Held(Objective):
-    """An objective with the rotations of some spaces held fixed: the solver does not see them."""
+    """An objective with the rotations of some spaces held fixed: methods do not see them."""
 
     objective: Objective
     held: Bases
@@ -89,36 +79,25 @@ class Held(Objective):
     def spaces(self):
         return {name: d for name, d in self.objective.spaces.items() if name not in self.held}
 
-    def sample(self, key, fetched=None):
-        return Held(self.objective.sample(key, *(() if fetched is None else (fetched,))), self.held)
-
-    @property
-    def fetched_bytes(self):
-        return self.objective.fetched_bytes
-
-    def fetching(self, keys, devices):
-        return self.objective.fetching(keys, devices)
-
-    def spread(self, devices):
-        return Held(self.objective.spread(devices), self.held)
-
-    def thinned(self, examples):
-        return Held(self.objective.thinned(examples), self.held)
-
-    @property
-    def batch_share(self):
-        return self.objective.batch_share
-
-    @property
-    def work(self):
-        return self.objective.work
-
-    def with_eps(self, eps):
-        return Held(self.objective.with_eps(eps), self.held)
-
     def value(self, bases):
         return self.objective.value(bases | self.held)
 
     def value_and_grad(self, bases):
         value, grads = self.objective.value_and_grad(bases | self.held)
         return value, {name: g for name, g in grads.items() if name not in self.held}
+
+    @property
+    def examples(self):
+        return self.objective.examples
+
+    def with_examples(self, examples):
+        return Held(self.objective.with_examples(examples), self.held)
+
+    def split_key(self, key):
+        return self.objective.split_key(key)
+
+    def subsampled(self, key, submatrix):
+        return Held(self.objective.subsampled(key, submatrix), self.held)
+
+    def map_measures(self, function):
+        return Held(self.objective.map_measures(function), self.held)

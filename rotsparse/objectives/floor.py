@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from rotsparse._core.types import Data
+from rotsparse.data.examples import chunked_sum
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import chunk_size, jacobian_gram
-from rotsparse.objectives import chunked_sum
 from rotsparse.objectives.measures import Measure
 
 

@@ -1,7 +1,5 @@
 """Sparsity of rotated per-example Jacobians."""
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,21 +10,21 @@ from rotsparse._core import checks
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data
+from rotsparse.data.examples import Examples
 from rotsparse.data.moments import Moments
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import chunk_size, jacobian_gram
 from rotsparse.layers.subspace import Subspace
-from rotsparse.objectives._examples import CHUNK_BYTES, OnExamples, examples_of, moments_of
-from rotsparse.objectives._submatrix import Part, check_part
-from rotsparse.objectives.base import add_grads
+from rotsparse.objectives._submatrix import Submatrix
+from rotsparse.objectives.base import CHUNK_BYTES, MeasuredObjective, add_grads
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
 # Variances below this fraction of the mean variance count as this much: the square root of zero has no gradient.
 VARIANCE_FLOOR = 1e-6
 
 
-class JacobianSparsity(OnExamples):
+class JacobianSparsity(MeasuredObjective):
     """`E_x mean_{o,i} S(z_oi(x))`, `z = Z sd / rms(Z sd)`, `Z(x) = R_out J(x) R_inᵀ`.
 
     Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
@@ -34,33 +32,27 @@ class JacobianSparsity(OnExamples):
     square is that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`,
     also when the examples are sampled), so the objective does not reward making Z small.
 
-    `x` is `[n, d_in]`, or a source, of which a part is kept in `x`: on that the objective is valued and `E[JᵀJ]` is
-    taken, while Σ is that of the whole source (`moments`, if they are known). `batch_size` examples are drawn for each
-    step when it is given. `precision` is that of the large matrix products: "highest" is full float32; "tensorfloat32"
-    limits ε to about 1% of the rms, "bfloat16" to about 5%.
-    With `part=(s, t)` a step sees s rows and t columns of Z only, drawn uniformly with the minibatch: value and
-    gradient stay unbiased (see `Part`), and s = d_out/2, t = d_in/2 take about a quarter of the time.
+    `x` is `[n, d_in]`, or a source, of which a part is kept in memory: on that the objective is valued and `E[JᵀJ]` is
+    taken, while Σ is that of the whole source (`moments`, if they are known). `precision` is that of the large matrix
+    products: "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
 
-    One value and gradient cost `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in without `part`.
+    One value and gradient cost `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in, or the size of a drawn
+    submatrix.
 
-    Raises `ValueError` for inputs that do not fit the layer or are not finite, a tied fit of a layer with d_in ≠ d_out,
-    and parts that are smaller than two or larger than the layer, or of a measure that is not elementwise.
+    Raises `ValueError` for inputs that do not fit the layer or are not finite, and a tied fit of a layer with
+    d_in ≠ d_out.
     """
 
     layer: Layer
-    x: Float[Array, "n d_in"]
+    data: Examples
     measure: Measure
     gram: Float[Array, "d_in d_in"]
     covariance: Float[Array, "d_in d_in"] | None
     space_in: str = eqx.field(static=True)
     space_out: str = eqx.field(static=True)
-    batch_size: int | None = eqx.field(static=True)
-    part: tuple[int, int] | None = eqx.field(static=True)
-    drawn: "Part | None"
+    drawn: Submatrix | None
     precision: str = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
-    source: Source | None = eqx.field(static=True)
-    total: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -71,26 +63,23 @@ class JacobianSparsity(OnExamples):
         scale_inputs: bool = True,
         space_in: str = "in",
         space_out: str = "out",
-        batch_size: int | None = None,
-        part: tuple[int, int] | None = None,
         precision: str = "highest",
         moments: Moments | None = None,
     ):
-        kept, self.source = examples_of(x, batch_size)
-        self.x, self.total = checks.activations("x", kept, layer.d_in), None
+        kept, source = in_memory(x)
+        self.data = Examples(checks.activations("x", kept, layer.d_in), source)
         # Of examples that are not in memory some may activate more neurons than any of these.
-        self.layer = layer = layer.gathered(self.x) if self.source is None else layer
+        self.layer = layer = layer.gathered(self.x) if source is None else layer
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.gram = _checked_gram(layer, self.x)
         self.covariance = None
         if scale_inputs:
-            moments = moments_of(self.x, self.source) if moments is None else moments
+            moments = self.data.moments() if moments is None else moments
             self.covariance = jnp.asarray(moments.covariance, self.x.dtype)
         self.space_in, self.space_out = space_in, space_out
         if space_in == space_out and layer.d_in != layer.d_out:
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
-        self.batch_size = batch_size
-        self.part, self.drawn = check_part(part, layer, measure), None
+        self.drawn = None
         self.precision = precision
         self.chunk = chunk_size(layer, CHUNK_BYTES)
 
@@ -100,13 +89,11 @@ class JacobianSparsity(OnExamples):
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective on some directions of the layer's inputs and outputs only."""
-        subspace = subspace.gathered(self.x) if self.source is None else subspace
+        subspace = subspace.gathered(self.x) if self.data.source is None else subspace
         frame = subspace.frame_in
-        part = None if self.part is None else (min(self.part[0], subspace.d_out), min(self.part[1], subspace.d_in))
         return replace_fields(
             self,
             layer=subspace,
-            part=part,
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             chunk=chunk_size(subspace, CHUNK_BYTES),
@@ -125,16 +112,9 @@ class JacobianSparsity(OnExamples):
             precision=self.precision,
         )
 
-    def sample(self, key, fetched=None):
-        sampled = super().sample(key, fetched)
-        if self.part is None:
-            return sampled
-        return replace_fields(sampled, drawn=Part.draw(key, self.part, (self.layer.d_out, self.layer.d_in)))
-
-    @property
-    def batch_share(self):
-        entries = self.layer.d_out * self.layer.d_in
-        return super().batch_share * (1.0 if self.part is None else math.prod(self.part) / entries)
+    def subsampled(self, key, submatrix):
+        shape = (self.layer.d_out, self.layer.d_in)
+        return replace_fields(self, drawn=Submatrix.draw(key, submatrix, shape, self.measure))
 
     def value(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]

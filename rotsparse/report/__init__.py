@@ -1,1 +1,1 @@
-"""Figures and the page of a run."""
+"""The report of a run: figures and one HTML page."""

@@ -1,4 +1,4 @@
-"""What the figures show, computed from streamed examples: a few small arrays, whatever the number of examples.
+"""The data of the figures: a few small arrays, computed from streamed examples.
 
 All magnitudes are in units of `rms(Z)`, the root mean square of all entries over all examples in the same basis.
 """
@@ -6,7 +6,7 @@ All magnitudes are in units of `rms(Z)`, the root mean square of all entries ove
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Data
@@ -17,7 +17,7 @@ from rotsparse.layers.rotations import Rotations
 
 BEFORE, AFTER = "neurons", "learned"
 
-# The histogram's bins: 1% wide, over the whole range of float32, so that no scale has to be known beforehand.
+# The histogram's bins: 1% wide, over the whole range of float32, so that no scale is needed in advance.
 _BIN = 0.01
 _LOWEST = -110.0
 _BINS = round(220 / _BIN)
@@ -27,10 +27,10 @@ _CHUNK_BYTES = 8 * 2**20
 @dataclass(frozen=True)
 class PictureData:
     """`mean[basis]` is `E|Z|`, `[d_out, d_in]`, and `examples[basis]` the |Z| of the same few single examples, for the
-    two bases that are shown as pictures, "neurons" and "learned".
+    two bases that are drawn as matrices, "neurons" and "learned".
 
-    `curves[basis]`, for every basis, is how large |z| is at each of `ranks`: a share `ranks[k]` of all entries of all
-    examples is at least `curves[basis][k]`.
+    `curves[basis]`, for every basis, holds the magnitude |z| at each of `ranks`: a share `ranks[k]` of all entries of
+    all examples is at least `curves[basis][k]`.
     """
 
     mean: dict[str, Float[np.ndarray, "d_out d_in"]]
@@ -45,15 +45,15 @@ def picture_data(
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     examples: int = 3,
 ) -> PictureData:
-    """The arrays behind all figures, from held-out inputs `x`. One pass over the examples for each basis.
+    """Compute the arrays for all figures from held-out inputs `x`, with one pass over the examples for each basis.
 
     `bases` holds at least "neurons" and "learned". `scale_inputs` and `covariance` are as in `metrics.evaluate`. The
-    single examples are spread evenly over `x`. The curves are read off a histogram with bins 1% wide.
+    single examples are spread evenly over `x`. The curves come from a histogram with bins 1% wide.
 
-    Raises `ValueError` where one of the two is missing, `x` does not fit, or the Jacobian is zero for every example.
+    Raises `ValueError` if one of the two is missing, `x` does not fit, or the Jacobian is zero for every example.
     """
     x = activations("x", x, layer.d_in)
     if not {BEFORE, AFTER} <= set(bases):
@@ -61,7 +61,7 @@ def picture_data(
     sigma = input_covariance(x)[1] if covariance is None else np.asarray(covariance, np.float64)
     picked = x[np.linspace(0, len(x) - 1, min(examples, len(x))).round().astype(int)]
     entries = layer.d_in * layer.d_out
-    # The few largest entries need steps in the logarithm, the many small ones even steps.
+    # Logarithmic steps for the few largest entries, even steps for the many small ones.
     ranks = np.unique(np.concatenate([np.geomspace(1 / entries, 1, 100), np.linspace(0.01, 1, 100)]))
 
     mean, single, curves = {}, {}, {}
@@ -87,15 +87,15 @@ def picture_data(
 
 
 def _histogram(z: Float[np.ndarray, "*s"]) -> Int[np.ndarray, "bins"]:
-    """Counts of |z| in bins of equal width in the logarithm; zeros are in the first."""
+    """Counts of |z| in bins of equal logarithmic width; zeros are in the first bin."""
     with np.errstate(divide="ignore"):
         place = (np.log(z.ravel()) - _LOWEST) / _BIN
     return np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
 
 
 def _magnitudes(counts: Int[np.ndarray, "bins"], ranks: Float[np.ndarray, "r"]) -> Float[np.ndarray, "r"]:
-    """The magnitude that a share `ranks` of the counted entries reaches."""
+    """The magnitude that a share `ranks` of the counted entries reaches or exceeds."""
     at_least = np.cumsum(counts[::-1]) / counts.sum()
-    # The tolerance keeps rounding of the last cumulative sum from asking for a bin that does not exist.
+    # The tolerance avoids an index beyond the last bin when the last cumulative sum is rounded.
     bins = _BINS - 1 - np.searchsorted(at_least, ranks * (1 - 1e-12))
     return np.where(bins > 0, np.exp(_LOWEST + (bins + 0.5) * _BIN), 0)

@@ -1,7 +1,8 @@
-"""The report's figures, with Matplotlib's object interface only: no pyplot, no global state, any thread.
+"""The report's figures, drawn with Matplotlib's object interface: no pyplot and no global state, so any thread may
+draw.
 
-Colours are those of Okabe & Ito ("Color Universal Design", 2008), which people with any colour vision can tell apart;
-what matters is also labelled, or drawn in another width or line style.
+Colours are those of Okabe & Ito ("Color Universal Design", 2008), which people with any colour vision can tell apart.
+Important curves also have a label, or another width or line style.
 """
 
 import io
@@ -16,20 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import basis_name, metric_name
-from rotsparse.fit.solution import Solution
 from rotsparse.report.data import AFTER, BEFORE, PictureData
 from rotsparse.report.ordering import diagonal_order
 
 DPI = 200
 INK, GREY, PALE, LEARNED, RIVAL = "#222222", "#8a8a8a", "#c4c4c4", "#d55e00", "#0072b2"
 PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")
-# What the metric "fraction_below_0.1_rms" counts is left white in the pictures of matrices.
+# Entries that the metric "fraction_below_0.1_rms" counts are white in the pictures of matrices.
 SMALL = 0.1
 SHARE_SMALL = "fraction_below_0.1_rms"
-# Ink on paper: magma, but from white, and slowly. Its lightness is monotonic, so it also works in grey.
+# Magma, beginning at white with a slow ramp. Its lightness is monotonic, so it also works in grey.
 INKS = LinearSegmentedColormap.from_list(
     "inks",
     [(0.0, "#ffffff"), *((0.18 + 0.82 * t, colormaps["magma"](0.88 - 0.88 * t)) for t in np.linspace(0, 1, 32))],
@@ -45,7 +46,7 @@ def png(figure: Figure) -> bytes:
 
 
 def overview(data: PictureData, comparison: Comparison) -> Figure:
-    """The first thing to look at: mean |Jacobian| before and after, and the sorted magnitudes. 1600 × 680 pixels."""
+    """Mean |Jacobian| before and after, and the sorted magnitudes, in one figure of 1600 × 680 pixels."""
     width, height, side = 8, 3.4, 2.2
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     place = lambda x, y, w, h: figure.add_axes((x / width, y / height, w / width, h / height))  # noqa: E731
@@ -108,7 +109,7 @@ def sorted_magnitudes(data: PictureData, comparison: Comparison) -> Figure:
     """|z| of all entries of all examples, largest first, for every basis."""
     figure = _figure(8, 4.3)
     ax = figure.subplots()
-    # The legend reads from top to bottom as the curves do from right to left at the threshold.
+    # Order the legend from top to bottom as the curves are ordered from right to left at the threshold.
     bases = sorted(data.curves, key=lambda basis: _share_small(comparison, basis))
     others = [basis for basis in bases if basis not in (BEFORE, AFTER)]
     for basis in bases:
@@ -136,7 +137,7 @@ def sorted_magnitudes(data: PictureData, comparison: Comparison) -> Figure:
 
 
 def history(solution: Solution, floor: float | None = None) -> Figure:
-    """The objective of every restart against the step, the values that it was chosen by, and the floor."""
+    """The objective of every restart against the step, the values by which rotations were chosen, and the floor."""
     figure = _figure(8, 3.6)
     ax = figure.subplots()
     course = solution.history
@@ -166,7 +167,7 @@ def history(solution: Solution, floor: float | None = None) -> Figure:
 
 
 def metrics(comparison: Comparison) -> Figure:
-    """Every metric with its 95% interval: a panel each, a basis a line, the best with a larger mark."""
+    """Every metric with its 95% interval: one panel a metric, one line a basis, the best with a larger mark."""
     bases = list(comparison.metrics)
     names = list(comparison.metrics[bases[0]])
     columns = 3
@@ -223,7 +224,9 @@ def _title(ax: Axes, title: str, below: str, size: float) -> None:
     line.set(fontsize=size - 1.5, color="#5a5a5a")
 
 
-def _before_and_after(axes: Sequence[Axes], data: PictureData, comparison: Comparison, size: float) -> AxesImage:
+def _before_and_after(
+    axes: Sequence[Axes] | np.ndarray, data: PictureData, comparison: Comparison, size: float
+) -> AxesImage:
     for ax, basis, title in zip(axes, (BEFORE, AFTER), ("Before", "After"), strict=True):
         image = _matrix(ax, data, basis, data.mean[basis])
         share = f"{_share_small(comparison, basis):.0%} of entries below {SMALL} rms"
@@ -234,7 +237,7 @@ def _before_and_after(axes: Sequence[Axes], data: PictureData, comparison: Compa
 
 
 def _matrix(ax: Axes, data: PictureData, basis: str, matrix: np.ndarray) -> AxesImage:
-    """One matrix, rows and columns ordered by the mean of its basis, on the colour scale that all of them share."""
+    """One matrix with rows and columns in the order of its basis's mean, on the shared colour scale."""
     rows, columns = diagonal_order(data.mean[basis])
     norm = LogNorm(SMALL, max(1.0, *(float(m.max()) for m in data.mean.values())), clip=True)
     image = ax.imshow(matrix[rows][:, columns], cmap=INKS, norm=norm, aspect="auto", interpolation_stage="data")

@@ -1,22 +1,21 @@
-"""Order the rows and columns of a matrix so that its structure shows. A basis has no order of its own: any will do."""
+"""Order the rows and columns of a matrix so that its structure is visible. The order of a basis is arbitrary."""
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
-# Two pairs belong together where both entries between them are above this share of the larger of their own two.
+# Two pairs belong together if both entries between them exceed this share of the larger of their own two.
 COUPLED = 0.5
 
 
 def diagonal_order(a: Float[np.ndarray, "m n"]) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "n"]]:
-    """Orders `rows`, `columns` that bring the large entries of the non-negative `a` near the diagonal of
+    """Orders `rows` and `columns` that put the large entries of the non-negative `a` near the diagonal of
     `a[rows][:, columns]`.
 
-    Every row is paired with a column so that the sum of the paired entries is largest (Hungarian algorithm); pairs that
-    large entries connect are put together, and groups, as well as pairs in a group, are sorted by their paired entry,
-    largest first. A row (column) that is left without a partner follows the pair where its largest entry is. Cost
-    O(min(m, n)² max(m, n)).
+    Rows are paired with columns so that the sum of the paired entries is largest (Hungarian algorithm). Pairs that
+    large entries connect form a group. Groups, and pairs within a group, are sorted by their paired entry, largest
+    first. A row (column) without a partner follows the pair at its largest entry. Cost O(min(m, n)² max(m, n)).
     """
     rows, columns = linear_sum_assignment(a, maximize=True)
     strength = a[rows, columns]
@@ -25,14 +24,14 @@ def diagonal_order(a: Float[np.ndarray, "m n"]) -> tuple[Int[np.ndarray, "m"], I
     group = connected_components(coupled, directed=False)[1]
     group_strength = np.zeros(group.max() + 1)
     np.maximum.at(group_strength, group, strength)
-    # The group itself is a key too, so that groups of equal strength do not mix.
+    # The group is a sort key, too, so that groups of equal strength stay separate.
     order = np.lexsort((-strength, group, -group_strength[group]))
     rows, columns = rows[order], columns[order]
     return _with_unpaired(rows, columns, a), _with_unpaired(columns, rows, a.T)
 
 
 def _with_unpaired(paired, partners, a):
-    """`paired` rows of `a` with the others put behind those whose partner is the column of their largest entry."""
+    """`paired` rows of `a`, with each other row after the pair whose column holds its largest entry."""
     unpaired = np.setdiff1d(np.arange(len(a)), paired)
     position = np.full(a.shape[1], len(partners))
     position[partners] = np.arange(len(partners))

@@ -1,8 +1,7 @@
-"""The report as one HTML page that needs nothing beside itself: the figures are inside, and it loads nothing."""
+"""The report as one self-contained HTML page: figures are embedded, and it loads nothing."""
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import jax
 
 from rotsparse._core.alignment import chance_cosine
-from rotsparse.evaluation.compare import LABELS, Comparison
+from rotsparse._core.printable import html as escape
+from rotsparse.engine.solution import SAME, Solution
+from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import basis_name, metric_meaning, metric_name, metric_value
-from rotsparse.fit.solution import SAME, Solution
+from rotsparse.evaluation.names import LABELS, basis_name, metric_meaning, metric_name, metric_value
 from rotsparse.report.data import AFTER, BEFORE
 
 
@@ -30,7 +30,7 @@ def render(
     floor: float | None = None,
     function_error: float | None = None,
 ) -> str:
-    """The page. `figures` holds PNG files, named as `write_report` does; `examples` is how many were held out."""
+    """The page. `figures` holds PNG files by the names of `write_report`; `examples` is the number of held-out ones."""
     captions = _captions(examples, scale_inputs, floor is not None)
     embedded = {name: _figure(figures[name], caption) for name, caption in captions.items()}
     config = dict(config)
@@ -134,8 +134,10 @@ def _metrics(comparison: Comparison) -> list[str]:
 def _fit_facts(solution: Solution, floor: float | None, function_error: float | None) -> Iterable[tuple[str, str]]:
     detail = f" ({solution.detail})" if solution.detail else ""
     yield "Result", f"{solution.result.name}: {solution.result.value}{detail}"
-    if solution.certificate:
-        yield "Certificate", solution.certificate
+    if len(solution.stages) > 1:
+        yield "Stages", "; ".join(map(str, solution.stages))
+    if solution.certificate is not None:
+        yield "Certificate", str(solution.certificate)
     held_out = "" if solution.validation_value is None else f"; on held-out examples {solution.validation_value:.4g}"
     yield "Objective", f"{solution.start_value:.4g} at the start, {solution.value:.4g} at the end{held_out}"
     if floor is not None:
@@ -151,14 +153,14 @@ def _fit_facts(solution: Solution, floor: float | None, function_error: float | 
 
 
 def _agreement(solution: Solution) -> str:
-    """How many directions of each side the other restarts found again, beside what chance would give."""
+    """How many directions of each side the other restarts found again, and what chance would give."""
     reproduced = solution.reproduced()
     if not reproduced:
         return ""
-    fitted, agreement = solution.fitted(), solution.agreement()
+    agreement = solution.agreement()
     rows = []
     for space, again in reproduced.items():
-        cosines = agreement[space][:, fitted[space]]
+        cosines = agreement[space][:, solution.free[space]]
         chance = chance_cosine(len(again), key=jax.random.key(0), draws=5).value
         side = {"in": "inputs", "out": "outputs"}.get(space, space)
         mean = f"mean |cos| {cosines.mean():.2f} (chance {chance:.2f})"

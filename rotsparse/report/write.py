@@ -1,15 +1,17 @@
 """The report of a run: figures, and one self-contained HTML page."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
+from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
-from rotsparse.fit.solution import Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures
@@ -26,25 +28,28 @@ def write_report(
     comparison: Comparison,
     solution: Solution,
     scale_inputs: bool,
-    covariance: Float[Array, "d_in d_in"] | None = None,
+    covariance: Float[Data, "d_in d_in"] | None = None,
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),
     floor: float | None = None,
     function_error: float | None = None,
 ) -> None:
-    """Write `figures/*.png` and `report.html` into a run folder, each file whole or not at all, the page last.
+    """Write `figures/*.png` and then `report.html` into a run folder, each file atomically.
 
     `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
-    fit behind the latter. `finding` is the first thing on the page, `remarks` follow it. `config` is listed on it,
-    its "versions" apart. `floor` bounds the solution's objective, `function_error` is that of folding; where one is
-    `None`, it is left out.
+    fit of the latter. The page begins with `finding` and `remarks`, and lists `config`, with its "versions" in a table
+    of their own. `floor` is a lower bound of the solution's objective, `function_error` the error of folding; `None`
+    leaves them out.
 
-    Raises `ValueError` for unfit bases or inputs, `OSError` where the folder is missing or cannot be written.
+    Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
     data = picture_data(layer, x_test, bases, scale_inputs=scale_inputs, covariance=covariance)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    adopt(folder)
     pictures = Path(folder) / "figures"
-    pictures.mkdir(exist_ok=True)
+    make_folder(pictures)
     drawn = {
         "overview": figures.overview(data, comparison),
         "heat_maps": figures.heat_maps(data, comparison),

@@ -1,9 +1,10 @@
 """Run folders: what a run writes, and never half of it.
 
 A run works in the folder `OUT.unfinished` and is moved to `OUT` when it is complete, so one that fails or is
-interrupted leaves no half-written `OUT` and never harms an earlier result. Where it had saved checkpoints the
-unfinished folder stays and the run can be resumed; where it had not, there is nothing to go on with, and it is removed.
-A complete run that cannot be moved stays there as well. One process at a time works in the folder.
+interrupted leaves no half-written `OUT` and never harms an earlier result, nor what a user may have under either name:
+only what the run's own record says it made is replaced or removed (see `_core.files`). Where it had saved checkpoints
+the unfinished folder stays and the run can be resumed; where it had not, there is nothing to go on with, and it is
+removed. A complete run that cannot be moved stays there as well. One process at a time works in the folder.
 """
 
 import contextlib
@@ -11,15 +12,15 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rotsparse._core.files import write_atomically
+from rotsparse._core import files
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.lock import LOCK, FolderLock
+from rotsparse._core.reading import regular_file
 
 CONFIG = "config.json"
 
@@ -27,11 +28,14 @@ CONFIG = "config.json"
 STATUS = "status.json"
 RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "complete"
 
+# In a config: the SHA-256 of every file that the run was computed from, by the name of the option (see `inputs`).
+INPUTS = "inputs"
+
 # A run, and each of its parts, keeps its checkpoints in a folder of this name.
 CHECKPOINTS = "checkpoints"
 
 # Options that say how a command is run, and not what it computes.
-_HOW = ("out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
+_HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
 
 
 @contextlib.contextmanager
@@ -48,14 +52,18 @@ def new_run(
     """
     out = Path(out)
     work = unfinished(out)
+    _check_work(work)
+    files.make_folder(work, own=True)
     lock = FolderLock(work)
     try:
+        _check_work(work)
+        identity = files.identity(work)
         try:
             _check_target(out, overwrite)
             begun = _begun(work, config or {}, overwrite, resume)
         except BaseException:
             if not _kept(work):
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
             raise
         status = {"began": begun, "config": config or {}}
         write_json(work / STATUS, {"state": RUNNING, **status})
@@ -64,19 +72,19 @@ def new_run(
             write_json(work / STATUS, {"state": COMPLETE, **status})
         except BaseException as error:
             if not checkpointed(work):
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
                 raise
             interrupted = isinstance(error, KeyboardInterrupt)
             status |= {"state": INTERRUPTED} if interrupted else {"state": FAILED, "error": str(error)}
-            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong first
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not hide what went wrong first
                 write_json(work / STATUS, status)
             if interrupted:
                 raise Interrupted(f"interrupted: to go on, give the same command with --resume ({work})") from None
             raise
-        _move(work, out, overwrite)
-        (out / LOCK).unlink(missing_ok=True)
+        _move(work, identity, out, overwrite)
         for folder in list(out.rglob(CHECKPOINTS)):
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                files.remove(folder)
     finally:
         lock.release()
 
@@ -98,6 +106,25 @@ def is_run(folder: Path) -> bool:
     return status.get("state") in (RUNNING, INTERRUPTED, FAILED, COMPLETE) or {"command", "versions"} <= config.keys()
 
 
+def _check_work(work: Path) -> None:
+    """Raise `ValueError` where something is in the way of an unfinished run that rotsparse did not make."""
+    if not os.path.lexists(work):
+        return
+    files.check_folder(work)
+    if not files.is_made(work):
+        raise ValueError(
+            f"{work}, where the run would work until it is complete, was not made by rotsparse (or by an earlier "
+            f"version: it has no {files.RECORD}) and is left alone: rename it, remove it yourself, or choose another "
+            "--out"
+        )
+
+
+def _remove(work: Path) -> None:
+    """Remove an unfinished run with which there is nothing to go on."""
+    with contextlib.suppress(OSError):
+        files.remove(work)
+
+
 def _kept(work: Path) -> bool:
     """Whether anything in the folder of an unfinished run is worth keeping."""
     return checkpointed(work) or _complete(work)
@@ -108,14 +135,16 @@ def _complete(work: Path) -> bool:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists():
+    if not os.path.lexists(out):
         return
+    files.check_folder(out)
     if not is_run(out):
         raise ValueError(
             f"{out} is not a run folder (no run wrote a {STATUS} there): it will not be replaced, choose another name"
         )
     if not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or pass --overwrite to replace it")
+    files.check_replaceable(out)
 
 
 def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:
@@ -125,6 +154,7 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
         before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
                        for c in (status["config"], config))  # fmt: skip
         lines = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
+        lines += _changed(status["config"], config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines)
             raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")
@@ -138,43 +168,43 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
         raise ValueError(
             f"{work} holds a run that was interrupted: pass --resume to go on with it, or --overwrite to begin again"
         )
-    for path in work.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    others = [path for path in files.foreign(work) if path.name != LOCK]
+    if others:
+        raise ValueError(f"{others[0]} was not written by rotsparse, and {work} is to be emptied: move it elsewhere")
+    files.empty(work, keep=(LOCK,))
     return datetime.now().isoformat(timespec="seconds")
 
 
-def _move(work: Path, out: Path, overwrite: bool) -> None:
-    """Move a complete run into place. The earlier one is moved aside first: two renames, and both folders are whole at
-    every moment. Raises `ValueError` where something has come up there that is not to be replaced."""
-    if not out.exists():
-        work.rename(out)
-        return
-    if not (overwrite and is_run(out)):
+def _move(work: Path, identity: str | None, out: Path, overwrite: bool) -> None:
+    """Move a complete run into place. Raises `ValueError` where something has come up there that is not to be
+    replaced."""
+    if os.path.lexists(out) and not (overwrite and is_run(out) and files.is_made(out) and not files.foreign(out)):
         raise ValueError(
             f"{out} appeared while the run was under way and is left alone: the complete run is in {work}, move it to "
             "where you want it"
         )
-    earlier = out.with_name(f".{out.name}-earlier-{os.getpid()}")
-    out.rename(earlier)
-    try:
-        work.rename(out)
-    except BaseException:
-        earlier.rename(out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    if files.identity(work) != identity:
+        raise ValueError(f"{work} is no longer the folder that this run made: look there for what has become of it")
+    files.put(work, out, replace=overwrite)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for every input that has changed between two configs of the same command."""
+    then, today = (config.get(INPUTS) or {} for config in (before, now))
+    names = [name for name in today if then.get(name) != today[name]]
+    return [f"{now.get(name, name)} has changed: its SHA-256 was {then.get(name)}, is {today[name]}" for name in names]
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON atomically; NaN and infinity, which JSON does not have, become null."""
-    write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+    files.write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file of a run. Raises `ValueError` where it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
 
 

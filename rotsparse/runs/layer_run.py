@@ -13,11 +13,10 @@ from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
 from rotsparse.data.moments import covariance, evenly_spaced
 from rotsparse.data.sources import Source, in_memory
-from rotsparse.evaluation import baselines
-from rotsparse.evaluation.compare import Comparison, compare
-from rotsparse.evaluation.finding import finding, remarks
+from rotsparse.engine.solution import Result, Solution
+from rotsparse.evaluation.compare import Comparison, compare_with_baselines
+from rotsparse.evaluation.verdict import finding, remarks
 from rotsparse.fit.find_rotations import find_rotations
-from rotsparse.fit.solution import Result, Solution
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
 from rotsparse.objectives.floor import floor
@@ -93,13 +92,14 @@ def run(
             "orthogonality_error": solution.rotations.orthogonality_error(),
             "objective": {"start": solution.start_value, "train": solution.value, "floor": lowest},
             "result": solution.result.name,
-            "certificate": solution.certificate,
+            "certificate": "" if solution.certificate is None else str(solution.certificate),
+            "stages": [stage._asdict() for stage in solution.stages],
             "agreement": _agreement(solution),
             "fit": solution.stats,
             "seconds": time.perf_counter() - begun,
         },
     )
-    console.print(f"\n[bold]{said[0]}[/]\n", highlight=False)
+    console.print(f"\n{said[0]}\n", style="bold", highlight=False, markup=False)
     for remark in said[1:]:
         console.print(remark, highlight=False)
     console.print(
@@ -130,9 +130,9 @@ def write_comparison(
     test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
     key = jax.random.key(config["seed"])
-    bases = {"learned": solution.rotations} | baselines.all_baselines(layer, sample, key=jax.random.fold_in(key, 2))
-    options = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
-    comparison = compare(layer, test, bases, key=jax.random.fold_in(key, 3), **options)
+    keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
+    learned = {"learned": solution.rotations}
+    comparison, bases = compare_with_baselines(layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs)
     console.print(comparison.table())
     write_atomically(folder / TABLE, comparison.markdown().encode())
     said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
@@ -153,7 +153,8 @@ def write_comparison(
         remarks=said[1:],
         floor=floor,
         function_error=function_error,
-        **options,
+        scale_inputs=scale_inputs,
+        covariance=covariance(sample)[1],
     )
     return said, comparison
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rotsparse.objectives import ActivationSparsity, Objective
+from rotsparse.objectives.activation import ActivationSparsity
+from rotsparse.objectives.base import Objective
 from rotsparse.objectives.measures import Measure
 
 
@@ -52,7 +53,7 @@ def check_objective(objective: Objective) -> ActivationSparsity:
     """The objective, if it has these moments. Raises `ValueError` for any other than `ActivationSparsity`."""
     if not isinstance(objective, ActivationSparsity):
         raise ValueError(
-            "this solver needs the second derivatives of an ActivationSparsity objective, got "
+            "this method needs the second derivatives of an ActivationSparsity objective, got "
             f"{type(objective).__name__}: use Riemannian for other objectives"
         )
     return objective

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rotsparse._core.orthogonal import matmul, polar
+from rotsparse.engine.steps import Stepwise, check_counts
 from rotsparse.objectives.measures import outside_largest
 from rotsparse.solvers._moments import Moments, check_objective, moments
-from rotsparse.solvers.base import Solver
 
 # A response maps rotated activations [d, n] (directions first) to the activations that they should have been.
 Response = Callable[[Float[Array, "d n"]], Float[Array, "d n"]]
@@ -65,16 +65,23 @@ def shifted(m: Moments) -> Float[Array, "d d"]:
     return jnp.diag(shift) - m.pull
 
 
-class FixedPoint(Solver):
+class FixedPoint(Stepwise):
     """`R <- polar(E[ψ(R x) xᵀ])`; with `response=None` ψ comes from the objective's measure. No line search: the
-    objective may rise for a step, so let the driver keep the best."""
+    objective may rise for a step; the lowest look counts. Raises `ValueError` for other objectives than
+    `ActivationSparsity`."""
 
     response: Response | None = eqx.field(static=True, default=None)
+    steps: int = eqx.field(static=True, default=60)
+    batch_size: int | None = eqx.field(static=True, default=None)
+    patience: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_counts(self)
 
     def init(self, bases):
         return None
 
-    def step(self, objective, bases, state, step, steps):
+    def step(self, objective, bases, state, step):
         objective = check_objective(objective)
         r = bases[objective.space]
         m = moments(objective, r, self.response)

@@ -1,56 +1,33 @@
 """Pair search: the best rotation of every screened pair of rows, found globally, and the certificate that it leaves.
 
 A rotation of two rows of R by one angle changes two rows of Z (two columns, on the input side) and nothing else, so the
-objective along it is a function of one number that can be searched as a whole: on a grid, then finer around the best
-point. That sees minima behind barriers, which no gradient does. Where no pair has a better angle, the value of δ below
-which all improvements lie is a certificate: a local minimum in every one of these planes, globally.
+objective along it is a function of one number that can be searched as a whole (`_pair_angles`). That sees minima behind
+barriers, which no gradient does. Where no pair has a better angle, the value of δ below which all improvements lie is a
+certificate: a local minimum in every one of these planes, globally.
 
 Pairs worth trying are those that share their large entries: two directions that were mixed up are active together.
 """
 
-import dataclasses
 import math
+import time
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rotsparse._core.orthogonal import matmul, newton_schulz
-from rotsparse.objectives import ActivationSparsity, Bases, Held, JacobianSparsity, Objective, chunked_sum
+from rotsparse._core.orthogonal import newton_schulz, worst_error
+from rotsparse.engine.history import History
+from rotsparse.engine.method import Method, Problem
+from rotsparse.engine.record import Record
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Certificate, Result, Solution, Stage, evidence, judged_value
+from rotsparse.objectives.base import Bases, Objective
+from rotsparse.solvers._pair_angles import Side, gains, sides
+from rotsparse.solvers.combine import Each
 
 # Partners of each row that are tested unless told otherwise.
 SCREEN = 4
-
-# All angles modulo exchange and sign of the two rows, zero among them, and how often the step is divided by four.
-GRID = np.arange(-16, 16) * (math.pi / 64)
-ZOOMS = 3
-
-# Nodes of the interpolation in log(root mean square): exact to float32 for factors up to about 5.
-NODES = 13
-
-
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """No rotation of any tested pair of rows improves the objective by more than `delta`.
-
-    `tested` and `pairs`: how many pairs of each space were tested, and how many there are. `value`: the objective on
-    these examples. Angles were searched on a grid of 2.8° and refined to 0.04° around its best point.
-    """
-
-    delta: float
-    value: float
-    tested: dict[str, int]
-    pairs: dict[str, int]
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{self.tested[space]} of {self.pairs[space]} in {space!r}" for space in self.pairs)
-        share = self.delta / abs(self.value) if self.value else 0.0
-        return (
-            f"no rotation of two rows improves the objective by more than {self.delta:.2g} ({share:.2g} of its value); "
-            f"pairs tested: {counts}"
-        )
 
 
 def certify(objective: Objective, bases: Bases, *, screen: int | None = SCREEN) -> Certificate:
@@ -58,186 +35,152 @@ def certify(objective: Objective, bases: Bases, *, screen: int | None = SCREEN) 
 
     `screen`: how many partners of each row are tested, those whose large entries coincide with its own most (None: all
     pairs). Every tested pair costs as much as 53 evaluations of the measure on two rows of all examples: the default up
-    to 430 evaluations on all rows, a full test of d rows 53·d. For large data, certify on a part: `objective.on(x)`.
+    to 430 evaluations on all rows, a full test of d rows 53·d. For large data, certify on fewer: `objective.on(x)`.
 
     Raises `ValueError` for objectives that are not a plain sum over rows: a tied fit, a weighted sum, or a measure that
     is not elementwise.
     """
-    sides, bases = _sides(objective, bases)
-    found = {side.space: _gains(side, bases, screen) for side in sides}
+    searched, bases = sides(objective, bases)
+    found = {side.space: gains(side, bases, screen) for side in searched}
     return _certificate(objective, bases, found)
 
 
-def pair_search(
-    objective: Objective,
-    bases: Bases,
-    *,
-    sweeps: int = 20,
-    screen: int | None = SCREEN,
-    tolerance: float = 1e-4,
-) -> tuple[Bases, Certificate]:
+class PairSearch(Method):
     """Rotate pairs of rows by the angles that improve the objective most, until none improves it any more.
 
     Each sweep takes each space in turn: it finds the best angle of every screened pair, picks disjoint pairs in the
     order of their gains, and rotates these at once. The next sweep looks only at pairs with a row that was rotated;
     when they have no gain above `tolerance` times the objective it looks at all, and when these have none, or after
-    `sweeps`, it ends. The result is never worse than `bases`. `screen`, cost and errors are those of `certify`.
+    `sweeps`, it ends, and leaves a `Certificate`. `screen`, cost and errors are those of `certify`. From a random start
+    pair searches are useless: run them after another method.
     """
-    sides, bases = _sides(objective, bases)
-    value = float(_value(objective, bases))
-    everything = {side.space: np.ones(side.size, bool) for side in sides}
-    fresh = everything
-    for _ in range(sweeps):
-        found, turned = {}, {}
-        for side in sides:
-            pairs, angles, gains = found[side.space] = _gains(side, bases, screen, fresh[side.space])
-            chosen = _matching(pairs, gains, tolerance * abs(value))
+
+    sweeps: int = eqx.field(static=True, default=20)
+    screen: int | None = eqx.field(static=True, default=SCREEN)
+    tolerance: float = eqx.field(static=True, default=1e-4)
+
+    def run(self, problem, starts, *, key, run):
+        if len(starts) != 1:
+            return Each(self).run(problem, starts, key=key, run=run)
+        begun, objective = time.perf_counter(), problem.objective
+        with run.listening() as run:
+            bases, certificate = self.search(objective, starts[0], run)
+        return solution_of(problem, starts[0], bases, certificate, time.perf_counter() - begun, run.stopped)
+
+    def search(self, objective: Objective, start: Bases, run: Run) -> tuple[Bases, Certificate | None]:
+        """The bases that the search ends with, never worse than `start` by this objective, and the certificate (`None`
+        where it was interrupted)."""
+        searched, whole = sides(objective, start)
+        state = _Sweep.first(start, judged_value(objective, start), searched)
+        config = {"objective": objective, "method": self, "start": start}
+        with Record(
+            run, config=config, state=state, sound=_Sweep.unsound, total=self.sweeps, label="pair search",
+            step_of=lambda state: int(state.sweep),
+        ) as record:  # fmt: skip
+            state = state if record.restored is None else record.restored
+            while not state.done:
+                if run.stopped:
+                    record.save(int(state.sweep), state, float(state.value))
+                    return state.bases, None
+                state = self._sweep(state, objective, searched, whole)
+                if state.done or record.due(int(state.sweep)):
+                    record.save(int(state.sweep), state, float(state.value))
+                value = float(state.value)
+                record.show(int(state.sweep), best=value, error=worst_error(state.bases), objective=np.array([value]))
+        tested = {space: int(count) for space, count in state.tested.items()}
+        pairs = {space: math.comb(objective.spaces[space], 2) for space in tested}
+        return state.bases, Certificate(float(state.delta), float(state.value), tested, pairs)
+
+    def _sweep(self, state: "_Sweep", objective: Objective, searched: list[Side], whole: Bases) -> "_Sweep":
+        """One sweep over all spaces; at the end of the search with the certificate."""
+        bases, value, found, turned = state.bases, float(state.value), {}, {}
+        for side in searched:
+            every = whole | bases
+            pairs, angles, improvements = found[side.space] = gains(
+                side, every, self.screen, np.asarray(state.fresh[side.space])
+            )
+            chosen = _matching(pairs, improvements, self.tolerance * abs(value))
             turned[side.space] = np.zeros(side.size, bool)
             while len(chosen):
                 candidate = {**bases, side.space: _rotated(bases[side.space], pairs[chosen], angles[chosen])}
-                after = float(_value(objective, candidate))
+                after = judged_value(objective, candidate)
                 if after < value:
                     bases, value = candidate, after
                     turned[side.space][pairs[chosen]] = True
                     break
                 # Gains of disjoint pairs add up, except where they share the root mean square (scaled inputs).
                 chosen = chosen[: len(chosen) // 2]
+        sweep, everything = np.asarray(int(state.sweep) + 1), all(rows.all() for rows in state.fresh.values())
         if any(rows.any() for rows in turned.values()):
-            fresh = turned  # the other pairs had no better angle a moment ago
-        elif fresh is everything:
-            return _only(objective, bases), _certificate(objective, bases, found)
+            fresh, done = turned, False  # the other pairs had no better angle a moment ago
         else:
-            fresh = everything
-    return _only(objective, bases), certify(objective, bases, screen=screen)
+            fresh, done = {space: np.ones_like(rows) for space, rows in turned.items()}, everything
+        if not done and sweep == self.sweeps:
+            found = {side.space: gains(side, whole | bases, self.screen) for side in searched}
+            done = True
+        delta = max([0.0, *(float(g.max()) for _, _, g in found.values() if len(g))])
+        tested = {space: np.asarray(len(pairs)) for space, (pairs, _, _) in found.items()}
+        return _Sweep(bases, np.asarray(value), sweep, fresh, np.asarray(done), np.asarray(delta), tested)
 
 
-def obstacle(objective: Objective) -> str | None:
-    """Why pairs cannot be searched for this objective, if they cannot."""
-    while isinstance(objective, Held):
-        objective = objective.objective
-    if not isinstance(objective, JacobianSparsity | ActivationSparsity):
-        return f"pairs can be searched for JacobianSparsity and ActivationSparsity, got {type(objective).__name__}"
-    if isinstance(objective, JacobianSparsity) and objective.space_in == objective.space_out:
-        return "pairs cannot be searched for a tied fit: a rotation changes rows and columns at once"
-    if not objective.measure.elementwise:
-        return f"pairs can be searched for elementwise measures, and {type(objective.measure).__name__} is none"
-    return None
+class _Sweep(eqx.Module):
+    """Where a pair search is: all that determines how it continues.
+
+    `fresh`: the rows whose pairs the next sweep looks at. `delta`, `tested`: for the certificate, once it is `done`.
+    """
+
+    bases: Bases
+    value: Float[np.ndarray, ""]
+    sweep: Int[np.ndarray, ""]
+    fresh: dict[str, Bool[np.ndarray, "d"]]
+    done: Bool[np.ndarray, ""]
+    delta: Float[np.ndarray, ""]
+    tested: dict[str, Int[np.ndarray, ""]]
+
+    @classmethod
+    def first(cls, bases: Bases, value: float, searched: list[Side]) -> "_Sweep":
+        fresh = {side.space: np.ones(side.size, bool) for side in searched}
+        tested = {side.space: np.asarray(0) for side in searched}
+        kept = {space: bases[space] for space in fresh}
+        return cls(kept, np.asarray(value), np.asarray(0), fresh, np.asarray(False), np.asarray(0.0), tested)
+
+    def unsound(self) -> str:
+        error = worst_error(self.bases)
+        return "" if error < 1e-3 else f"its rotations are not orthogonal: |RRᵀ - I| = {error:.1e}"
 
 
-def row_entries(objective: Objective) -> int:
-    """How many entries an example has in one row: in one column, if those are shorter. Raises where `certify` does."""
-    sides, _ = _sides(objective, {})
-    rows = sides[0].objective
-    return min(rows.spaces.values()) if isinstance(rows, JacobianSparsity) else 1
+def solution_of(
+    problem: Problem, start: Bases, bases: Bases, certificate: Certificate | None, seconds: float, stopped: bool
+) -> Solution:
+    """What a search for pairs amounts to, judged as `problem` says: its start, if it found nothing better."""
+    judged, begun = problem.judged([bases, start])
+    if not judged < begun:
+        bases, judged = start, begun
+    value, evident = evidence(problem.objective, bases)
+    result = Result.ALL_STEPS if judged < begun else Result.NO_IMPROVEMENT
+    result = Result.INTERRUPTED if stopped and certificate is None else result
+    return Solution(
+        bases=bases,
+        result=result,
+        detail="",
+        value=value,
+        start_value=judged_value(problem.objective, start),
+        validation_value=None if problem.validation is None else float(judged),
+        history=History(np.zeros((1, 0)), np.array([0]), np.array([[begun]])),
+        candidates=(bases,),
+        candidate_values=np.array([judged]),
+        free={name: np.ones(d, bool) for name, d in problem.objective.spaces.items()},
+        stages=(Stage("PairSearch", float(judged), result.name, seconds),),
+        certificate=certificate,
+        stats={"seconds": seconds, **evident},
+    )
 
 
-class _Side(eqx.Module):
-    """One space of an objective, as rows whose entries add up: the objective is `E mean_k mean S(rows_k)`."""
-
-    objective: JacobianSparsity | ActivationSparsity
-    space: str = eqx.field(static=True)
-    inputs: bool = eqx.field(static=True)
-
-    @property
-    def size(self) -> int:
-        return self.objective.spaces[self.space]
-
-    @property
-    def coupled(self) -> bool:
-        """Whether a rotation changes the scale of its two rows and, by the root mean square, of all others."""
-        return self.inputs and isinstance(self.objective, JacobianSparsity) and self.objective.covariance is not None
-
-    def rows(self, bases: Bases, x: Float[Array, "n k"]) -> Float[Array, "d n m"]:
-        """The entries that belong to each direction of the space; before scaling where rotations change the scale."""
-        if isinstance(self.objective, ActivationSparsity):
-            return (x @ (bases[self.space] / self.objective.rms).T).T[:, :, None]
-        r_in, r_out = bases[self.objective.space_in], bases[self.objective.space_out]
-        z = self.objective.layer.jacobian(x, r_in, r_out)
-        if not self.coupled:
-            z = z * self.objective._scale(r_in)[0]
-        return jnp.moveaxis(z, 2 if self.inputs else 1, 0)
-
-    def scales(self, bases: Bases) -> Float[Array, "d"]:
-        """What `rows` must still be multiplied by."""
-        if not self.coupled:
-            return jnp.ones(self.size, self.objective.x.dtype)
-        assert isinstance(self.objective, JacobianSparsity)
-        return self.objective._scale(bases[self.space])[0]
-
-    def turned_scales(self, bases: Bases, i, j, cos, sin):
-        """The scales of rows i and j after a rotation, and the logarithm of the factor by which that of all other rows
-        changes. From `Σ` and `E[JᵀJ]`, restricted to the two rows."""
-        if not self.coupled:
-            return jnp.ones_like(cos), jnp.ones_like(cos), jnp.zeros_like(cos)
-        assert isinstance(self.objective, JacobianSparsity)
-        scale, variance, gain, sigma, gram = self.objective._scale(bases[self.space])
-
-        def turned(matrix, diagonal):
-            cross = 2 * cos * sin * matrix[i, j]
-            a, b = diagonal[i], diagonal[j]
-            return cos**2 * a + sin**2 * b + cross, sin**2 * a + cos**2 * b - cross
-
-        (var_i, var_j), (gain_i, gain_j) = turned(sigma, variance), turned(gram, gain)
-        change = var_i * gain_i + var_j * gain_j - variance[i] * gain[i] - variance[j] * gain[j]
-        log_factor = -0.5 * jnp.log1p(change / jnp.sum(variance * gain))
-        unit = scale[0] / jnp.sqrt(variance[0]) * jnp.exp(log_factor)  # one over the root mean square
-        return unit * jnp.sqrt(var_i), unit * jnp.sqrt(var_j), log_factor
-
-    def mean(self, chunk_sum):
-        """Sums over chunks of examples, divided by the number of all entries."""
-        objective = self.objective
-        with jax.default_matmul_precision(objective.precision):
-            total = chunked_sum(chunk_sum, objective.x, objective.chunk)
-        return total / (len(objective.x) * math.prod(self.objective.spaces.values()))
-
-
-def _sides(objective: Objective, bases: Bases) -> tuple[list[_Side], Bases]:
-    """The spaces that may be rotated, and the rotations of all spaces."""
-    free = list(objective.spaces)
-    while isinstance(objective, Held):
-        objective, bases = objective.objective, bases | objective.held
-    reason = obstacle(objective)
-    if reason is not None:
-        raise ValueError(reason)
-    assert isinstance(objective, JacobianSparsity | ActivationSparsity)
-    first = objective.space_in if isinstance(objective, JacobianSparsity) else objective.space
-    return [_Side(objective, space, space == first) for space in free], bases
-
-
-def _gains(side: _Side, bases: Bases, screen: int | None, rows: np.ndarray | None = None):
-    """Screened pairs `[N, 2]` (with at least one of `rows`, a mask), the best angle of each, and by how much it
-    improves the objective."""
-    pairs = _screened(None if screen is None else np.array(_overlap(side, bases)), side.size, screen)
-    pairs = pairs if rows is None else pairs[rows[pairs].any(axis=1)]
-    rest = _others(side, bases) if side.coupled else None
-    block = max(1, side.size // 2)  # as many rows as the space has: the memory of one Jacobian
-    angles, gains = [], []
-    for begin in range(0, len(pairs), block):
-        at = np.minimum(np.arange(begin, begin + block), len(pairs) - 1)  # the last block repeats its last pair
-        angle, gain = _search(side, bases, jnp.asarray(pairs[at]), rest)
-        angles.append(np.asarray(angle))
-        gains.append(np.asarray(gain))
-    if not angles:
-        return pairs, np.zeros(0), np.zeros(0)
-    return pairs, np.concatenate(angles)[: len(pairs)], np.concatenate(gains)[: len(pairs)]
-
-
-def _screened(overlap, d: int, screen: int | None) -> Int[np.ndarray, "N 2"]:
-    """All pairs, or those in which one is among the `screen` rows that overlap most with the other."""
-    wanted = np.ones((d, d), bool)
-    if screen is not None and screen < d - 1:
-        np.fill_diagonal(overlap, -np.inf)
-        partners = np.argsort(-overlap, axis=1, kind="stable")[:, :screen]
-        wanted[:] = False
-        wanted[np.arange(d)[:, None], partners] = True
-    return np.argwhere(np.triu(wanted | wanted.T, 1))
-
-
-def _matching(pairs, gains, threshold: float) -> Int[np.ndarray, "K"]:
+def _matching(pairs, improvements, threshold: float) -> Int[np.ndarray, "K"]:
     """Disjoint pairs with gains above the threshold, largest first."""
     chosen, used = [], set()
-    for k in np.argsort(-gains, kind="stable"):
-        if not gains[k] > threshold:  # also for NaN
+    for k in np.argsort(-improvements, kind="stable"):
+        if not improvements[k] > threshold:  # also for NaN
             break
         if used.isdisjoint(pairs[k]):
             used.update(pairs[k])
@@ -245,124 +188,17 @@ def _matching(pairs, gains, threshold: float) -> Int[np.ndarray, "K"]:
     return np.asarray(chosen, int)
 
 
-def _rotated(r, pairs, angles):
+def _rotated(r: Float[Array, "d d"], pairs, angles) -> Float[Array, "d d"]:
     i, j = pairs.T
     cos, sin = jnp.cos(angles)[:, None].astype(r.dtype), jnp.sin(angles)[:, None].astype(r.dtype)
     turned = r.at[i].set(cos * r[i] + sin * r[j]).at[j].set(cos * r[j] - sin * r[i])
     return newton_schulz(turned, 1)  # or rounding errors would pile up
 
 
-def _certificate(objective, bases, found) -> Certificate:
+def _certificate(objective: Objective, bases: Bases, found) -> Certificate:
     return Certificate(
-        delta=max([0.0, *(float(gains.max()) for _, _, gains in found.values() if len(gains))]),
-        value=float(_value(objective, bases)),
+        delta=max([0.0, *(float(g.max()) for _, _, g in found.values() if len(g))]),
+        value=judged_value(objective, {space: bases[space] for space in objective.spaces}),
         tested={space: len(pairs) for space, (pairs, _, _) in found.items()},
         pairs={space: math.comb(objective.spaces[space], 2) for space in found},
     )
-
-
-def _only(objective, bases):
-    return {space: bases[space] for space in objective.spaces}
-
-
-@eqx.filter_jit
-def _value(objective, bases):
-    return objective.value({space: bases[space] for space in objective.spaces})
-
-
-@eqx.filter_jit
-def _overlap(side: _Side, bases: Bases) -> Float[Array, "d d"]:
-    """Cosine between the rows' active patterns, `z²/(z² + ε²)`: near one where an entry is large, near zero else."""
-    scales = side.scales(bases)[:, None, None]
-
-    def chunk_sum(x, weights):
-        square = jnp.square(side.rows(bases, x) * scales)
-        active = (square / (square + side.objective.measure.eps**2)).reshape(side.size, len(x), -1)
-        active = (active * weights[:, None]).reshape(side.size, -1)
-        return matmul(active, active.T)
-
-    gram = side.mean(chunk_sum)
-    norm = jnp.sqrt(jnp.diagonal(gram)) + jnp.finfo(gram.dtype).tiny
-    return gram / norm[:, None] / norm
-
-
-@eqx.filter_jit
-def _search(side: _Side, bases: Bases, pairs: Int[Array, "p 2"], rest):
-    """The best angle of every pair, and by how much it lowers the objective."""
-    i, j = pairs[:, :1], pairs[:, 1:]
-
-    def objective_at(angles):
-        """The part of the objective that depends on the angle, for angles [p, a] of each pair."""
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        scale_i, scale_j, log_factor = side.turned_scales(bases, i, j, cos, sin)
-
-        def chunk_sum(x, weights):
-            rows = side.rows(bases, x)
-            a, b = rows[i[:, 0]], rows[j[:, 0]]
-
-            def at(turn):
-                cos, sin, scale_i, scale_j = (t[:, None, None] for t in turn)
-                values = side.objective.measure(scale_i * (cos * a + sin * b))
-                values += side.objective.measure(scale_j * (cos * b - sin * a))
-                return jnp.sum(values * weights[:, None], axis=(1, 2))
-
-            return jax.lax.map(at, (cos.T, sin.T, scale_i.T, scale_j.T)).T
-
-        values = side.mean(chunk_sum)
-        return values if rest is None else values + rest(pairs, log_factor)
-
-    def lowest(angles, values):
-        return jnp.take_along_axis(angles, jnp.argmin(values, axis=1, keepdims=True), axis=1)
-
-    angles = jnp.broadcast_to(jnp.asarray(GRID, side.objective.x.dtype), (len(pairs), len(GRID)))
-    values = objective_at(angles)
-    unturned = values[:, len(GRID) // 2]
-
-    def zoom(best, step):
-        angles = best + step * jnp.asarray([-3, -2, -1, 0, 1, 2, 3], best.dtype)
-        values = objective_at(angles)
-        return lowest(angles, values), jnp.min(values, axis=1)
-
-    steps = (GRID[1] - GRID[0]) / 4.0 ** np.arange(1, ZOOMS + 1)
-    best, values = jax.lax.scan(zoom, lowest(angles, values), jnp.asarray(steps, angles.dtype))
-    return best[:, 0], unturned - values[-1]
-
-
-class _Others(eqx.Module):
-    """How the objective's part of all rows but two changes when all entries are multiplied by one factor: a polynomial
-    in the factor's logarithm, by Chebyshev interpolation on `[-reach, reach]` of each row's part."""
-
-    coefficients: Float[Array, "d nodes"]
-    reach: Float[Array, ""]
-
-    def __call__(self, pairs, log_factor):
-        share = jnp.sum(self.coefficients, axis=0) - self.coefficients[pairs[:, 0]] - self.coefficients[pairs[:, 1]]
-        return jnp.sum(share[:, None] * (self.basis(log_factor) - self.basis(jnp.zeros(()))), axis=-1)
-
-    def basis(self, log_factor):
-        angle = jnp.arccos(jnp.clip(log_factor / self.reach, -1, 1))
-        return jnp.cos(angle[..., None] * jnp.arange(NODES))
-
-
-@eqx.filter_jit
-def _others(side: _Side, bases: Bases) -> _Others:
-    d, dtype = side.size, side.objective.x.dtype
-    i, j = jnp.arange(d)[:, None], jnp.arange(d)[None]
-
-    def largest(angle):
-        log_factor = side.turned_scales(bases, i, j, jnp.cos(angle), jnp.sin(angle))[2]
-        return jnp.max(jnp.where(i == j, 0, jnp.abs(log_factor)))
-
-    # 1.1 and 0.001: for angles between the grid's, and where nothing changes.
-    reach = 1.1 * jnp.max(jax.lax.map(largest, jnp.asarray(GRID, dtype))) + 1e-3
-    nodes = np.cos(np.pi * (np.arange(NODES) + 0.5) / NODES)
-    factors = jnp.exp(reach * jnp.asarray(nodes, dtype))
-    scales = side.scales(bases)[:, None, None]
-
-    def chunk_sum(x, weights):
-        z = side.rows(bases, x) * scales
-        at = lambda factor: jnp.sum(side.objective.measure(factor * z) * weights[:, None], axis=(1, 2))  # noqa: E731
-        return jax.lax.map(at, factors).T
-
-    interpolation = np.linalg.inv(np.polynomial.chebyshev.chebvander(nodes, NODES - 1))
-    return _Others(matmul(side.mean(chunk_sum), jnp.asarray(interpolation.T, dtype)), reach)

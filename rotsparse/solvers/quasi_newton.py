@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse._core.orthogonal import matmul, polar
+from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 from rotsparse.objectives.measures import Measure
 from rotsparse.solvers._moments import Moments, check_objective, moments
-from rotsparse.solvers.base import Solver
-from rotsparse.solvers.riemannian import Schedule
 
 # The curvature of a pair is at least this share of the mean of |E[S'(z_i) z_i]|: flat pairs take long steps, not
 # endless ones.
@@ -113,23 +112,29 @@ def trial_point(search: Search) -> Float[Array, "d d"]:
     return polar(search.anchor + matmul(tangent(search), search.anchor))
 
 
-class QuasiNewton(Solver):
+class QuasiNewton(Stepwise):
     """Pair-preconditioned descent with backtracking; `eps`, when given, replaces the measure's scale over the run.
 
-    The rotations between steps are trial points: the driver should keep the best. Deterministic objectives only: with
-    minibatches the descent check compares different functions.
+    The rotations between steps are trial points; the lowest look counts. Every step sees all examples: on minibatches
+    the descent check would compare different functions. Raises `ValueError` for other objectives than
+    `ActivationSparsity`.
     """
 
     eps: Schedule | None = eqx.field(static=True, default=None)
+    steps: int = eqx.field(static=True, default=60)
+    patience: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_counts(self)
 
     def init(self, bases):
         (r,) = bases.values()
         return start(r), jnp.zeros((), r.dtype)
 
-    def step(self, objective, bases, state, step, steps):
+    def step(self, objective, bases, state, step):
         search, last_eps = state
         if self.eps is not None:
-            objective = objective.with_eps(self.eps(step / steps))
+            objective = objective.with_eps(self.eps(step / self.steps))
         objective = check_objective(objective)
         r = bases[objective.space]
         m = moments(objective, r)

@@ -9,18 +9,13 @@ Large bounded steps that decay are not a safety net but the method: the early, h
 minima of sharp measures on trained layers.
 """
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
 from rotsparse._core.orthogonal import Retraction, bound_step, retract_polar, skew
-from rotsparse.solvers.base import Solver
-
-# A schedule maps the share of the run that is done (0 to 1) to a factor or a value.
-Schedule = Callable[[jax.Array], jax.Array]
+from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 
 
 def cosine(share: jax.Array) -> jax.Array:
@@ -38,31 +33,37 @@ def geometric(start: float, end: float) -> Schedule:
     return lambda share: start * (end / start) ** share
 
 
-class Riemannian(Solver):
+class Riemannian(Stepwise):
     """`R <- retract(R, bounded(optimizer(Γ)))`.
 
     `optimizer` is any optax transformation; its updates are multiplied by `decay` of the share of the run that is done.
     `max_step` bounds the spectral norm of a step, in radians. `eps`, when given, replaces the measure's scale over the
-    run (see `geometric`).
+    run (see `geometric`). By default a step sees all examples. `patience` stops the run after so many steps without
+    improvement.
 
     Raises `ValueError` for a `max_step` outside (0, 0.5]: beyond, the retraction loses accuracy.
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True, default=optax.adam(0.2))
+    steps: int = eqx.field(static=True, default=400)
+    batch_size: int | None = eqx.field(static=True, default=None)
+    submatrix: tuple[int, int] | None = eqx.field(static=True, default=None)
+    patience: int | None = eqx.field(static=True, default=None)
     decay: Schedule = eqx.field(static=True, default=cosine)
     max_step: float = 0.5
     retraction: Retraction = eqx.field(static=True, default=retract_polar)
     eps: Schedule | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
+        check_counts(self)
         if not 0 < self.max_step <= 0.5:
             raise ValueError(f"max_step is an angle in radians: expected a number in (0, 0.5], got {self.max_step}")
 
     def init(self, bases):
         return self.optimizer.init(jax.tree.map(jnp.zeros_like, bases))
 
-    def step(self, objective, bases, state, step, steps):
-        share = step / steps
+    def step(self, objective, bases, state, step):
+        share = step / self.steps
         if self.eps is not None:
             objective = objective.with_eps(self.eps(share))
         value, grads = objective.value_and_grad(bases)

@@ -11,17 +11,19 @@ import pytest
 
 import rotsparse as rs
 from rotsparse._core.interrupt import Interrupted, StopSignals, handled, terminated
+from rotsparse.engine._progress import Progress
+from rotsparse.engine.solution import Result
 from rotsparse.evaluation.benchmark import benchmark
-from rotsparse.fit.minimize import Progress, minimize
-from rotsparse.fit.solution import Result
+from rotsparse.fit.minimize import minimize
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
+from rotsparse.solvers import Anneal, FixedPointNewton, PairSearch, Refine, Then
 from signals import send
 
 
 def objective():
     x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
-    return ActivationSparsity(x, Log(0.3), batch_size=8)
+    return ActivationSparsity(x, Log(0.3))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -35,6 +37,9 @@ def test_the_first_signal_is_noted(number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+ANNEAL = Anneal(steps=100, batch_size=8)
+
+
 def sending(monkeypatch, number, updates=1):
     """Every fit gets the signal from its progress bar, from that update on."""
     left = itertools.count(updates, -1)
@@ -45,7 +50,7 @@ def test_sigterm_ends_a_fit_that_cannot_save(monkeypatch):
     """A script that is told to end must not take an unfinished fit for a finished one and go on."""
     sending(monkeypatch, signal.SIGTERM)
     with handled(signal.SIGTERM, terminated), pytest.raises(Interrupted):
-        minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), steps=100)
+        minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), method=ANNEAL)
 
 
 def layer_and_inputs():
@@ -54,37 +59,54 @@ def layer_and_inputs():
     return rs.MLP(w_in, None, w_out), rng.standard_normal((60, 6)).astype(np.float32)
 
 
-def test_ctrl_c_in_a_polish_ends_the_fit(monkeypatch):
+def signalled(monkeypatch, method, name, number):
+    """From now on, the first call of this function of a method gets the signal before it begins."""
+    original, sent = getattr(method, name), []
+
+    def function(*arguments, **options):
+        if not sent:
+            sent.append(send(number))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(method, name, function)
+
+
+@pytest.mark.parametrize("where", [(Refine, "run"), (PairSearch, "search"), (PairSearch, "_sweep")])
+def test_ctrl_c_in_the_pair_searches_ends_the_fit(where: tuple[type, str], monkeypatch):
     """The annealed rotations are returned, and nobody takes the fit for finished."""
     layer, x = layer_and_inputs()
-    finished = []
-
-    def interrupted(few, bases, polish):
-        sending(monkeypatch, signal.SIGINT)
-        polish(bases)
-        finished.append(True)
-
-    monkeypatch.setattr("rotsparse.fit.find_rotations.refine", interrupted)
-    solution = rs.find_rotations(layer, x, key=jax.random.key(0), steps=60)
-    assert solution.result is Result.INTERRUPTED and not finished
+    method, function = where
+    signalled(monkeypatch, method, function, signal.SIGINT)
+    solution = rs.find_rotations(layer, x, key=jax.random.key(0), method=rs.default_method(steps=60))
+    assert solution.result is Result.INTERRUPTED and solution.certificate is None
     assert solution.value < solution.start_value
     with pytest.raises(KeyboardInterrupt):
         solution.completed()
 
 
-@pytest.mark.parametrize("places", [{}, {"checkpoint": "checkpoints"}])
-def test_sigterm_in_the_pair_searches(places, tmp_path, monkeypatch):
-    """It ends the fit where that can go on later, and else is left to whoever else listens."""
+def test_ctrl_c_between_stages_ends_the_fit(monkeypatch):
+    signalled(monkeypatch, Anneal, "after", signal.SIGINT)
+    method = Then(ANNEAL, ANNEAL, ANNEAL)
+    solution = minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), method=method)
+    assert solution.result is Result.INTERRUPTED and len(solution.stages) < 3
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_sigterm_in_the_pair_searches(saves, tmp_path, monkeypatch):
+    """It ends the fit if that can be resumed, and otherwise is left to whoever else listens."""
     layer, x = layer_and_inputs()
-    monkeypatch.setattr("rotsparse.fit.find_rotations.refine", lambda *arguments: send(signal.SIGTERM))
-    places = {name: tmp_path / folder for name, folder in places.items()}
-    fit = lambda: rs.find_rotations(layer, x, key=jax.random.key(0), steps=60, **places)  # noqa: E731
-    with handled(signal.SIGTERM, terminated):
-        if places:
+    fit = lambda: rs.find_rotations(  # noqa: E731
+        layer, x, key=jax.random.key(0), method=rs.default_method(steps=60), run=tmp_path if saves else None
+    )
+    with handled(signal.SIGTERM, terminated), monkeypatch.context() as patch:
+        signalled(patch, PairSearch, "search", signal.SIGTERM)
+        if saves:
             assert fit().result is Result.INTERRUPTED
         else:
             with pytest.raises(Interrupted):
                 fit()
+    if saves:
+        assert fit().result is Result.ALL_STEPS
 
 
 @pytest.mark.parametrize("at_update", [1, 4])  # in the fit of the layer, and in that of a control
@@ -92,17 +114,14 @@ def test_an_interrupted_benchmark_has_no_result(at_update, monkeypatch):
     layer, x = layer_and_inputs()
     sending(monkeypatch, signal.SIGINT, at_update)
     with pytest.raises(KeyboardInterrupt):
-        benchmark(layer, x[:40], x[40:], key=jax.random.key(0), solver=rs.Annealing(), steps=60)
+        benchmark(layer, x[:40], x[40:], key=jax.random.key(0), method=rs.Anneal(steps=60))
 
 
 def test_ctrl_c_after_annealing_keeps_the_basis(monkeypatch):
     x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
-
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rotsparse.fit.find_basis.fit_activations", interrupted)
-    solution = rs.find_basis(x, key=jax.random.key(0), measure=Log(0.3), steps=40, batch_size=8)
+    signalled(monkeypatch, FixedPointNewton, "run", signal.SIGINT)
+    method = rs.default_basis_method(Log(0.3), steps=40, batch_size=8)
+    solution = rs.find_basis(x, key=jax.random.key(0), measure=Log(0.3), method=method)
     assert solution.result is Result.INTERRUPTED and solution.value <= solution.start_value
 
 
@@ -132,12 +151,12 @@ def test_other_threads_are_left_alone():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_fit_saves_and_returns_what_it_has(number, tmp_path, monkeypatch):
-    fit = lambda: minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), steps=100, checkpoint=tmp_path)  # noqa: E731
+    fit = lambda: minimize(objective(), {"in": jnp.eye(4)}, key=jax.random.key(0), method=ANNEAL, run=tmp_path)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "update", lambda *arguments, **shown: send(number))
         solution = fit()
     assert solution.result is Result.INTERRUPTED
     assert 0 < solution.stats["steps"] < 100
     assert solution.value <= solution.start_value
-    assert (tmp_path / f"step-{solution.stats['steps']:08d}").is_dir()
+    assert (tmp_path / "checkpoints" / f"step-{solution.stats['steps']:08d}").is_dir()
     assert fit().stats["resumed_at"] == solution.stats["steps"]

@@ -137,7 +137,7 @@ def test_a_store_of_another_model_is_refused(rotsparse, model):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_capture_that_is_stopped_says_that_the_same_command_goes_on(rotsparse, model, monkeypatch, number):
-    monkeypatch.setattr("rotsparse.models.capture", lambda *a, **k: send(number))
+    monkeypatch.setattr("rotsparse.models._capture", lambda *a, **k: send(number))
     code, said = rotsparse(*CAPTURE)
     assert code == 75 and "interrupted: to go on, give the same command again" in said
 

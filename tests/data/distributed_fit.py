@@ -1,6 +1,6 @@
 """A program that fits small problems on many devices or as one of many processes, and prints what it reached as JSON.
 
-`test_sharding.py` runs it: the number of devices has to be set before JAX starts. Its options are one JSON object.
+`test_devices.py` runs it: the number of devices has to be set before JAX starts. Its options are one JSON object.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import sys
 
 OPTIONS = {"devices": 1, "x64": True, "processes": 1, "process": 0, "port": 0, "heartbeat": 10, "data": ""}
-OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "checkpoint": None, "every_steps": 10, "steps": 30, "log": None}
+OPTIONS |= {"meshes": [[1, 1]], "cases": ["full"], "run": None, "every_steps": 10, "steps": 30}
 OPTIONS |= json.loads(sys.argv[1])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OPTIONS['devices']}"
 
@@ -41,32 +41,33 @@ LAYER = rs.MLP(
 )
 X = RNG.standard_normal((203, 7)).astype(DTYPE)  # no multiple of anything: the last device's part is filled up
 NEXT = rs.Dense(RNG.standard_normal((5, 6)).astype(DTYPE) / 3, activation="gelu")
-ADAM = rs.Riemannian(optax.adam(0.1))
+
+
+def adam(batch_size=None):
+    return rs.Riemannian(optax.adam(0.1), steps=OPTIONS["steps"], batch_size=batch_size)
 
 
 def fit(case, mesh):
     """The solution of one of the problems, two restarts each."""
-    options = {"key": jax.random.key(1), "steps": OPTIONS["steps"], "restarts": 2, "mesh": mesh, "log": OPTIONS["log"]}
-    if OPTIONS["checkpoint"]:
-        options["checkpoint"] = rs.Checkpoints(OPTIONS["checkpoint"], every_steps=OPTIONS["every_steps"])
+    run = rs.Run(OPTIONS["run"], every_steps=OPTIONS["every_steps"], mesh=mesh)
+    options = {"key": jax.random.key(1), "restarts": 2, "run": run}
     if case == "full":
-        return rs.find_rotations(LAYER, X, solver=ADAM, **options)
+        return rs.find_rotations(LAYER, X, method=adam(), **options)
     if case == "minibatch":
-        return rs.find_rotations(LAYER, X, solver=ADAM, batch_size=18, validation=X[:101], **options)
+        return rs.find_rotations(LAYER, X, method=adam(batch_size=18), validation=X[:101], **options)
     if case == "source":
         sources.RESIDENT_EXAMPLES = 50
-        return rs.find_rotations(LAYER, np.load(OPTIONS["data"], mmap_mode="r"), solver=ADAM, batch_size=16, **options)
+        return rs.find_rotations(LAYER, np.load(OPTIONS["data"], mmap_mode="r"), method=adam(batch_size=16), **options)
     if case == "chain":
         sources.RESIDENT_EXAMPLES = 50
         x = np.load(OPTIONS["data"], mmap_mode="r")
-        chain = rs.fit_chain([LAYER, NEXT], x, test=X, solver=ADAM, batch_size=16, joint=True, **options)
-        return chain.solutions[0]
+        return rs.fit_chain([LAYER, NEXT], x, method=adam(batch_size=16), joint=True, **options)
     assert case == "sum"
-    terms = JacobianSparsity(LAYER, X, rs.Log(0.1), batch_size=9), ActivationSparsity(X, rs.Log(0.1), batch_size=30)
+    terms = JacobianSparsity(LAYER, X, rs.Log(0.1)), ActivationSparsity(X, rs.Log(0.1))
     return rs.minimize(
         WeightedSum(terms, (1.0, 0.5)),
         {"in": jnp.eye(7, dtype=DTYPE), "out": jnp.eye(6, dtype=DTYPE)},
-        solver=ADAM,
+        method=adam(batch_size=9),
         **options,
     )
 

@@ -16,7 +16,7 @@ import pytest
 
 from helpers import ROOT
 from rotsparse.data.devices import Devices, device_mesh
-from rotsparse.fit._log import read_log
+from rotsparse.engine.log import read_log
 
 PROGRAM = Path(__file__).with_name("distributed_fit.py")
 
@@ -73,9 +73,9 @@ def test_every_number_of_devices(case, x64, tmp_path):
 def test_two_processes(tmp_path):
     options = {"cases": ["source"], "steps": 10, "data": str(tmp_path / "x.npy")}
     alone = fit(**options)
-    together = fit_in_processes(2, meshes=[[2, 1]], log=str(tmp_path / "log"), **options)
+    together = fit_in_processes(2, meshes=[[2, 1]], run=str(tmp_path / "run"), **options)
     np.testing.assert_allclose(together, alone, rtol=SAME[True])
-    steps = [line["step"] for line in read_log(tmp_path / "log")]
+    steps = [line["step"] for line in read_log(tmp_path / "run")]
     assert steps == sorted(set(steps)) and steps[-1] == 10  # one process writes it
 
 
@@ -98,10 +98,10 @@ def ended(process):
 def two_processes_with_checkpoints(folder, **options):
     """Two processes in the middle of a fit."""
     port = free_port()
-    options |= {"cases": ["minibatch"], "checkpoint": str(folder), "meshes": [[2, 1]]}
+    options |= {"cases": ["minibatch"], "run": str(folder), "meshes": [[2, 1]]}
     processes = [start(processes=2, process=i, port=port, **options) for i in range(2)]
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("step-*"))) < 2:
+    while len(list((folder / "checkpoints").glob("step-*"))) < 2:
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.05)
     return processes
@@ -110,7 +110,7 @@ def two_processes_with_checkpoints(folder, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other_devices(victim, tmp_path):
-    steps, folder = 1000, tmp_path / "checkpoints"
+    steps, folder = 1000, tmp_path / "run"
     processes = two_processes_with_checkpoints(folder, steps=steps)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -118,13 +118,13 @@ def test_when_one_process_is_killed_the_others_stop_and_the_fit_resumes_on_other
     _, message = processes[1 - victim].communicate(timeout=60)
     print(f"the other process ended {time.monotonic() - killed:.1f} s after the kill")
     assert time.monotonic() - killed < 60 and processes[1 - victim].returncode != 0 and message
-    assert list(folder.glob("step-*"))
+    assert list((folder / "checkpoints").glob("step-*"))
 
     options = {"cases": ["minibatch"], "steps": steps}
     alone = fit(meshes=[None], **options)
     for devices, mesh in [(1, [1, 1]), (8, [8, 2])]:
         copy = shutil.copytree(folder, tmp_path / f"{devices}")
-        resumed = start(checkpoint=str(copy), every_steps=steps, devices=devices, meshes=[mesh], **options)
+        resumed = start(run=str(copy), every_steps=steps, devices=devices, meshes=[mesh], **options)
         assert ended(resumed)["resumed_at"] >= 10
         # A thousand steps amplify the rounding of sums in another order.
         np.testing.assert_allclose(np.array(result(resumed)), alone, rtol=1e-4)
@@ -139,7 +139,7 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path)
     for process in processes:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    assert (tmp_path / f"step-{first['steps']:08d}").is_dir()
+    assert (tmp_path / "checkpoints" / f"step-{first['steps']:08d}").is_dir()
 
 
 def test_meshes_that_do_not_fit():

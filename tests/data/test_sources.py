@@ -20,7 +20,7 @@ from rotsparse.data import sources
 from rotsparse.data.open import open_source
 from rotsparse.data.sources import Dataset, Mapped, NpyFile, RowRange, Shards, as_source, read_ahead
 from rotsparse.data.store import StoreWriter, open_store
-from rotsparse.fit._checkpoint import Checkpoints
+from rotsparse.engine.run import Run
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.fit.minimize import minimize
 from rotsparse.layers.mlp import MLP
@@ -158,8 +158,9 @@ def test_a_grain_pipeline(x):
 # --- fits from sources --------------------------------------------------------------------------------------------
 
 KEY = jax.random.key(0)
-ADAM = Riemannian(optax.adam(0.05))
-OPTIONS: dict[str, Any] = {"key": KEY, "solver": ADAM, "steps": 60, "batch_size": 8, "restarts": 2}
+FULL = Riemannian(optax.adam(0.05), steps=60)
+MINIBATCH = Riemannian(optax.adam(0.05), steps=60, batch_size=8)
+OPTIONS: dict[str, Any] = {"key": KEY, "method": MINIBATCH, "restarts": 2}
 
 
 def fit(layer, x, **changes: Any):
@@ -183,20 +184,16 @@ def problem(rng, tmp_path, monkeypatch):
 def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(problem):
     layer, x, source = problem
     start = {"in": jnp.eye(WIDTH), "out": jnp.eye(4)}
-    from_source = JacobianSparsity(layer, source, Log(0.1), batch_size=8)
+    from_source = JacobianSparsity(layer, source, Log(0.1))
     assert len(from_source.x) == 60
-    from_array = JacobianSparsity(layer, x, Log(0.1), batch_size=8)
+    from_array = JacobianSparsity(layer, x, Log(0.1))
     np.testing.assert_array_equal(from_source.covariance, from_array.covariance)  # of all rows, either way
     # The mean Jacobian Gram matrix is that of the part in memory: take it from there.
     from_array = eqx.tree_at(lambda o: o.gram, from_array, from_source.gram)
-    options: dict[str, Any] = {
-        "key": KEY,
-        "solver": ADAM,
-        "steps": 60,
-        "restarts": 2,
-        "validation": from_array.on(x[:100]),
-    }
-    one, other = (minimize(objective, start, **options) for objective in (from_source, from_array))
+    validation = from_array.on(x[:100])
+    one, other = (
+        minimize(objective, start, validation=validation, **OPTIONS) for objective in (from_source, from_array)
+    )
     np.testing.assert_array_equal(one.history.objective, other.history.objective)
     np.testing.assert_array_equal(one.bases["in"], other.bases["in"])
 
@@ -204,15 +201,15 @@ def test_a_fit_from_a_source_sees_the_examples_that_a_fit_from_the_array_sees(pr
 def test_sources_that_fit_into_memory_are_arrays(problem, monkeypatch):
     layer, x, source = problem
     monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 300)
-    one, other = (fit(layer, data, batch_size=None) for data in (source, x))
+    one, other = (fit(layer, data, method=FULL) for data in (source, x))
     assert one.value == other.value
 
 
 def test_activations_from_a_source(problem):
     _, x, source = problem
-    one, other = (ActivationSparsity(data, Log(0.1), batch_size=8) for data in (source, x))
+    one, other = (ActivationSparsity(data, Log(0.1)) for data in (source, x))
     np.testing.assert_allclose(one.rms, other.rms, rtol=1e-6)
-    solution = minimize(one, {"in": jnp.eye(WIDTH)}, key=KEY, solver=ADAM, steps=40)
+    solution = minimize(one, {"in": jnp.eye(WIDTH)}, key=KEY, method=MINIBATCH)
     assert solution.value < solution.start_value
 
 
@@ -237,12 +234,12 @@ def test_an_interrupted_fit_from_a_source_goes_on_with_the_same_bits(problem, tm
                 shard.unlink(missing_ok=True)
             return source._rows(rows)
 
-    checkpoint = Checkpoints(tmp_path / "checkpoints", every_steps=20)
+    run = Run(tmp_path / "run", every_steps=20)
     with pytest.raises(ValueError, match=r"cannot read .*00003\.npy: .*Put it back"):
-        find_rotations(layer, Vanishing(), checkpoint=checkpoint, **OPTIONS)
-    assert list((tmp_path / "checkpoints").glob("step-*"))
+        find_rotations(layer, Vanishing(), run=run, **OPTIONS)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     shard.write_bytes(payload)
-    resumed = find_rotations(layer, source, checkpoint=checkpoint, **OPTIONS)
+    resumed = find_rotations(layer, source, run=run, **OPTIONS)
     assert resumed.stats["resumed_at"] == 20
     np.testing.assert_array_equal(resumed.history.objective, whole.history.objective)
     np.testing.assert_array_equal(resumed.bases["out"], whole.bases["out"])
@@ -256,8 +253,8 @@ import rotsparse as rs
 rng = np.random.default_rng(0)
 layer = rs.MLP(*(rng.standard_normal(shape, np.float32) / 8 for shape in [(64, 64), 64, (64, 64)]), activation="gelu")
 source = rs.open_source([sys.argv[1]] * int(sys.argv[2]))
-options = {"solver": rs.Riemannian(optax.adam(0.05)), "steps": 200, "batch_size": 64}
-assert rs.find_rotations(layer, source, key=jax.random.key(0), **options).result.ok
+method = rs.Riemannian(optax.adam(0.05), steps=200, batch_size=64)
+assert rs.find_rotations(layer, source, key=jax.random.key(0), method=method).result.ok
 # `getrusage` would count the memory of the process that started this one, too.
 print(1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))))
 """
@@ -276,8 +273,8 @@ def test_memory_does_not_grow_with_the_data(rng, tmp_path):
 
 def test_fits_that_a_source_cannot_serve(problem):
     layer, x, source = problem
-    with pytest.raises(ValueError, match=r"the store .*store is too large .*: give batch_size"):
-        find_rotations(layer, source, key=KEY, solver=ADAM)
+    with pytest.raises(ValueError, match=r"the store .*store is too large .*: give the method a batch_size"):
+        find_rotations(layer, source, key=KEY, method=FULL)
     with pytest.raises(ValueError, match=r"x should have shape \[examples, 3\]"):
         find_rotations(layer, sources.ArrayRows(x[:, :2]), key=KEY)
     with pytest.raises(ValueError, match="validation: all 60 examples are equal"):

@@ -1,6 +1,7 @@
 """`benchmark`: the table that decides whether a layer's basis is worth anything."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
 from rotsparse.evaluation.nulls import random_weights
 
 KEY = jax.random.key(0)
-ANNEAL = {"solver": rs.Annealing(), "steps": 600}  # without pair searches, which take longer to compile than to run
+# Without pair searches, which take longer to compile than to run.
+ANNEAL: dict[str, Any] = {"method": rs.Anneal(steps=600)}
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_random_weights_are_not_called_structure(planted):
 def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
     layer, x = planted
     function = rs.FunctionLayer(function=lambda v: layer(v), d_in=8, d_out=8)
-    options = {**ANNEAL, "steps": 20, "key": KEY}
+    options = {"method": rs.Anneal(steps=20), "key": KEY}
     plain, controlled = (benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, [layer]))
     assert plain.control is None and CONTROL not in plain.seconds
     assert controlled.control is not None

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation import baselines
-from rotsparse.evaluation.compare import LABELS, Comparison, _floor_of_examples, compare
+from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
+from rotsparse.evaluation.names import LABELS
+from rotsparse.evaluation.verdict import against_baselines
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.fold import fold
 from rotsparse.layers.function import FunctionLayer
@@ -20,7 +22,7 @@ from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
 from rotsparse.objectives.measures import GemanMcClure
-from rotsparse.solvers import Annealing
+from rotsparse.solvers import Anneal
 
 KEY = jax.random.key(0)
 
@@ -119,15 +121,15 @@ def test_best_knows_which_way_is_sparser():
     ],
 )
 def test_the_verdict_says_where_it_wins_and_where_not(learned, sentence):
-    verdict = table_of(pca=(10, 0.4), learned=learned, ica=(5, 0.3)).verdict()
+    verdict = against_baselines(table_of(pca=(10, 0.4), learned=learned, ica=(5, 0.3)))
     assert verdict == f"On held-out examples learned is sparser than every baseline {sentence}"
 
 
 def test_a_verdict_needs_something_to_judge():
     with pytest.raises(ValueError, match="expected 'learned'"):
-        table_of(pca=(1, 0.5), ica=(1, 0.5)).verdict()
+        against_baselines(table_of(pca=(1, 0.5), ica=(1, 0.5)))
     with pytest.raises(ValueError, match="at least one other"):
-        table_of(learned=(1, 0.5)).verdict()
+        against_baselines(table_of(learned=(1, 0.5)))
 
 
 def test_json(layer, x):
@@ -161,7 +163,7 @@ def test_bad_inputs_are_named(layer, x):
 def test_what_is_no_pair_of_rotations_is_named(rng, untyped):
     layer = Dense(rng.standard_normal((4, 3)).astype(np.float32))
     x = rng.standard_normal((40, 3)).astype(np.float32)
-    solution = find_rotations(layer, x, key=jax.random.key(0), steps=2, solver=Annealing())
+    solution = find_rotations(layer, x, key=jax.random.key(0), method=Anneal(steps=2))
     with pytest.raises(ValueError, match=r"bases\['mine'\] should be Rotations, got Solution: take its .rotations"):
         compare(layer, x, {"mine": solution}, key=jax.random.key(0))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="rotations should be Rotations, got ndarray"):

@@ -11,6 +11,7 @@ import rotsparse as rs
 from helpers import ROOT
 from rotsparse._core.orthogonal import haar
 from rotsparse.objectives import JacobianSparsity
+from rotsparse.objectives.base import sampled
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -63,6 +64,14 @@ def test_copies_share_one_rotation(attention, rng):
     moved = lambda t: objective.value({"in": jax.scipy.linalg.expm(t * omega) @ r, "out": r_out})  # noqa: E731
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
     assert float(jnp.sum(grads["in"] * omega)) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_copies_draw_the_minibatches_of_what_they_copy(attention, rng):
+    inner = JacobianSparsity(attention[1], jnp.asarray(rng.standard_normal((20, 10))), rs.Log(0.3))
+    key, bases = jax.random.key(0), {"in": jnp.eye(5), "out": jnp.eye(5)}
+    batch = sampled(Copies(inner, "in", 2), key, 4)
+    assert float(batch.value(bases)) == float(Copies(sampled(inner, key, 4), "in", 2).value(bases))
+    assert float(batch.value(bases)) != float(Copies(inner, "in", 2).value(bases))
 
 
 def test_redrawn_attention_keeps_the_scale_and_nothing_else(attention):

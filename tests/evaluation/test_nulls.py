@@ -7,7 +7,14 @@ import pytest
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation.finite_effects import finite_effects
-from rotsparse.evaluation.nulls import random_perturbation, random_weights, shuffled_inputs
+from rotsparse.evaluation.nulls import (
+    random_perturbation,
+    random_weights,
+    rate_matched,
+    re_paired,
+    same_spectrum,
+    shuffled_inputs,
+)
 from rotsparse.evaluation.verdict import another_redraw, beyond_control, identifiability
 
 
@@ -22,7 +29,7 @@ def test_random_weights_keep_shape_scale_and_biases(kind, rng):
     null = random_weights(layer, key=jax.random.key(0))
     for name in layer.__dataclass_fields__:
         before, after = getattr(layer, name), getattr(null, name)
-        if not name.startswith("w_") or before is None:
+        if name not in layer.weights() or before.ndim == 1:
             assert before is after
             continue
         assert before.shape == after.shape and before.dtype == after.dtype
@@ -30,9 +37,62 @@ def test_random_weights_keep_shape_scale_and_biases(kind, rng):
         assert abs(np.corrcoef(before.ravel(), np.asarray(after).ravel())[0, 1]) < 0.1
 
 
-def test_random_weights_need_weights():
+def blocks(rng):
+    w = lambda *s: (0.3 * rng.standard_normal(s)).astype(np.float32)  # noqa: E731
+    return {
+        "mlp": rs.MLP(w(30, 8), w(30), w(6, 30), w(6), norm=rs.rms_norm(np.ones(8, np.float32), 1e-6)),
+        "dense": rs.Dense(w(12, 8)),
+        "gated": rs.GatedMLP(w(30, 8), w(30, 8), w(6, 30)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
+def test_rate_matched_keeps_how_often_each_neuron_is_active(kind, rng):
+    layer, x = blocks(rng)[kind], rng.standard_normal((400, 8)).astype(np.float32) + 0.5
+    null = rate_matched(layer, x, key=jax.random.key(0))
+    w, b = {"mlp": ("w_in", "b_in"), "dense": ("w", "b"), "gated": ("w_gate", "b_gate")}[kind]
+    normed = x if layer.norm is None else np.asarray(layer.norm(x))
+
+    def rates(of):
+        bias = 0 if getattr(of, b) is None else np.asarray(getattr(of, b))
+        return (normed @ np.asarray(getattr(of, w)).T + bias > 0).mean(axis=0)
+
+    np.testing.assert_allclose(rates(null), rates(layer), atol=1.5 / len(x))
+    assert not np.allclose(rates(random_weights(layer, key=jax.random.key(0))), rates(layer), atol=0.05)
+    assert getattr(null, b).dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
+def test_same_spectrum_keeps_singular_values_and_loses_the_vectors(kind, rng):
+    layer = blocks(rng)[kind]
+    null = same_spectrum(layer, key=jax.random.key(0))
+    for name, w in layer.weights().items():
+        after = null.weights()[name]
+        if w.ndim == 1:
+            assert after is w
+            continue
+        singular = [np.linalg.svd(of, compute_uv=False) for of in (w, after)]
+        np.testing.assert_allclose(*singular, rtol=1e-4)
+        assert abs(np.corrcoef(np.ravel(w), np.ravel(after))[0, 1]) < 0.3
+
+
+def test_re_paired_changes_only_which_neuron_feeds_which_output(rng):
+    for kind, name in (("mlp", "w_out"), ("gated", "w_down")):
+        layer = blocks(rng)[kind]
+        null = re_paired(layer, key=jax.random.key(0))
+        assert all(null.weights()[k] is w for k, w in layer.weights().items() if k != name)
+        before, after = layer.weights()[name], null.weights()[name]
+        assert not np.array_equal(before, after)
+        np.testing.assert_array_equal(np.sort(np.asarray(before), axis=1), np.sort(np.asarray(after), axis=1))
+        assert {tuple(column) for column in np.asarray(before).T} == {tuple(column) for column in np.asarray(after).T}
+    with pytest.raises(ValueError, match="Dense has no output matrix"):
+        re_paired(blocks(rng)["dense"], key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("null", [random_weights, same_spectrum])
+def test_layers_without_weights_have_no_null(null):
     with pytest.raises(ValueError, match="got FunctionLayer"):
-        random_weights(rs.FunctionLayer(lambda x: x, 3, 3), key=jax.random.key(0))
+        null(rs.FunctionLayer(lambda x: x, 3, 3), key=jax.random.key(0))
 
 
 def test_shuffled_inputs_keep_marginals_and_lose_correlation(rng):
@@ -90,7 +150,8 @@ def test_finite_effects_count_by_the_definition(rng):
 
 
 def fitted(layer, x, key):
-    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, steps=150, scale_inputs=False)
+    method = rs.default_method(steps=150)
+    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, method=method, scale_inputs=False)
 
 
 def test_a_planted_basis_is_identified(rng):
@@ -123,17 +184,17 @@ def test_directions_outside_the_active_subspace_do_not_count(rng):
     layer = rs.Dense(rng.standard_normal((6, 6)).astype(np.float32), activation="tanh")
     x = (rng.standard_normal((200, 6)) * [1, 1, 1, 1e-4, 1e-4, 1e-4]).astype(np.float32)
     fit = lambda key: rs.find_rotations(  # noqa: E731
-        layer, x, key=jax.random.key(key), restarts=2, steps=20, active_subspace=0.99
+        layer, x, key=jax.random.key(key), restarts=2, method=rs.default_method(steps=20), active_subspace=0.99
     )
     report = identifiability(layer, x, fit(0), [(layer, x, fit(1))])
-    assert report.sides["in"].fitted.sum() == 3
+    assert report.sides["in"].free.sum() == 3
     assert report.sides["in"].identified(0.0) == 3
 
 
 def test_a_null_and_restarts_are_needed(rng):
     layer = rs.Dense(rng.standard_normal((3, 3)).astype(np.float32))
     x = rng.standard_normal((50, 3)).astype(np.float32)
-    single = rs.find_rotations(layer, x, key=jax.random.key(0), steps=5)
+    single = rs.find_rotations(layer, x, key=jax.random.key(0), method=rs.default_method(steps=5))
     with pytest.raises(ValueError, match="without a null model"):
         identifiability(layer, x, single, [])
     with pytest.raises(ValueError, match="restarts"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -17,15 +18,19 @@ import optax
 import pytest
 
 from rotsparse._core.digests import array_digest
+from rotsparse._core.errors import CheckError
+from rotsparse._core.files import move
 from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
-from rotsparse.fit._checkpoint import Checkpoints, Session
-from rotsparse.fit._fingerprint import difference, fingerprint
+from rotsparse.engine import _checkpoint, _checkpoint_files
+from rotsparse.engine._checkpoint import Session
+from rotsparse.engine._fingerprint import difference, fingerprint
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.objectives import ActivationSparsity
 from rotsparse.objectives.measures import Log
-from rotsparse.solvers import Annealing, Riemannian
+from rotsparse.solvers import Anneal, Riemannian
 
 CONFIG = {"solver": "Annealing", "steps": "10"}
 
@@ -56,7 +61,7 @@ def same(a, b):
 
 @contextlib.contextmanager
 def opened(folder, config=CONFIG, sound=lambda state: "", **options):
-    session = Session(Checkpoints(folder, **options), config, a_state(0), sound)
+    session = Session(folder, config, a_state(0), sound, **options)
     with contextlib.closing(session):
         yield session
 
@@ -84,7 +89,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 def test_one_file_knows_orbax():
     sources = Path(_checkpoint_files.__file__).parent.rglob("*.py")
-    assert [path.name for path in sources if "import orbax" in path.read_text()] == ["checkpoint_files.py"]
+    assert [path.name for path in sources if "import orbax" in path.read_text()] == ["_checkpoint_files.py"]
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
@@ -112,7 +117,7 @@ def test_when_it_is_time(tmp_path, monkeypatch):
         assert not session.due(10**6) and session.steps_left(10**6) is None
     for options in ({"every_steps": 0}, {"every_minutes": -1.0}):
         with pytest.raises(ValueError, match="should be greater than zero"):
-            Checkpoints(tmp_path, **options)
+            Run(tmp_path, **options)
 
 
 def damage(path, rng):
@@ -164,7 +169,7 @@ def test_no_damage_goes_unnoticed(count, tmp_path):
         noticed += 1
         aside = tmp_path / "damaged-step-00000002"
         assert aside.is_dir() and not latest.exists(), what
-        aside.rename(latest)
+        move(aside, latest)
         path.write_bytes(intact)
     same(restore(tmp_path), a_state(2))
     print(
@@ -188,7 +193,7 @@ def test_nothing_intact_is_an_error_and_no_fresh_start(tmp_path):
     for folder in tmp_path.glob("step-*"):
         (folder / "manifest.json").write_text("{}")
     for _ in range(2):  # and stays one
-        with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none of the checkpoints"):
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckError, match="none of the checkpoints"):
             restore(tmp_path)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -204,7 +209,7 @@ def test_arrays_are_checked_after_reading(tmp_path, monkeypatch):
             leaves["0000"] = leaves["0000"] + np.float32(1e-7)
         return leaves
 
-    monkeypatch.setattr(checkpoint_files, "_orbax_restore", wrong)
+    monkeypatch.setattr(_checkpoint_files, "_orbax_restore", wrong)
     with pytest.warns(UserWarning, match=r"array \['bases'\]\['in'\] is not the one"):
         same(restore(tmp_path), a_state(1))
 
@@ -234,7 +239,7 @@ def test_a_second_session_is_refused(tmp_path):
         assert held(tmp_path)
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"), opened(tmp_path):
             pass
-        script = f"from rotsparse.lock import FolderLock; FolderLock({str(tmp_path)!r})"  # another process
+        script = f"from rotsparse._core.lock import FolderLock; FolderLock({str(tmp_path)!r})"  # another process
         refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert refused.returncode == 1 and f"in use by process {os.getpid()} on" in refused.stderr
         session.save(1, a_state(1), 0.0)
@@ -244,7 +249,7 @@ def test_a_second_session_is_refused(tmp_path):
 
 def test_remains_of_a_killed_save_are_removed(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "saving-00000002" / "state").mkdir(parents=True)
+    (tmp_path / ".rotsparse-0123456789abcdef" / "state").mkdir(parents=True)
     same(restore(tmp_path), a_state(1))
     assert names(tmp_path) == ["step-00000001"]
 
@@ -262,10 +267,11 @@ def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
         pass
 
 
-def a_fit(**options):
+def a_fit(run=None, **options):
     x = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
-    objective = ActivationSparsity(x, Log(0.3), batch_size=8)
-    return minimize(objective, {"in": jnp.eye(5)}, key=jax.random.key(0), **{"steps": 60} | options)
+    objective = ActivationSparsity(x, Log(0.3))
+    method = Anneal(**{"steps": 60, "batch_size": 8} | options)
+    return minimize(objective, {"in": jnp.eye(5)}, key=jax.random.key(0), method=method, run=run)
 
 
 def test_a_full_disk_does_not_end_a_fit(tmp_path, monkeypatch):
@@ -280,15 +286,15 @@ def test_a_full_disk_does_not_end_a_fit(tmp_path, monkeypatch):
         original(path, leaves)
 
     whole = a_fit()
-    monkeypatch.setattr(checkpoint_files, "_orbax_save", full)
+    monkeypatch.setattr(_checkpoint_files, "_orbax_save", full)
     with pytest.warns(UserWarning, match="No space left on device. The fit goes on; earlier checkpoints are intact"):
-        solution = a_fit(checkpoint=Checkpoints(tmp_path, every_steps=10))
+        solution = a_fit(Run(tmp_path, every_steps=10))
     assert solution.result is Result.ALL_STEPS and len(saves) == 6
     np.testing.assert_array_equal(solution.bases["in"], whole.bases["in"])
     assert "No space left" in solution.detail and "No space left" in solution.summary()
-    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert names(tmp_path / "checkpoints") == ["step-00000010", "step-00000020"]
     monkeypatch.undo()
-    again = a_fit(checkpoint=tmp_path)
+    again = a_fit(tmp_path)
     assert again.stats["resumed_at"] == 20
     np.testing.assert_array_equal(again.bases["in"], whole.bases["in"])
 
@@ -297,25 +303,24 @@ LIMITED = """
 import resource, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 from test_checkpoint import a_fit, names
-from rotsparse.checkpoint import Checkpoints
 from pathlib import Path
 folder = Path({folder!r})
-first = a_fit(checkpoint=Checkpoints(folder), steps=20)
+first = a_fit(folder, steps=20)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    second = a_fit(checkpoint=Checkpoints(folder / "limited"), steps=20)
+    second = a_fit(folder / "limited", steps=20)
 assert any("could not be written" in str(w.message) for w in caught), [str(w.message) for w in caught]
 assert second.result.ok and (second.bases["in"] == first.bases["in"]).all()
-assert names(folder / "limited") == []
+assert names(folder / "limited" / "checkpoints") == []
 print(second.detail)
 """
 
 
 def test_files_that_may_not_grow(tmp_path):
     """The operating system's own refusal (a limit on the size of files), in a process of its own."""
-    script = LIMITED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    script = LIMITED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "earlier checkpoints are intact" in done.stdout
@@ -326,7 +331,7 @@ def test_messages_of_others_are_shown(caplog, monkeypatch):
     """Only what Orbax says twice is dropped."""
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
-    _orbax_noise.silence.__wrapped__()
+    _checkpoint_files.silence.__wrapped__()
     raised = "[process=%d] _SignalingThread.run() raised an exception: %s"
     orphan = "Task exception was never retrieved\nfuture: <Task finished coro=<%s()> exception=ValueError()>"
     for name, message, *arguments in [
@@ -349,16 +354,15 @@ def test_messages_of_others_are_shown(caplog, monkeypatch):
 
 
 def test_a_fit_of_other_settings_or_data_is_refused(tmp_path):
-    a_fit(checkpoint=tmp_path)
-    with pytest.raises(ValueError, match=r"steps: 60 then, 80 now"):
-        a_fit(checkpoint=tmp_path, steps=80)
-    with pytest.raises(ValueError, match=r"solver.angle: 0.4 then, 0.3 now"):
-        a_fit(checkpoint=tmp_path, solver=Annealing(angle=0.3))
-    with pytest.raises(ValueError, match=r"start\['in'\]: float32\[5, 5\] \w+ then"):
+    a_fit(tmp_path)
+    with pytest.raises(ValueError, match=r"method.steps: 60 then, 80 now"):
+        a_fit(tmp_path, steps=80)
+    with pytest.raises(ValueError, match=r"method.angle: 0.4 then, 0.3 now"):
+        a_fit(tmp_path, angle=0.3)
+    with pytest.raises(ValueError, match=r"start\[0\]\['in'\]: float32\[5, 5\] \w+ then"):
         x = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
-        objective = ActivationSparsity(x, Log(0.3), batch_size=8)
-        start = {"in": haar(jax.random.key(1), 5)}
-        minimize(objective, start, key=jax.random.key(0), steps=60, checkpoint=tmp_path)
+        start, method = {"in": haar(jax.random.key(1), 5)}, Anneal(steps=60, batch_size=8)
+        minimize(ActivationSparsity(x, Log(0.3)), start, key=jax.random.key(0), method=method, run=tmp_path)
 
 
 def test_fingerprints_see_what_closures_hold():
@@ -370,17 +374,47 @@ def test_fingerprints_see_what_closures_hold():
     assert of(optax.adam(optax.linear_schedule(1, 0, 9))) != of(optax.adam(optax.linear_schedule(1, 0, 8)))
     same_code, other_code = (lambda share: share * 2), (lambda share: share * 3)
     assert fingerprint(f=same_code) != fingerprint(f=other_code)
-    other_step = type("Annealing", (Annealing,), {"step": lambda self, *arguments: None, "__module__": "rotsparse"})
-    assert len(difference(fingerprint(solver=Annealing()), fingerprint(solver=other_step()))) == 1
+    other_step = type("Anneal", (Anneal,), {"step": lambda self, *arguments: None, "__module__": "rotsparse"})
+    assert len(difference(fingerprint(solver=Anneal()), fingerprint(solver=other_step()))) == 1
     x = np.arange(12.0)
     assert difference(fingerprint(x=x), fingerprint(x=x + 1e-15 * (x == 3)))
     assert fingerprint(key=jax.random.key(1)) != fingerprint(key=jax.random.key(2))
 
 
+def test_fingerprints_do_not_see_docstrings_and_modules():
+    """A resume must not be refused because a sentence was mended or a file moved."""
+    template = """
+class Method:
+    {doc}
+    def step(self, x):
+        {doc}
+        def inner(y):
+            {doc}
+            return y + {number}
+        return inner(x)
+def function(x):
+    {doc}
+    return "a string", x * {number}
+"""
+
+    def described(doc, number=2, module="rotsparse.solvers.one"):
+        names = {"__name__": module}
+        exec(template.format(doc=doc, number=number), names)
+        method = dataclasses.dataclass(names["Method"])()
+        return fingerprint(method=method, function=names["function"])
+
+    plain = described('"""A docstring."""')
+    assert difference(plain, described('"""Another,\n\n    longer one."""')) == difference(plain, described("")) == []
+    assert difference(plain, described("", module="rotsparse.elsewhere")) == []
+    assert len(difference(plain, described("", number=3))) == 2
+    assert len(difference(plain, described("", module="another_package.solvers.one"))) == 2
+
+
 def test_fingerprints_are_the_same_in_every_process():
     """Nothing in them depends on addresses, hash seeds or the order of sets."""
     script = (
-        "import jax, json, optax; from rotsparse.fingerprint import fingerprint; from rotsparse.solvers import *\n"
+        "import jax, json, optax; from rotsparse.solvers import *\n"
+        "from rotsparse.engine._fingerprint import fingerprint\n"
         "from rotsparse.layers import FunctionLayer\n"
         "f = lambda x: x if x in {'a', 'b', 'c'} else jax.nn.relu(x)\n"
         "s = Riemannian(optax.chain(optax.clip(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 9))))\n"

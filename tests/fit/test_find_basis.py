@@ -1,16 +1,15 @@
 """`find_basis`: finds planted directions, loses less energy than principal components, and never makes things worse."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import rotsparse as rs
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result
 from rotsparse.examples.digits import train
-from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
+from rotsparse.fit.default_method import default_basis_method
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 KEY = jax.random.key(0)
@@ -30,6 +29,11 @@ def activations():
     return tuple(np.asarray(network.layers[0](jnp.asarray(x))) for x in (network.train, network.test))
 
 
+def find(x, *, steps, measure=rs.TopK(0.5), **options):  # noqa: B008 (immutable)
+    method = default_basis_method(measure, steps=steps)
+    return rs.find_basis(x, key=options.pop("key", KEY), measure=measure, method=method, **options)
+
+
 def energy_lost(x, r, keep):
     square = np.sort(np.square(x @ np.asarray(r).T), axis=1)
     return square[:, : square.shape[1] - round(keep * square.shape[1])].sum() / square.sum()
@@ -38,17 +42,17 @@ def energy_lost(x, r, keep):
 @pytest.mark.parametrize("measure", [rs.Log(0.1), rs.TopK(0.3)], ids=lambda m: type(m).__name__)
 def test_planted_directions_are_found(measure):
     x, dictionary = planted()
-    solution = rs.find_basis(x, key=KEY, measure=measure, steps=600)
+    solution = find(x, measure=measure, steps=600)
     cosines = np.abs(np.asarray(solution.bases["x"]) @ dictionary.T).max(axis=0)
     assert cosines.min() > 0.99
     if isinstance(measure, rs.Log):
-        assert "fixed point and quasi-Newton steps" in solution.certificate
+        assert [stage.name for stage in solution.stages] == ["Anneal", "FixedPointNewton"]
         assert cosines.min() > 0.9999
 
 
 def test_it_loses_less_energy_than_principal_components(activations):
     train_x, test_x = activations
-    solution = rs.find_basis(train_x, key=KEY, validation=test_x[:200], steps=1500)
+    solution = find(train_x, validation=test_x[:200], steps=1500)
     _, components = np.linalg.eigh(train_x.T @ train_x)
     bases = solution.bases["x"], components.T, np.eye(64)
     ours, pca, none = (energy_lost(train_x, r, 0.5) for r in bases)
@@ -71,7 +75,7 @@ def half_zero(rng):
 
 def test_top_k_finds_the_basis_in_which_half_is_zero(half_zero):
     x, basis = half_zero
-    solution = rs.find_basis(x[:2000], key=KEY, validation=x[2000:], steps=1000)
+    solution = find(x[:2000], validation=x[2000:], steps=1000)
     assert energy_lost(x[2000:], solution.bases["x"], 0.5) < 1e-3
     assert np.abs(np.asarray(solution.bases["x"]) @ basis.T).max(axis=1).min() > 0.999
 
@@ -81,9 +85,8 @@ def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
     near = np.linalg.qr(basis + 0.15 * rng.standard_normal(basis.shape))[0]
     near *= np.sign(np.sum(near * basis, axis=1, keepdims=True))
     objective = rs.ActivationSparsity(x, rs.TopK(0.5))
-    solution = rs.minimize(
-        objective, {"in": jnp.asarray(near, jnp.float32)}, key=KEY, solver=FixedPoint(top_k(6)), steps=100
-    )
+    start = {"in": jnp.asarray(near, jnp.float32)}
+    solution = rs.minimize(objective, start, key=KEY, method=FixedPoint(top_k(6), steps=100))
     values = solution.history.objective[0]
     assert (np.diff(values) <= 1e-6).all()
     assert values[-1] < 0.02 * values[0]
@@ -91,8 +94,8 @@ def test_power_steps_never_lose_energy_and_finish_a_near_basis(half_zero, rng):
 
 def test_a_good_start_is_kept_where_nothing_better_is_found():
     x, _ = planted()
-    best = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=600)
-    again = rs.find_basis(x, key=jax.random.key(1), measure=rs.Log(0.1), start=best.bases["x"], steps=20)
+    best = find(x, measure=rs.Log(0.1), steps=600)
+    again = find(x, key=jax.random.key(1), measure=rs.Log(0.1), start=best.bases["x"], steps=20)
     assert again.value <= best.value + 1e-6
 
 
@@ -101,7 +104,7 @@ def test_an_optimal_start_is_returned_and_the_result_says_so(rng, held_out):
     """Half of the neurons are exactly zero in each example: nothing is lost, and nothing can be better."""
     x = rng.choice([-1.0, 1.0], (600, 8)) * (np.argsort(rng.random((600, 8)), axis=1) < 4)
     x, validation = x[:500].astype(np.float32), x[500:].astype(np.float32)
-    solution = rs.find_basis(x, key=KEY, steps=40, restarts=2, validation=validation if held_out else None)
+    solution = find(x, steps=40, restarts=2, validation=validation if held_out else None)
     assert solution.result is Result.NO_IMPROVEMENT
     np.testing.assert_array_equal(solution.bases["x"], np.eye(8))
     assert solution.value == solution.start_value == solution.candidate_values.min() == 0
@@ -110,7 +113,7 @@ def test_an_optimal_start_is_returned_and_the_result_says_so(rng, held_out):
 def test_the_result_is_that_of_all_parts():
     """One step of annealing improves little or nothing; what follows it does."""
     x, _ = planted(n=500)
-    solution = rs.find_basis(x, key=KEY, measure=rs.Log(0.1), steps=1)
+    solution = find(x, measure=rs.Log(0.1), steps=1)
     assert solution.result is Result.ALL_STEPS and solution.value < solution.start_value
 
 
@@ -124,7 +127,7 @@ class Overflowing(rs.TopK):
 def test_an_objective_that_overflows_in_the_second_part_is_reported(rng):
     """The first part minimises another measure, and sees nothing of it."""
     x = rng.choice([-1.0, 1.0], (500, 8)).astype(np.float32)
-    solution = rs.find_basis(x, key=KEY, measure=Overflowing(), steps=40, restarts=2)
+    solution = find(x, measure=Overflowing(), steps=40, restarts=2)
     assert solution.result is Result.NON_FINITE and "the objective" in solution.detail
     np.testing.assert_array_equal(solution.bases["x"], np.eye(8))  # the last good rotation
     assert solution.value == solution.start_value and np.isfinite(solution.value)
@@ -132,24 +135,27 @@ def test_an_objective_that_overflows_in_the_second_part_is_reported(rng):
 
 def test_same_key_same_bits():
     x, _ = planted(n=500)
-    one, other = (rs.find_basis(x, key=KEY, steps=50, restarts=2).bases["x"] for _ in range(2))
+    one, other = (find(x, steps=50, restarts=2).bases["x"] for _ in range(2))
     np.testing.assert_array_equal(one, other)
 
 
-def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["start-0", "start-1", "components"])
+def test_an_interrupted_fit_goes_on(stage, tmp_path, monkeypatch):
+    """Interrupted in the second stage, in its first or second fit, or in the power steps."""
     x, _ = planted(n=500)
-    fit = lambda **more: rs.find_basis(x, key=KEY, steps=80, restarts=2, **more)  # noqa: E731
-    whole, fits = fit(), iter(range(3))
+    fit = lambda **more: find(x, steps=80, restarts=2, **more)  # noqa: E731
+    whole, part = fit(), Run.part
 
-    def stopped(*arguments, **options):
-        if next(fits) == 2:  # the smooth fit and one restart are done
-            raise KeyboardInterrupt
-        return minimize(*arguments, **options)
+    def interrupted(run, name):
+        if name == stage:
+            run._stop.requested = True
+        return part(run, name)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rotsparse.fit.find_basis.minimize", stopped)
-        fit(checkpoint=tmp_path)
-    resumed = fit(checkpoint=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "part", interrupted)
+        stopped = fit(run=tmp_path)
+    assert stopped.result is Result.INTERRUPTED and len(stopped.candidates) == 2
+    resumed = fit(run=tmp_path)
     np.testing.assert_array_equal(resumed.bases["x"], whole.bases["x"])
     assert len(resumed.candidates) == 2 and resumed.agreement()["x"].shape == (1, 12)
     assert resumed.value < resumed.start_value
@@ -164,22 +170,21 @@ def test_bad_input():
     with pytest.raises(ValueError, match="validation should have shape"):
         rs.find_basis(x, key=KEY, validation=x[:, :5])
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
-        rs.find_basis(x, key=KEY, batch_size=0)
+        default_basis_method(rs.TopK(0.5), batch_size=0)
 
 
 def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng):
     x = rng.standard_normal((50, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     source, mapped = rs.open_source(tmp_path / "x.npy"), np.load(tmp_path / "x.npy", mmap_mode="r")
-    fits: tuple[Any, ...] = (rs.find_basis, rs.fit_activations)
-    for fit in fits:
-        with pytest.raises(ValueError, match=r"source\.part"):
-            fit(source, key=KEY)
-    of_map, of_array = (rs.fit_activations(of, key=KEY, measure=rs.Log(0.1))[0] for of in (mapped, x))
-    np.testing.assert_array_equal(of_map, of_array)
+    with pytest.raises(ValueError, match=r"source\.part"):
+        rs.find_basis(source, key=KEY)
+    newton = rs.FixedPointNewton()
+    of_map, of_array = (rs.find_basis(of, key=KEY, measure=rs.Log(0.1), method=newton) for of in (mapped, x))
+    np.testing.assert_array_equal(of_map.bases["x"], of_array.bases["x"])
 
 
 def test_a_basis_is_no_pair_of_rotations():
     x, _ = planted(n=50)
     with pytest.raises(ValueError, match=r"solution.bases\['x'\].*Rotations\(R, np.eye"):
-        rs.find_basis(x, key=KEY, steps=5).rotations  # noqa: B018
+        find(x, steps=5).rotations  # noqa: B018

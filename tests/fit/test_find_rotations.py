@@ -12,14 +12,16 @@ import pytest
 
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.orthogonal import haar, retract_cayley, retract_expm, retract_qr
-from rotsparse.fit.find_rotations import find_rotations, minimize
-from rotsparse.fit.solution import Result, Solution
+from rotsparse.engine.solution import Result, Solution
+from rotsparse.fit.default_method import default_method
+from rotsparse.fit.find_rotations import find_rotations
+from rotsparse.fit.minimize import minimize
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.mlp import Dense
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import ActivationSparsity, JacobianSparsity, WeightedSum, measures
-from rotsparse.solvers import Annealing, Riemannian
+from rotsparse.solvers import Anneal, Refine, Riemannian, Then
 from rotsparse.solvers.riemannian import constant, geometric
 
 KEY = jax.random.key(0)
@@ -34,9 +36,11 @@ def planted(n=400, d=D, seed=0):
     return layer, rng.standard_normal((n, d)).astype(np.float32), Rotations(q_in.T.copy(), q_out.T.copy())
 
 
-def quick(layer, x, **options):
-    defaults = {"key": KEY, "steps": 100, "scale_inputs": False, "solver": Annealing()}
-    return find_rotations(layer, x, **{**defaults, **options})
+def quick(layer, x, *, method=None, **options):
+    """A short fit: of annealing, unless another method is given; its fields may stand among the options."""
+    fields = {name: options.pop(name) for name in ("steps", "batch_size") if name in options}
+    method = Anneal(**{"steps": 100, **fields}) if method is None else method
+    return find_rotations(layer, x, **{"key": KEY, "scale_inputs": False, "method": method, **options})
 
 
 def same_bits(a, b):
@@ -76,27 +80,27 @@ def test_same_key_same_bits_and_another_key_other_bits():
 )
 def test_no_learning_rate_breaks_orthogonality(optimizer, options):
     layer, x, _ = planted(n=50)
-    solution = quick(layer, x, steps=30, solver=Riemannian(optimizer, decay=constant, **options))
+    solution = quick(layer, x, method=Riemannian(optimizer, steps=30, decay=constant, **options))
     assert solution.result in (Result.ALL_STEPS, Result.NO_IMPROVEMENT)
     assert solution.rotations.orthogonality_error() < 1e-5
     assert solution.value <= solution.start_value
 
 
-@pytest.mark.parametrize("solver", [Riemannian(eps=geometric(1.0, 0.1)), Annealing()], ids=["riemannian", "annealing"])
-def test_float32_data_stay_float32_when_x64_is_on(x64, solver):
+@pytest.mark.parametrize(
+    "method", [Riemannian(steps=30, eps=geometric(1.0, 0.1)), Anneal(steps=30)], ids=["riemannian", "anneal"]
+)
+def test_float32_data_stay_float32_when_x64_is_on(x64, method):
     layer, x, _ = planted(n=50)
-    solution = quick(layer, x, steps=30, solver=solver)
+    solution = quick(layer, x, method=method)
     assert solution.rotations.r_in.dtype == np.float32
-    solution = quick(
-        jax.tree.map(lambda w: np.asarray(w, np.float64), layer), x.astype(np.float64), steps=30, solver=solver
-    )
+    solution = quick(jax.tree.map(lambda w: np.asarray(w, np.float64), layer), x.astype(np.float64), method=method)
     assert solution.rotations.r_in.dtype == np.float64
     assert solution.rotations.orthogonality_error() < 1e-13
 
 
 def test_a_start_that_cannot_be_improved_is_returned():
     layer, x, truth = planted()
-    solution = quick(layer, x, start=truth, solver=Riemannian(optax.sgd(1e3), decay=constant), steps=20)
+    solution = quick(layer, x, start=truth, method=Riemannian(optax.sgd(1e3), decay=constant, steps=20))
     assert solution.result is Result.NO_IMPROVEMENT and not solution.result.ok
     np.testing.assert_array_equal(solution.rotations.r_in, truth.r_in)
     assert "start" in solution.result.value
@@ -144,7 +148,7 @@ def test_active_subspace_of_a_layer_with_few_directions():
 
 def test_early_stopping():
     layer, x, truth = planted()
-    solution = quick(layer, x, start=truth, patience=40, steps=1000, solver=Riemannian(optax.sgd(1e-3)))
+    solution = quick(layer, x, start=truth, method=Riemannian(optax.sgd(1e-3), patience=40, steps=1000))
     assert solution.stats["steps"] < 1000
     assert solution.result in (Result.CONVERGED, Result.NO_IMPROVEMENT)
 
@@ -152,8 +156,8 @@ def test_early_stopping():
 def test_patience_is_not_lost_before_anybody_looked():
     """Looking at all examples is dear here, and for the first hundreds of steps the fit improves all the time."""
     layer, x, _ = planted(n=4000)
-    adam = Riemannian(optax.adam(0.01), decay=constant)
-    solution = quick(layer, x, solver=adam, batch_size=4, patience=100, steps=400)
+    adam = Riemannian(optax.adam(0.01), decay=constant, batch_size=4, patience=100, steps=400)
+    solution = quick(layer, x, method=adam)
     assert solution.stats["best_step"] > 0 and solution.value < 0.9 * solution.start_value
     assert np.diff(solution.history.checked_at).max() <= 100
 
@@ -166,7 +170,7 @@ def test_few_validation_examples_are_looked_at_often():
 
 def test_history_and_schedules():
     layer, x, _ = planted()
-    solution = quick(layer, x, steps=70, restarts=3, solver=Riemannian(optax.adam(0.1), eps=geometric(1.0, 0.1)))
+    solution = quick(layer, x, restarts=3, method=Riemannian(optax.adam(0.1), steps=70, eps=geometric(1.0, 0.1)))
     history = solution.history
     assert history.objective.shape == (3, 70)
     assert history.checked_at.tolist() == [0, 20, 40, 60, 70]
@@ -188,7 +192,9 @@ def test_non_finite_values_stop_the_run_and_say_where():
     x = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
     turn = np.array([[0.995, 0.0999, 0], [-0.0999, 0.995, 0], [0, 0, 1]], np.float32)
     start = Rotations(turn, np.eye(3, dtype=np.float32))
-    solution = quick(layer, x, start=start, measure=Exploding(0.1), solver=Riemannian(optax.sgd(-1e6), decay=constant))
+    solution = quick(
+        layer, x, start=start, measure=Exploding(0.1), method=Riemannian(optax.sgd(-1e6), steps=100, decay=constant)
+    )
     assert solution.result is Result.NON_FINITE and not solution.result.ok
     assert "step" in solution.detail
     assert np.isfinite(np.asarray(solution.rotations.r_in)).all()
@@ -200,17 +206,17 @@ def test_what_came_before_a_nan_is_not_lost(monkeypatch):
     layer, x, _ = planted(n=4000)
     late = lambda i: jnp.where(i < 350, 1.0, jnp.nan)  # noqa: E731
     adam = optax.chain(optax.adam(0.05), optax.scale_by_schedule(late))
-    solution = quick(layer, x, solver=Riemannian(adam, decay=constant), batch_size=4, steps=400)
+    solution = quick(layer, x, method=Riemannian(adam, decay=constant, batch_size=4, steps=400))
     assert solution.result is Result.NON_FINITE
     assert 300 <= solution.stats["best_step"] <= 350
     assert solution.value < 0.9 * solution.start_value
 
 
-def test_wide_layers_are_not_searched_whatever_is_held(monkeypatch):
-    monkeypatch.setattr("rotsparse.fit.find_rotations.LARGEST_SEARCH", D * D - 1)
+def test_wide_layers_are_not_searched_whatever_is_held():
     layer, x, _ = planted(n=50)
+    method = Then(Anneal(steps=5), Refine(Anneal(steps=5), largest=D * D - 1))
     for options in ({}, {"hold": ("in",)}, {"tie": True}):
-        assert not find_rotations(layer, x, key=KEY, steps=5, **options).certificate
+        assert find_rotations(layer, x, key=KEY, method=method, **options).certificate is None
 
 
 def test_an_optimiser_that_returns_nan_is_caught():
@@ -218,7 +224,7 @@ def test_an_optimiser_that_returns_nan_is_caught():
         lambda p: (), lambda g, s, p=None: (jax.tree.map(lambda u: u * jnp.nan, g), s)
     )
     layer, x, _ = planted(n=50)
-    solution = quick(layer, x, solver=Riemannian(broken))
+    solution = quick(layer, x, method=Riemannian(broken))
     assert solution.result is Result.NON_FINITE
     np.testing.assert_array_equal(solution.rotations.r_in, np.eye(D))
 
@@ -232,7 +238,7 @@ def test_interrupting_keeps_the_best(monkeypatch):
         if len(updates) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("rotsparse.fit.minimize.Progress.update", interrupt)
+    monkeypatch.setattr("rotsparse.engine._progress.Progress.update", interrupt)
     solution = quick(layer, x, steps=1000)
     assert solution.result is Result.INTERRUPTED and not solution.result.ok
     assert 0 < solution.stats["steps"] < 1000
@@ -241,7 +247,7 @@ def test_interrupting_keeps_the_best(monkeypatch):
 
 def test_ten_thousand_float32_steps_stay_orthogonal():
     layer, x, _ = planted(n=16)
-    solution = quick(layer, x, steps=10_000, solver=Riemannian(optax.adam(0.1), decay=constant))
+    solution = quick(layer, x, method=Riemannian(optax.adam(0.1), steps=10_000, decay=constant))
     assert solution.rotations.orthogonality_error() < 1e-5
 
 
@@ -262,30 +268,32 @@ def test_activations_and_sums_go_through_minimize(rng):
     x = (codes @ q).astype(np.float32)
     objective = ActivationSparsity(x, measures.Log(0.3))
     start = {"in": haar(KEY, 6)}
-    solution = minimize(objective, start, key=KEY, steps=200, restarts=3)
+    solution = minimize(objective, start, key=KEY, method=Anneal(steps=200, batch_size=None), restarts=3)
     assert mean_max_cosine(np.asarray(solution.bases["in"]), q) > 0.999
     both = WeightedSum([objective, ActivationSparsity(x[:100], measures.Log(1.0))], [1.0, 0.1])
-    assert minimize(both, start, key=KEY, steps=50).value < both.value(start)
+    assert minimize(both, start, key=KEY, method=Anneal(steps=50, batch_size=None)).value < both.value(start)
 
 
 def test_the_default_searches_pairs_and_leaves_a_certificate():
     layer, x, _ = planted()
-    alone, complete = quick(layer, x, steps=60), quick(layer, x, steps=60, solver=None)
-    assert "no rotation of two rows improves" in complete.certificate
-    assert complete.certificate in complete.summary()
-    assert alone.certificate == ""
+    default = default_method(steps=60)
+    alone, complete = quick(layer, x, steps=60), quick(layer, x, method=default)
+    assert "no rotation of two rows improves" in str(complete.certificate)
+    assert str(complete.certificate) in complete.summary()
+    assert alone.certificate is None
+    assert [stage.name for stage in complete.stages] == ["Anneal", "Refine"]
     assert complete.value <= alone.value
     assert complete.rotations.orthogonality_error() < 1e-5
     objective = JacobianSparsity(layer, x, measures.Log(0.1), scale_inputs=False)
     gradient = objective.value_and_grad(complete.bases)[1]
     assert complete.stats["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=0.01, abs=1e-6)
-    judged = quick(layer, x, steps=60, solver=None, validation=x[:50], restarts=2)
+    judged = quick(layer, x, method=default, validation=x[:50], restarts=2)
     np.testing.assert_allclose(judged.validation_value, judged.candidate_values.min())
-    held = quick(layer, x, steps=60, solver=None, hold=("out",))
+    held = quick(layer, x, method=default, hold=("out",))
     np.testing.assert_array_equal(held.rotations.r_out, np.eye(D))
-    small = quick(layer, x, steps=60, solver=None, active_subspace=0.9)
+    small = quick(layer, x, method=default, active_subspace=0.9)
     assert small.rotations.orthogonality_error() < 1e-5
-    assert quick(layer, x, steps=60, solver=None, tie=True).certificate == ""  # no plain sum over rows
+    assert quick(layer, x, method=default, tie=True).certificate is None  # no plain sum over rows
 
 
 def test_agreement_between_restarts():
@@ -342,7 +350,7 @@ def test_bad_arguments():
         quick(layer, x, start=Rotations.identity(3, 3))
     with pytest.raises(ValueError, match="share of the variance"):
         quick(layer, x, active_subspace=1.5)
-    with pytest.raises(ValueError, match="neither start, tie nor hold"):
+    with pytest.raises(ValueError, match="excludes start, tie and hold"):
         quick(layer, x, active_subspace=0.9, tie=True)
     with pytest.raises(ValueError, match=r"validation should have shape \[examples, 8\]"):
         quick(layer, x, validation=x[:, :3])
@@ -350,8 +358,10 @@ def test_bad_arguments():
         quick(layer, x, batch_size=0)
     with pytest.raises(ValueError, match="r_in and r_out to be equal"):
         quick(layer, x, tie=True, start=Rotations.haar(KEY, D, D))
-    with pytest.raises(ValueError, match="patience would stop it early"):
-        quick(layer, x, patience=10)
+    with pytest.raises(ValueError, match="patience should be at least 1, got 0"):
+        Riemannian(patience=0)
+    with pytest.raises(TypeError, match="patience"):  # annealing improves most near its end
+        Anneal(patience=10)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="max_step"):
         Riemannian(max_step=2.0)
 

@@ -3,6 +3,7 @@ be made of."""
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +13,29 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rotsparse._core.orthogonal import haar, retract_polar
 from rotsparse.data import sources
-from rotsparse.fit._checkpoint import Checkpoints
-from rotsparse.fit._log import read_log
+from rotsparse.engine.log import read_log
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result
+from rotsparse.engine.steps import Stepwise
 from rotsparse.fit.chain import fit_chain
+from rotsparse.fit.default_method import default_basis_method, default_method
+from rotsparse.fit.find_basis import find_basis
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.solution import Result
 from rotsparse.layers.mlp import Dense
 from rotsparse.objectives import ActivationSparsity, WeightedSum
 from rotsparse.objectives.measures import Log, TopK
-from rotsparse.solvers import Annealing, Riemannian, Solver
+from rotsparse.solvers import (
+    Anneal,
+    BestOf,
+    Each,
+    FixedPointNewton,
+    PairSearch,
+    PowerMethod,
+    Riemannian,
+    Then,
+    WithMeasure,
+)
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 from rotsparse.solvers.riemannian import geometric
 
@@ -50,8 +64,8 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """`interrupt(n)`: from now on, the n-th slice of every fit is the last of its session."""
-    from rotsparse.fit.minimize import Progress
+    """`interrupt(n)`: from now on, the n-th slice of every stage is the last of its session."""
+    from rotsparse.engine._progress import Progress
 
     def interrupt_after(slices):
         enter = Progress.__enter__
@@ -71,13 +85,15 @@ def interrupt(monkeypatch):
     yield interrupt_after
 
 
-class Wandering(Solver):
-    """A solver of a user's own, with a random state that lives in its keys: steps of random direction."""
+class Wandering(Stepwise):
+    """A method of a user's own, with a random state that lives in its keys: steps of random direction."""
+
+    steps: int = eqx.field(static=True, default=STEPS)
 
     def init(self, bases):
         return {"key": jax.random.key(5), "steps": jnp.zeros((), jnp.int32), "nothing": jnp.zeros((0, 2))}
 
-    def step(self, objective, bases, state, step, steps):
+    def step(self, objective, bases, state, step):
         value, _ = objective.value_and_grad(bases)
         key, now = jax.random.split(state["key"])
         bases = {
@@ -97,45 +113,69 @@ def problem(n=60, seed=0):
 def a_fit(**options):
     def fit(**more):
         layer, x = problem()
-        return find_rotations(layer, x, key=KEY, steps=STEPS, **{"solver": Annealing(), **options}, **more)
+        return find_rotations(layer, x, key=KEY, **{"method": Anneal(steps=STEPS), **options}, **more)
 
     return fit
 
 
 def a_sum(**more):
     _, x = problem()
-    terms = [ActivationSparsity(x, Log(0.3), batch_size=8), ActivationSparsity(x[:30], Log(1.0), space="out")]
+    terms = [ActivationSparsity(x, Log(0.3)), ActivationSparsity(x[:30], Log(1.0), space="out")]
     start = {"in": haar(KEY, D), "out": haar(KEY, D)}
-    return minimize(WeightedSum(terms, [1.0, 0.5]), start, key=KEY, steps=STEPS, restarts=2, **more)
+    return minimize(
+        WeightedSum(terms, [1.0, 0.5]), start, key=KEY, method=Anneal(steps=STEPS, batch_size=8), restarts=2, **more
+    )
 
 
 def fixed_point(**more):
     objective = ActivationSparsity(problem()[1], TopK(0.5))
-    return minimize(objective, {"in": haar(KEY, D)}, key=KEY, solver=FixedPoint(top_k(3)), steps=STEPS, **more)
+    return minimize(objective, {"in": haar(KEY, D)}, key=KEY, method=FixedPoint(top_k(3), steps=STEPS), **more)
+
+
+def basis(measure, method):
+    return lambda **more: find_basis(problem()[1], key=KEY, measure=measure, method=method, restarts=2, **more)
 
 
 FITS = {
     "annealing, minibatches, restarts": a_fit(restarts=3),
-    "annealing, all defaults and held-out data": a_fit(solver=None, validation=problem(seed=1)[1]),
-    "adam": a_fit(solver=Riemannian(optax.adam(0.1), eps=geometric(1.0, 0.1))),
-    "momentum, minibatches": a_fit(solver=Riemannian(optax.sgd(0.1, momentum=0.9)), batch_size=4, restarts=2),
-    "chained transformations, patience": a_fit(
-        solver=Riemannian(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.1, 0, 50)))),
-        patience=20,
+    "all defaults and held-out data": a_fit(method=default_method(steps=STEPS), validation=problem(seed=1)[1]),
+    "adam": a_fit(method=Riemannian(optax.adam(0.1), steps=STEPS, eps=geometric(1.0, 0.1))),
+    "momentum, minibatches": a_fit(
+        method=Riemannian(optax.sgd(0.1, momentum=0.9), steps=STEPS, batch_size=4), restarts=2
     ),
-    "a solver of one's own": a_fit(solver=Wandering(), restarts=2),
+    "chained transformations, patience": a_fit(
+        method=Riemannian(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.1, 0, 50))),
+            steps=STEPS,
+            patience=20,
+        )
+    ),
+    "a method of one's own": a_fit(method=Wandering(), restarts=2),
     "one side held": a_fit(hold=("out",)),
     "tied": a_fit(tie=True),
     "active subspace": a_fit(active_subspace=0.9),
     "a sum of objectives": a_sum,
     "fixed point": fixed_point,
+    "pair searches": a_fit(method=Then(Anneal(steps=STEPS), PairSearch(tolerance=0.0))),
+    "the best of two, each by itself": a_fit(
+        method=BestOf(Each(Anneal(steps=STEPS)), Riemannian(optax.adam(0.1), steps=STEPS)), restarts=2
+    ),
+    "a basis, all defaults": basis(TopK(0.5), default_basis_method(TopK(0.5), steps=STEPS, batch_size=8)),
+    "a basis, a smooth measure first": basis(
+        Log(0.3), Then(WithMeasure(Log(1.0), Anneal(steps=STEPS)), Anneal(steps=STEPS), FixedPointNewton())
+    ),
+    "power method": basis(TopK(0.5), PowerMethod(steps=STEPS)),
 }
 
 
 def same(a, b):
     """The same bits, but for what a clock said."""
     clocks = {"seconds", "compile_seconds", "resumed_at"}
-    plain = lambda s: dataclasses.replace(s, stats={k: v for k, v in s.stats.items() if k not in clocks})  # noqa: E731
+    plain = lambda s: dataclasses.replace(  # noqa: E731
+        s,
+        stats={k: v for k, v in s.stats.items() if k not in clocks},
+        stages=tuple(stage._replace(seconds=0.0) for stage in s.stages),
+    )
     a, b = (jax.tree_util.tree_leaves_with_path(dataclasses.asdict(plain(s))) for s in (a, b))
     for (path, u), (other_path, v) in zip(a, b, strict=True):
         assert path == other_path
@@ -152,8 +192,8 @@ def continued(fit, **more):
     raise AssertionError("it does not end")
 
 
-FAST = "annealing, minibatches, restarts", "adam", "a solver of one's own", "one side held"
-FAST += "a sum of objectives", "fixed point"
+FAST = "annealing, minibatches, restarts", "adam", "a method of one's own", "one side held"
+FAST += "a sum of objectives", "fixed point", "pair searches", "a basis, all defaults"
 
 
 @pytest.mark.parametrize(
@@ -162,12 +202,13 @@ FAST += "a sum of objectives", "fixed point"
 def test_stopped_and_continued_is_never_stopped(name, tmp_path, interrupt):
     whole = FITS[name]()
     interrupt(3)
-    checkpoint = Checkpoints(tmp_path, every_steps=EVERY, every_minutes=None)
-    solution, sessions = continued(FITS[name], checkpoint=checkpoint, log=tmp_path / "log")
+    run = Run(tmp_path / "run", every_steps=EVERY, every_minutes=None)
+    solution, sessions = continued(FITS[name], run=run)
     assert sessions >= 2
     same(whole, solution)
-    steps = [line["step"] for line in read_log(tmp_path / "log")]
-    assert steps == sorted(set(steps)) and steps[-1] == whole.stats["steps"]
+    logs = [[line["step"] for line in read_log(log.parent)] for log in tmp_path.rglob("log.jsonl")]
+    assert logs and all(steps == sorted(set(steps)) for steps in logs)
+    assert len(whole.stages) > 1 or logs[0][-1] == whole.stats["steps"]
 
 
 @pytest.mark.parametrize("joint", [pytest.param(False, marks=pytest.mark.slow), True], ids=["separate", "joint"])
@@ -175,24 +216,19 @@ def test_chains(joint, tmp_path, interrupt, monkeypatch):
     layers = [problem(seed=i)[0] for i in range(2)]
     monkeypatch.setattr(sources, "RESIDENT_EXAMPLES", 20)
     x = sources.ArrayRows(problem()[1])  # a source, so what enters the second layer is computed as it is read
-    fit = lambda **more: fit_chain(layers, x, test=x.x[:30], key=KEY, joint=joint, steps=40, restarts=2, **more)  # noqa: E731
+    fit = lambda **more: fit_chain(layers, x, key=KEY, joint=joint, method=Anneal(steps=40), restarts=2, **more)  # noqa: E731
     whole = fit()
     interrupt(2)
-    sessions = 1
-    while (chain := fit(checkpoint=tmp_path, log=tmp_path)).solutions[-1].result is Result.INTERRUPTED:
-        sessions += 1
-        assert sessions < 20
+    solution, sessions = continued(fit, run=tmp_path)
     assert sessions >= 2
-    assert chain.values == whole.values
-    for a, b in zip(whole.solutions, chain.solutions, strict=True):
-        same(a, b)
+    same(whole, solution)
 
 
 def test_a_fit_that_is_done_is_not_done_again(tmp_path):
     """The last checkpoint is at the end: the next call only reads it."""
     fit = a_fit()
-    first = fit(checkpoint=tmp_path)
-    again = fit(checkpoint=tmp_path)
+    first = fit(run=tmp_path)
+    again = fit(run=tmp_path)
     assert again.stats["resumed_at"] == STEPS
     same(first, again)
 
@@ -200,15 +236,15 @@ def test_a_fit_that_is_done_is_not_done_again(tmp_path):
 def test_a_fit_that_goes_wrong_does_so_again(tmp_path):
     """NaN at step 30: the checkpoints are from before, and continuing ends at the same step."""
 
-    class Breaking(Annealing):
-        def step(self, objective, bases, state, step, steps):
-            bases, state, value = super().step(objective, bases, state, step, steps)
+    class Breaking(Anneal):
+        def step(self, objective, bases, state, step):
+            bases, state, value = super().step(objective, bases, state, step)
             return bases, state, jnp.where(step == 30, jnp.nan, value)
 
-    fit = a_fit(solver=Breaking(), restarts=2)
-    checkpoint = Checkpoints(tmp_path, every_steps=EVERY)
-    runs = [fit(), fit(checkpoint=checkpoint), fit(checkpoint=checkpoint)]
-    assert all(run.result is Result.NON_FINITE and "step 30" in run.detail for run in runs)
+    fit = a_fit(method=Breaking(steps=STEPS), restarts=2)
+    run = Run(tmp_path, every_steps=EVERY)
+    runs = [fit(), fit(run=run), fit(run=run)]
+    assert all(fitted.result is Result.NON_FINITE and "step 30" in fitted.detail for fitted in runs)
     same(runs[0], runs[1])
     assert runs[2].stats["resumed_at"] == 28
     same(runs[0], runs[2])

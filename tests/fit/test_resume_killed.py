@@ -14,7 +14,7 @@ import os, sys
 import jax
 import numpy as np
 import rotsparse as rs
-from rotsparse.checkpoint import Session
+from rotsparse.engine._checkpoint import Session
 from rotsparse.objectives import ActivationSparsity
 
 folder, out = sys.argv[1:]
@@ -37,11 +37,10 @@ def noted_due(session, step):  # is asked before the first steps
 
 Session.restore, Session._write, Session.due = noted_restore, noted_write, noted_due
 x = np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32)
-objective = ActivationSparsity(x, rs.Log(0.3), batch_size=8)
-checkpoint = rs.Checkpoints(folder, every_steps=150)
+objective = ActivationSparsity(x, rs.Log(0.3))
 solution = rs.minimize(
-    objective, {"in": np.eye(6, dtype=np.float32)}, key=jax.random.key(0), steps=6000, restarts=2,
-    checkpoint=checkpoint, log=folder,
+    objective, {"in": np.eye(6, dtype=np.float32)}, key=jax.random.key(0), restarts=2,
+    method=rs.Anneal(steps=6000, batch_size=8), run=rs.Run(folder, every_steps=150),
 )
 assert solution.result.ok, solution.summary()
 np.savez(out, *solution.candidates[0].values(), *solution.candidates[1].values(), solution.history.objective,
@@ -102,7 +101,7 @@ class Killed:
             return True
         assert worker.returncode == -signal.SIGKILL, errors
         self.kills += 1
-        self.while_saving += any((self.folder / name).glob("saving-*"))
+        self.while_saving += any((self.folder / name / "checkpoints").glob("saving-*"))
         return False
 
 

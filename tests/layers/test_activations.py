@@ -1,5 +1,6 @@
 """Activations: the named functions are the ones of the papers, and their derivatives are derivatives."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +71,37 @@ def test_any_function_serves_as_it_is(x64):
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown activation 'swiglu'.*relu, gelu, gelu_tanh.*any elementwise"):
         as_activation("swiglu")
+
+
+class _Slopes(eqx.Module):
+    """A slope for every neuron, as eqx.nn.PReLU in an eqx.nn.MLP has it."""
+
+    slope: jax.Array
+
+    def __call__(self, a):
+        return jnp.where(a > 0, a, self.slope * a)
+
+
+@pytest.mark.parametrize(
+    ("activation", "text"),
+    [
+        (jax.nn.softmax, "softmax gives the same numbers other values"),
+        (lambda a: a - a.mean(), "gives the same numbers other values"),
+        (lambda a: jnp.sort(a, axis=-1), "gives the same numbers other values"),
+        (lambda a: a * jnp.arange(11.0), "gives the same numbers other values in another order|fails on"),
+        (jnp.sum, r"makes \[\] of shape \[7, 11\]"),
+        (jax.nn.glu, "fails on an array of shape"),
+        (_Slopes(jnp.ones(12)), r"_Slopes carries parameters of its own, of shape \[12\]"),
+        (_Slopes(jnp.ones((2, 12))), r"carries parameters of its own, of shape \[2, 12\]"),
+        (eqx.nn.PReLU(0.3), "carries parameters of its own"),
+    ],
+)
+def test_what_is_not_elementwise(activation, text):
+    with pytest.raises(ValueError, match=text) as error:
+        as_activation(activation)
+    assert "FunctionLayer" in str(error.value)
+
+
+def test_an_activation_that_closes_over_a_traced_value():
+    doubled = jax.jit(lambda x: as_activation(lambda a: a * x[0])(x))(jnp.full(3, 2.0))
+    assert (doubled == 4).all()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import rotsparse as rs
 from rotsparse.layers.fold import fold
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
@@ -97,5 +98,5 @@ def test_bad_input():
             return self
 
     wrong = Wrong(lambda x: jax.numpy.sin(x), D, D)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(ValueError, match="folding changed the function"):
+    with pytest.raises(rs.CheckError, match="folding changed the function"):
         fold(wrong, Rotations.haar(jax.random.key(0), D, D))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -101,7 +102,7 @@ def test_unfit_layers(tmp_path):
     layer_error(tmp_path, {"w_in": draw(H, D), "w_out": draw(OUT, H + 1)}, r"w_out should have shape \[any, 7\]")
     layer_error(tmp_path, {"w_gate": draw(H, D)}, "w_down, w_up missing")
     layer_error(tmp_path, {"w": np.full((3, 3), np.nan, np.float32)}, "NaN or infinity")
-    layer_error(tmp_path, {"w": w.astype(np.float16)}, "float32 or float64, got float16: convert it first")
+    layer_error(tmp_path, {"w": w.astype(np.int16)}, "float32 or float64, got int16: convert it first")
     layer_error(tmp_path, {"w": w.astype(np.int32)}, "float32 or float64, got int32")
     layer_error(tmp_path, {"w": w[0]}, r"should have shape \[any, any\]")
     layer_error(tmp_path, {"w": w[:0]}, "empty")
@@ -136,7 +137,7 @@ def test_unfit_activations(tmp_path):
     error(np.where(draw(9, D) > 0, np.inf, 0).astype(np.float32), "NaN or infinity")
     error(np.ones((9, D), np.float32), "zero variance")
     error(np.ones((9, D), np.int64), "got int64")
-    error(draw(9, D).astype(np.float16), "got float16")
+    error(draw(9, D).astype(np.int16), "got int16")
     np.savez(tmp_path / "two.npz", a=draw(9, D), b=draw(9, D))
     with pytest.raises(ValueError, match=r"holds 2 arrays \(a, b\)"):
         load_activations(tmp_path / "two.npz", D)
@@ -145,3 +146,24 @@ def test_unfit_activations(tmp_path):
 def test_a_function_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="FunctionLayer has no weights"):
         save_layer(tmp_path / "f.safetensors", FunctionLayer(lambda x: x, D, D))
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened(suffix, dtype, tmp_path):
+    x, path = draw(9, D).astype(dtype), tmp_path / f"x.{suffix}"
+    writers = {"npy": np.save, "npz": lambda p, x: np.savez(p, x=x), "safetensors": lambda p, x: save_file({"x": x}, p)}
+    writers[suffix](path, x)
+    if dtype is np.float16 or suffix == "safetensors":
+        np.testing.assert_array_equal(load_activations(path, D), x.astype(np.float32))
+        return
+    with pytest.raises(ValueError, match=r"view\(ml_dtypes\.bfloat16\)\.astype\('float32'\)"):
+        load_activations(path, D)
+    if suffix == "npy":  # the advice works
+        np.testing.assert_array_equal(np.load(path).view(ml_dtypes.bfloat16).astype("float32"), x.astype(np.float32))
+
+
+def test_a_layer_in_half_precision(tmp_path):
+    save_file({"w_in": draw(6, D).astype(np.float16)}, tmp_path / "layer.safetensors")
+    layer = load_layer(tmp_path / "layer.safetensors", "relu")
+    assert isinstance(layer, Dense) and layer.w.dtype == np.float32

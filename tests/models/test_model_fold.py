@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from rotsparse import Rotations
 from rotsparse.models.fold import fold_mlp, fold_stream, keep_mean
-from rotsparse.models.huggingface import load_huggingface, save_huggingface
+from rotsparse.models.huggingface import load_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.layers import mlp_layer
 from rotsparse.models.llama2c import load_llama2c, save_llama2c
 from rotsparse.models.stream import stream_places
 from rotsparse.models.transformer import run
-from tiny_models import FOLDABLE, RAW, STORIES, message, needs_stories, tiny, tiny_llama2c
+from tiny_models import FOLDABLE, RAW, STORIES, inputs, message, needs_stories, tiny, tiny_llama2c
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 
@@ -131,14 +132,15 @@ def test_keep_mean(d, seed):
 def test_one_mlp_rotates_in_every_architecture(name):
     model = tiny(name)
     rotations = Rotations(haar(16, 1).astype(np.float32), haar(16, 2).astype(np.float32))
-    folded = fold_mlp(model, 1, rotations, TOKENS)
+    tokens = inputs(name)
+    folded = fold_mlp(model, 1, rotations, tokens)
     assert folded.exact_error < 1e-12 * folded.scale
-    np.testing.assert_allclose(logits(folded.model), logits(model), atol=1e-5 * folded.scale)
+    np.testing.assert_allclose(logits(folded.model, tokens), logits(model, tokens), atol=1e-5 * folded.scale)
     points = ((1, "input"), (1, "output"))
-    seen, rotated = (run(m.params, m.config, TOKENS, capture=points)[1] for m in (model, folded.model))
+    seen, rotated = (run(m.params, m.config, tokens, capture=points)[1] for m in (model, folded.model))
     np.testing.assert_allclose(rotated[1, "input"], rotations.apply_in(seen[1, "input"]), atol=1e-4)
     np.testing.assert_allclose(rotated[1, "output"], rotations.apply_out(seen[1, "output"]), atol=1e-4)
-    back = fold_mlp(folded.model, 1, rotations.inverse(), TOKENS).model
+    back = fold_mlp(folded.model, 1, rotations.inverse(), tokens).model
     np.testing.assert_allclose(back.params["layers"][1]["mlp"]["r_in"], np.eye(16), atol=1e-5)
 
 

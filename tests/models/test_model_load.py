@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rotsparse import models
-from rotsparse.models.huggingface import save_huggingface
+from rotsparse.models.huggingface_writer import save_huggingface
 from rotsparse.models.model import Model
 from tiny_models import STORIES, message, needs_stories, same_parameters, tiny, tiny_llama2c
 
@@ -74,8 +74,16 @@ def test_load_by_what_is_there(folder):
 
 
 def test_neither_folder_nor_file(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a Hugging Face folder, or a llama2\.c file"):
-        models.load_model(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"expected a Hugging Face folder, a GGUF file"):
+        models.load_model(tmp_path / "model.onnx")
+
+
+def test_a_file_of_a_folder_or_of_pytorch(folder, tmp_path):
+    with pytest.raises(ValueError, match="give its folder"):
+        models.load_model(folder / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ValueError, match="a file of PyTorch"):
+        models.load_model(tmp_path / "pytorch_model.bin")
 
 
 def test_save_in_the_format_it_came_in(tmp_path):

@@ -9,10 +9,14 @@ from rotsparse.layers.gated import GatedMLP
 from rotsparse.models.language import generate
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
 from rotsparse.models.transformer import SITES, run
-from tiny_models import RAW, message, tiny
+from tiny_models import RAW, inputs, message, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
-PRE_NORM = [name for name in RAW if name not in ("bert", "gemma2")]
+DECODERS = [name for name in RAW if tiny(name).config.causal]
+
+
+def placement(name):
+    return tiny(name).config.placement
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -20,21 +24,21 @@ def test_captured_values_fit_together(name):
     """The layer taken from the model maps what was captured in front of it to what was captured behind."""
     model = tiny(name)
     points = tuple((1, site) for site in SITES)
-    _, seen = run(model.params, model.config, TOKENS, capture=points)
+    _, seen = run(model.params, model.config, inputs(name), capture=points)
     assert set(seen) == set(points)
-    assert seen[1, "hidden"].shape == (2, 9, model.config.d_hidden)
+    assert seen[1, "hidden"].shape == (2, 5 if name == "vit" else 9, model.config.d_hidden)
     layer = mlp_layer(model, 1)
     np.testing.assert_allclose(layer(seen[1, "input"]), seen[1, "output"], atol=1e-5)
-    if name == "bert":
+    if placement(name) in ("post", "output"):
         np.testing.assert_array_equal(seen[1, "residual"], seen[1, "input"])
         return
     np.testing.assert_allclose(mlp_layer(model, 1, norm=True)(seen[1, "residual"]), seen[1, "output"], atol=1e-5)
-    if name in PRE_NORM:
+    if placement(name) == "pre":
         block = mlp_layer(model, 1, norm=True, skip=True)(seen[1, "residual"])
         np.testing.assert_allclose(block, seen[1, "residual"] + seen[1, "output"], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "bert"])  # one of each arrangement of blocks and norms
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "bert", "olmo2"])  # each arrangement of norms
 @pytest.mark.parametrize("site", SITES)
 def test_interventions(name, site):
     """Putting back the value changes nothing, another value changes the output."""
@@ -66,7 +70,7 @@ def test_jit_traces_once():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in RAW if name != "bert"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_no_token_sees_a_later_one(name):
     model = tiny(name)
     changed = TOKENS.copy()
@@ -85,7 +89,7 @@ def test_a_window_hides_what_is_further_back():
     np.testing.assert_array_equal(different, [True] * 5 + [False] * 4)  # a window of 5 tokens, itself included
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "gpt_neox", "gemma3_text", "opt", "olmo2"])
 def test_generated_tokens_are_the_likeliest(name):
     """Written one at a time from remembered keys and values, judged by a run over the whole text."""
     model = tiny(name)
@@ -127,7 +131,7 @@ def test_points_that_are_not_there():
 @pytest.mark.parametrize("name", RAW)
 def test_layer_put_back_is_the_same_model(name):
     model = tiny(name)
-    options = {"norm": name != "bert", "skip": name in PRE_NORM}
+    options = {"norm": placement(name) in ("pre", "sandwich"), "skip": placement(name) == "pre"}
     again = with_mlp_layer(model, 1, mlp_layer(model, 1, **options))
     assert again.fingerprint() == model.fingerprint()
 

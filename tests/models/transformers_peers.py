@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -24,6 +25,11 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+# Encoders, which have no logits.
+BODIES = ("bert", "roberta", "xlm_roberta", "camembert", "distilbert", "electra", "mpnet", "vit")
+# Architectures whose stream cannot be rotated within their format.
+PINNED = (*BODIES, "gemma2", "gemma2_uncapped", "gemma3", "olmo2", "gpt_neo")
 
 
 def configurations() -> dict:
@@ -48,14 +54,47 @@ def configurations() -> dict:
         "gpt_neox_no_bias": t.GPTNeoXConfig(**_SMALL, attention_bias=False),
         "gemma2": t.Gemma2Config(**gemma),
         "gemma2_uncapped": t.Gemma2Config(**gemma, attn_logit_softcapping=None, final_logit_softcapping=None),
+        "gemma": t.GemmaConfig(**_GROUPED, head_dim=10),
+        "gemma3": t.Gemma3TextConfig(**gemma, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        "phi3": t.Phi3Config(**_GROUPED, sliding_window=6, pad_token_id=0),
+        "phi3_longrope": t.Phi3Config(
+            **_GROUPED,
+            pad_token_id=0,
+            original_max_position_embeddings=8,
+            rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **_LONGROPE},
+        ),
+        "olmo2": t.Olmo2Config(**_GROUPED, pad_token_id=0),
+        "gpt_neo": t.GPTNeoConfig(
+            **{k: v for k, v in _SMALL.items() if not k.startswith("num_")},
+            num_layers=3,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1], [["local"], 1]],
+            window_size=5,
+        ),
+        "opt": t.OPTConfig(
+            **{k: v for k, v in _SMALL.items() if k != "intermediate_size"}, ffn_dim=40, word_embed_proj_dim=32
+        ),
         "bert": t.BertConfig(**_SMALL),
+        "roberta": t.RobertaConfig(**_SMALL),
+        "xlm_roberta": t.XLMRobertaConfig(**_SMALL),
+        "camembert": t.CamembertConfig(**_SMALL),
+        "distilbert": t.DistilBertConfig(
+            vocab_size=61, dim=32, hidden_dim=40, n_layers=3, n_heads=4, max_position_embeddings=64
+        ),
+        "electra": t.ElectraConfig(**_SMALL, embedding_size=16),
+        "mpnet": t.MPNetConfig(**_SMALL),
+        "vit": t.ViTConfig(
+            **{k: v for k, v in _SMALL.items() if k not in ("vocab_size", "max_position_embeddings")},
+            image_size=[8, 12],
+            patch_size=4,
+        ),
     }
 
 
 def save_peer(name: str, folder: Path, *, seed: int = 0):
     """A model with random weights everywhere, norms and biases too, written by `save_pretrained`."""
     config = configurations()[name]
-    make = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
+    make = transformers.AutoModel if name in BODIES else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
     # Eager attention: Gemma's soft caps exist only there.
     model = make.from_config(config, attn_implementation="eager").eval()
@@ -66,6 +105,13 @@ def save_peer(name: str, folder: Path, *, seed: int = 0):
             parameter.copy_(noise * 0.3 + 0.3 if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return model
+
+
+def inputs(name: str):
+    """Two sequences of tokens, or two images."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, 3, 8, 12)).astype(np.float32)
+    return images if name == "vit" else rng.integers(0, 61, (2, 17))
 
 
 def peer_output(model, tokens):

@@ -1,6 +1,7 @@
 """Objectives: values and relative gradients against autodiff in float64, whatever the chunks; minibatches unbiased."""
 
 import itertools
+import re
 
 import equinox as eqx
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from rotsparse._core.orthogonal import haar
+from rotsparse.data.examples import chunked_sum
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.norms import layer_norm, rms_norm
 from rotsparse.layers.subspace import Subspace
-from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity, WeightedSum, chunked_sum, measures
+from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity, WeightedSum, measures
+from rotsparse.objectives.base import sampled
 
 D, H, N = 5, 9, 13
 MEASURES = [m() if name == "l4" else m(eps=0.3) for name, m in measures.MEASURES.items()]
@@ -131,14 +134,12 @@ def test_no_array_of_all_jacobians_is_made(rng):
 
 def test_minibatches_are_unbiased(x64, rng):
     layer, x = make_layers(rng)["dense"], draw(rng, 40, D)
-    for full, sampled in [
-        (JacobianSparsity(layer, x, measures.Log(0.3)), JacobianSparsity(layer, x, measures.Log(0.3), batch_size=8)),
-        (ActivationSparsity(x, measures.Log(0.3)), ActivationSparsity(x, measures.Log(0.3), batch_size=8)),
-    ]:
+    for full in (JacobianSparsity(layer, x, measures.Log(0.3)), ActivationSparsity(x, measures.Log(0.3))):
         bases = bases_for(full)
         value, grads = full.value_and_grad(bases)
         keys = jax.random.split(jax.random.key(0), 4000)
-        values, sampled_grads = jax.lax.map(lambda k, s=sampled, b=bases: s.sample(k).value_and_grad(b), keys)
+        assert sampled(full, keys[0], 8).x.shape == (8, D)
+        values, sampled_grads = jax.lax.map(lambda k, o=full, b=bases: sampled(o, k, 8).value_and_grad(b), keys)
         standard_error = jnp.std(values) / np.sqrt(len(keys))
         assert standard_error > 0
         assert abs(values.mean() - value) < 5 * standard_error
@@ -149,16 +150,15 @@ def test_minibatches_are_unbiased(x64, rng):
 
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_parts_are_unbiased(x64, rng, scale, tied):
+def test_submatrices_are_unbiased(x64, rng, scale, tied):
     """Exactly: the mean over all choices of rows and columns is the whole."""
     layer, x = make_layers(rng)["gated" if tied else "mlp"], draw(rng, N, D) * np.arange(1, D + 1)
     space_out = "in" if tied else "out"
     whole = JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale, space_out=space_out)
-    parts = JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale, space_out=space_out, part=(2, 3))
     bases = bases_for(whole)
     columns = jnp.asarray(list(itertools.combinations(range(D), 3)))
     rows = jnp.asarray(list(itertools.combinations(range(layer.d_out), 2)))
-    sample = parts.sample(jax.random.key(0))
+    sample = sampled(whole, jax.random.key(0), None, (2, 3))
 
     def on(drawn):
         part = eqx.tree_at(lambda o: (o.drawn.rows, o.drawn.columns), sample, drawn)
@@ -173,10 +173,10 @@ def test_parts_are_unbiased(x64, rng, scale, tied):
     assert np.std(value) > 0
 
 
-def test_parts_are_drawn_uniformly(rng):
+def test_submatrices_are_drawn_uniformly(rng):
     layer = make_layers(rng)["dense"]
-    objective = JacobianSparsity(layer, draw(rng, N, D).astype(np.float32), measures.Log(0.3), part=(2, 3))
-    draws = jax.vmap(lambda k: objective.sample(k).drawn)(jax.random.split(jax.random.key(0), 3000))
+    objective = JacobianSparsity(layer, draw(rng, N, D).astype(np.float32), measures.Log(0.3))
+    draws = jax.vmap(lambda k: sampled(objective, k, None, (2, 3)).drawn)(jax.random.split(jax.random.key(0), 3000))
     for drawn, d in ((draws.rows, 4), (draws.columns, D)):
         assert (np.diff(np.sort(drawn, axis=1), axis=1) > 0).all()  # without replacement
         share = np.bincount(np.ravel(drawn), minlength=d) / drawn.size
@@ -243,8 +243,33 @@ def test_bad_input(rng):
         ActivationSparsity(x.astype(np.int64), log)
     with pytest.raises(ValueError, match="tied fit needs d_in = d_out"):
         JacobianSparsity(layer, x, log, space_out="in")
-    for part in [(1, 3), (5, 3), (2, 6)]:
-        with pytest.raises(ValueError, match="4 rows and 5 columns"):
-            JacobianSparsity(layer, x, log, part=part)
-    with pytest.raises(ValueError, match="elementwise measure, and Hoyer is none"):
-        JacobianSparsity(layer, x, measures.Hoyer(), part=(2, 2))
+
+
+def test_submatrices_that_cannot_be_drawn(rng):
+    layer, x, key = make_layers(rng)["dense"], draw(rng, N, D).astype(np.float32), jax.random.key(0)
+    objective = JacobianSparsity(layer, x, measures.Log())
+    for size in [(1, 3), (2, 0), (2,), (2, 2, 2)]:
+        with pytest.raises(ValueError, match=rf"at least two of each, got {re.escape(str(size))}"):
+            sampled(objective, key, None, size)
+    with pytest.raises(ValueError, match="elementwise measure, and Hoyer is not"):
+        sampled(JacobianSparsity(layer, x, measures.Hoyer()), key, None, (2, 2))
+    with pytest.raises(ValueError, match="drawn from Jacobians, and ActivationSparsity has none"):
+        sampled(ActivationSparsity(x, measures.Log()), key, None, (2, 2))
+
+
+@pytest.mark.parametrize("size", [(5, 3), (2, 6), (100, 100)])
+def test_a_submatrix_has_no_more_rows_and_columns_than_the_layer(x64, rng, size):
+    layer, x = make_layers(rng)["dense"], draw(rng, N, D)
+    objective = JacobianSparsity(layer, x, measures.Log(0.3))
+    part = sampled(objective, jax.random.key(0), None, size)
+    assert (len(set(part.drawn.rows.tolist())), len(set(part.drawn.columns.tolist()))) == (
+        min(size[0], 4),
+        min(size[1], D),
+    )
+    if size == (100, 100):
+        bases = bases_for(objective)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14),
+            part.value_and_grad(bases),
+            objective.value_and_grad(bases),
+        )

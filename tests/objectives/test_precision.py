@@ -12,7 +12,7 @@ from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.mlp import MLP
 from rotsparse.objectives import JacobianSparsity
 from rotsparse.objectives.measures import Log
-from rotsparse.solvers import Annealing, Riemannian
+from rotsparse.solvers import Anneal, Riemannian
 
 KEY = jax.random.key(0)
 
@@ -32,18 +32,18 @@ def objective(precision):
     return JacobianSparsity(layer, rng.standard_normal((20, 5), np.float32), Log(0.1), precision=precision)
 
 
-@pytest.mark.parametrize("solver", [Annealing(), Riemannian(optax.adam(0.1))])
-def test_only_the_products_with_the_data_are_rounded(solver):
+@pytest.mark.parametrize("method", [Anneal(steps=10), Riemannian(optax.adam(0.1), steps=10)])
+def test_only_the_products_with_the_data_are_rounded(method):
     bases = {"in": jnp.eye(5), "out": jnp.eye(4)}
     full = (jax.lax.Precision.HIGHEST,) * 2
     with jax.default_matmul_precision("bfloat16"):  # a user's own setting makes no difference, either
         counts = {}
         for precision in ("highest", "bfloat16"):
             target = objective(precision)
-            step = jax.make_jaxpr(lambda b, s, o=target: solver.step(o, b, s, jnp.asarray(1), 10))
+            step = jax.make_jaxpr(lambda b, s, o=target: method.step(o, b, s, jnp.asarray(1)))
             gradient = jax.make_jaxpr(target.value_and_grad)(bases)
             of_step, of_gradient = (
-                [p for p in products(j.jaxpr) if p != full] for j in (step(bases, solver.init(bases)), gradient)
+                [p for p in products(j.jaxpr) if p != full] for j in (step(bases, method.init(bases)), gradient)
             )
             counts[precision] = len(of_gradient)
             assert len(of_step) == len(of_gradient)  # all of them are the objective's
@@ -52,7 +52,7 @@ def test_only_the_products_with_the_data_are_rounded(solver):
 
 def test_precision_reaches_the_objective_and_is_checked():
     layer, x = objective("highest").layer, objective("highest").x
-    options = {"key": KEY, "solver": Riemannian(optax.adam(0.1)), "steps": 20}
+    options = {"key": KEY, "method": Riemannian(optax.adam(0.1), steps=20)}
     assert find_rotations(layer, x, precision="bfloat16", **options).result.ok
     with pytest.raises(ValueError, match=r"one of highest, tensorfloat32, bfloat16, got 'low'"):
         find_rotations(layer, x, precision="low", **options)

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from rotsparse.data.moments import covariance
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import compare
+from rotsparse.fit.default_method import default_method
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
@@ -38,7 +39,7 @@ def case():
     layer = MLP(normal(12, 6), normal(12), normal(5, 12))
     x, x_test = normal(40, 6), normal(30, 6)
     key = jax.random.key(0)
-    solution = find_rotations(layer, x, key=key, restarts=2, steps=20, scale_inputs=False)
+    solution = find_rotations(layer, x, key=key, restarts=2, method=default_method(steps=20), scale_inputs=False)
     bases = {"learned": solution.rotations} | baselines.all_baselines(layer, x, key=key)
     comparison = compare(layer, x_test, bases, scale_inputs=False, key=key, resamples=20)
     return SimpleNamespace(layer=layer, x_test=x_test, bases=bases, comparison=comparison, solution=solution)
@@ -272,11 +273,11 @@ def test_page_marks_the_best_basis_of_every_metric(case, folder):
 def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
     """Not of the directions outside of an active subspace, nor of a side that is held: those agree in any case."""
     for restricted in ({"active_subspace": 0.6}, {"hold": ("out",)}):
-        fit: dict = {"restarts": 2, "steps": 5, "scale_inputs": False, **restricted}
+        fit: dict = {"restarts": 2, "method": default_method(steps=5), "scale_inputs": False, **restricted}
         solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), **fit)
         write_report(tmp_path, **vars(case) | {"solution": solution}, scale_inputs=False, config={}, finding="None.")
         text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-        sides = {side: mask for side, mask in solution.fitted().items() if mask.any()}
+        sides = {side: mask for side, mask in solution.free.items() if mask.any()}
         assert "in" in sides and sum(mask.sum() for mask in sides.values()) < 11
         for side, mask in sides.items():
             mean = solution.agreement()[side][:, mask].mean()
@@ -285,7 +286,7 @@ def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
 
 
 def test_report_of_a_single_start_with_scaled_inputs(case, tmp_path):
-    solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), steps=5, restarts=1)
+    solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), method=default_method(steps=5))
     bases = {"learned": solution.rotations, "neurons": case.bases["neurons"]}
     comparison = compare(case.layer, case.x_test, bases, scale_inputs=True, key=jax.random.key(0), resamples=20)
     changed = SimpleNamespace(**vars(case) | {"bases": bases, "comparison": comparison, "solution": solution})

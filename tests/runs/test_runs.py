@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rotsparse._core import files
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.runs import folders, listing
 
 
 def content(folder):
-    return {p.name: p.read_text() for p in folder.iterdir()}
+    """What is in a folder, beside the record of what rotsparse made in it."""
+    return {p.name: p.read_text() for p in folder.iterdir() if p.name != files.RECORD}
 
 
 def write(out, text="a", **options):
@@ -70,7 +72,8 @@ def test_a_model_is_no_run(tmp_path):
         write(model, overwrite=True)
     assert content(model).keys() == {"config.json", "model.safetensors"}
     assert [run.folder for run in listing.runs_in(tmp_path)] == [early]
-    write(early, "b", overwrite=True)  # it is a run, from before there was a status
+    with pytest.raises(ValueError, match=r"early has no .rotsparse, the record .* remove it yourself"):
+        write(early, "b", overwrite=True)  # it is a run of an earlier version: listed, and not replaced
     (model / "status.json").write_text('{"state": "downloaded"}')
     with pytest.raises(ValueError, match="gpt2 is not a run folder"):
         write(model, overwrite=True)
@@ -122,7 +125,7 @@ def test_a_target_that_cannot_be_written(tmp_path):
 def begin(out, *, then, **options):
     """A run that saves a checkpoint and then meets `then`."""
     with folders.new_run(out, **options) as folder:
-        (folder / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder / "checkpoints" / "step-00000001")
         folders.write_json(folder / "config.json", {"text": "new"})
         raise then
 
@@ -144,7 +147,7 @@ def test_an_interrupted_run_can_be_resumed(tmp_path):
     with folders.new_run(out, config=config | {"resume": True}, overwrite=True, resume=True) as folder:
         assert (folder / "checkpoints" / "step-00000001").is_dir()
         assert folders.read_json(folder / "config.json") == {"text": "new"}
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "status.json"]  # checkpoints are gone
+    assert content(out).keys() == {"config.json", "status.json"}  # checkpoints are gone
     assert json.loads(content(out)["config.json"]) == {"text": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -154,11 +157,11 @@ def test_beginning_again_removes_what_was_there(tmp_path):
     with pytest.raises(Interrupted):
         begin(out, then=KeyboardInterrupt())
     with folders.new_run(out, overwrite=True) as folder:
-        assert {p.name for p in folder.iterdir()} == {"lock", "status.json"}
+        assert content(folder).keys() == {"lock", "status.json"}
     # killed before there was a checkpoint: nothing to go on with, nothing to ask
     unfinished = tmp_path / "other.unfinished"
-    unfinished.mkdir()
-    (unfinished / "layer.npz").write_text("")
+    files.make_folder(unfinished)
+    files.write_atomically(unfinished / "layer.npz", b"")
     write(tmp_path / "other")
     assert not (tmp_path / "other" / "layer.npz").exists()
 
@@ -183,6 +186,9 @@ def test_the_list_of_runs(tmp_path):
             folders.write_json(folder / "config.json", config)
             folders.write_json(folder / "metrics.json", {"result": result})
             log(folder, [0.5, 0.4], [0.3, 0.45], None)
+            stage = folder / "stage-1" / "look"  # a stage of the same fit, the last to write
+            stage.mkdir(parents=True)
+            log(stage, None)
     for name, error in {"stopped": KeyboardInterrupt(), "broken": OSError("disk on fire")}.items():
         with pytest.raises(type(error)):
             begin(tmp_path / name, then=error, config=config)
@@ -197,6 +203,7 @@ def test_the_list_of_runs(tmp_path):
         "now.unfinished": "running",
     }
     assert (listed["good"].step, listed["good"].steps, listed["good"].value) == (30, 50, 0.3)
+    assert listed["good"].note == ""
     assert listed["now.unfinished"].value == 0.9
     assert listed["broken.unfinished"].note == "disk on fire"
     assert "--resume" in listed["stopped.unfinished"].note
@@ -211,7 +218,7 @@ def test_the_list_of_runs(tmp_path):
     assert "30 of 50" in shown.get() and "disk on fire" in shown.get()
     assert listing.table(tmp_path / "good").title is None
     (tmp_path / "empty").mkdir()
-    assert listing.table(tmp_path / "empty").title == f"no runs in {tmp_path / 'empty'}"
+    assert str(listing.table(tmp_path / "empty").title) == f"no runs in {tmp_path / 'empty'}"
     with pytest.raises(ValueError, match="not a folder"):
         listing.runs_in(tmp_path / "missing")
 

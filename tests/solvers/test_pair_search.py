@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 from rotsparse._core.orthogonal import haar, orthogonality_error
-from rotsparse.layers.mlp import MLP
+from rotsparse.engine.method import Problem
+from rotsparse.engine.record import Record
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result
+from rotsparse.fit.minimize import minimize
+from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity, WeightedSum, measures
-from rotsparse.solvers.pair_search import certify, pair_search
+from rotsparse.solvers import _pair_angles as angles_of_pairs
+from rotsparse.solvers.pair_search import PairSearch, certify
 
 D_IN, D_OUT = 5, 4
 
@@ -43,6 +49,12 @@ OBJECTIVES = {
 @pytest.fixture(params=OBJECTIVES)
 def objective(request):
     return OBJECTIVES[request.param]()
+
+
+def pair_search(objective, bases, **options):
+    """The bases that a pair search ends with, and its certificate."""
+    solution = minimize(objective, bases, method=PairSearch(**options), key=jax.random.key(0))
+    return solution.bases, solution.certificate
 
 
 @eqx.filter_jit
@@ -83,8 +95,8 @@ def test_predicted_gains_are_what_the_objective_changes_by(make, measure):
     objective = make(measure=measure)
     bases = random_bases(objective)
     value = float(value_of(objective, bases))
-    for side in pairs._sides(objective, bases)[0]:
-        found = zip(*pairs._gains(side, bases, None), strict=True)
+    for side in angles_of_pairs.sides(objective, bases)[0]:
+        found = zip(*angles_of_pairs.gains(side, bases, None), strict=True)
         for (i, j), angle, gain in found:
             after = float(value_of(objective, bases | {side.space: turned(bases[side.space], i, j, angle)}))
             assert gain >= 0
@@ -148,9 +160,9 @@ def test_screening_takes_the_rows_that_are_active_together():
     patterns = np.repeat(rng.random((500, 2)) < 0.3, 2, axis=1)
     x = (rng.standard_normal((500, 4)) * patterns).astype(np.float32)
     bases = {"in": jnp.eye(4)}
-    [side], bases = pairs._sides(ActivationSparsity(x, measures.Log(0.1)), bases)
-    assert pairs._gains(side, bases, 1)[0].tolist() == [[0, 1], [2, 3]]
-    assert len(pairs._gains(side, bases, None)[0]) == len(pairs._gains(side, bases, 3)[0]) == 6
+    [side], bases = angles_of_pairs.sides(ActivationSparsity(x, measures.Log(0.1)), bases)
+    assert angles_of_pairs.gains(side, bases, 1)[0].tolist() == [[0, 1], [2, 3]]
+    assert len(angles_of_pairs.gains(side, bases, None)[0]) == len(angles_of_pairs.gains(side, bases, 3)[0]) == 6
 
 
 def test_held_spaces_are_left_alone():
@@ -169,7 +181,40 @@ def test_what_cannot_be_searched_is_refused():
         certify(WeightedSum([objective]), bases)
     with pytest.raises(ValueError, match="Hoyer"):
         certify(activation_objective(measure=measures.Hoyer()), bases)
-    layer = MLP(np.eye(6, dtype=np.float32), activation="relu")
+    layer = Dense(np.eye(6, dtype=np.float32), activation="relu")
     tied = JacobianSparsity(layer, np.asarray(objective.x), measures.Log(0.1), space_out="in")
     with pytest.raises(ValueError, match="tied"):
         certify(tied, bases)
+    with pytest.raises(ValueError, match="tied"):
+        pair_search(tied, bases)
+
+
+def test_an_interrupted_search_continues_to_the_same_bits(tmp_path, monkeypatch):
+    """The first session ends after one sweep."""
+    objective = jacobian_objective()
+    bases, problem, method = random_bases(objective), Problem(objective), PairSearch(tolerance=0.0)
+    search = lambda run: method.run(problem, (bases,), key=jax.random.key(0), run=run)  # noqa: E731
+    whole, show = search(Run()), Record.show
+
+    def once(self, *arguments, **shown):
+        listening._stop.requested = True
+        show(self, *arguments, **shown)
+
+    with monkeypatch.context() as patch, Run(tmp_path).listening() as listening:
+        patch.setattr(Record, "show", once)
+        stopped = search(listening)
+    assert stopped.result is Result.INTERRUPTED and stopped.certificate is None
+    assert stopped.value < stopped.start_value
+    resumed = search(Run(tmp_path))
+    assert resumed.certificate == whole.certificate and resumed.result is Result.ALL_STEPS
+    for space, r in whole.bases.items():
+        np.testing.assert_array_equal(resumed.bases[space], r)
+
+
+def test_held_out_examples_decide():
+    """What the search gains on its own examples is dropped where it loses on the held-out ones."""
+    objective = activation_objective(n=12)
+    start = {"in": jnp.eye(6)}
+    held_out = objective.on(np.asarray(activation_objective(seed=1, n=400).x))
+    solution = minimize(objective, start, method=PairSearch(screen=None), validation=held_out, key=jax.random.key(0))
+    assert float(value_of(held_out, solution.bases)) <= float(value_of(held_out, start))

@@ -1,15 +1,22 @@
 """Refinement: pairs that annealing left mixed are found, polishing that harms is dropped, and where pairs gain nothing
 it stops after one look."""
 
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotsparse.layers.mlp import MLP
+from rotsparse.engine.method import Method
+from rotsparse.fit.minimize import minimize
+from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity
-from rotsparse.objectives.measures import Log
-from rotsparse.solvers.pair_search import pair_search, row_entries
-from rotsparse.solvers.refine import refine
+from rotsparse.objectives.measures import Log, TopK
+from rotsparse.solvers import Anneal, PairSearch, Refine, Then
+from rotsparse.solvers._pair_angles import row_entries
 
 D = 12
 
@@ -35,13 +42,28 @@ def turned_by(angle, pairs):
     return turn
 
 
+class Polish(Method):
+    """Whatever a function does to the bases."""
+
+    function: Callable = eqx.field(static=True)
+
+    def run(self, problem, starts, *, key, run):
+        found = minimize(problem.objective, starts[0], method=PairSearch(sweeps=1), key=key)
+        bases = self.function(starts[0])
+        return dataclasses.replace(found, bases=bases, candidates=(bases,))
+
+
+def refine(objective, bases, function=lambda bases: bases, **options):
+    return minimize(objective, bases, method=Refine(Polish(function), **options), key=jax.random.key(0))
+
+
 def test_mixed_pairs_are_found_without_any_polish(rng):
     turn = turned_by(0.7, [(0, 1), (4, 9)])
     objective = sparse_block(rng, turn)
     truth = {"in": jnp.asarray(turn), "out": jnp.eye(D)}
-    refined = refine(objective, identity(), lambda bases: bases)
+    refined = refine(objective, identity())
     assert refined.certificate.value <= float(objective.value(truth)) * (1 + 1e-4)
-    assert refined.gain >= refined.first_gain * 0.9 > 0.01 and "at first" in str(refined)
+    assert refined.value < 0.99 * refined.start_value and "at first" in refined.stages[0].remark
     assert refined.certificate.value == pytest.approx(float(objective.value(refined.bases)), rel=1e-5)
 
 
@@ -57,20 +79,31 @@ def test_where_pairs_gain_nothing_nothing_is_polished(rng):
         raise AssertionError("a polish after a first look that gained nothing")
 
     objective = sparse_block(rng)
-    found, _ = pair_search(objective, identity())
-    refined = refine(objective, found, polish)
-    assert refined.first_gain < 2e-3 and "hardly anything" in str(refined)
+    found = minimize(objective, identity(), method=PairSearch(), key=jax.random.key(0)).bases
+    assert "hardly anything" in refine(objective, found, polish).stages[0].remark
 
 
 def test_a_search_on_few_examples_never_makes_all_of_them_worse(rng):
     objective = sparse_block(rng, turned_by(0.7, [(0, 1)]))
     start = float(objective.value(identity()))
-    for examples in (1, 3):
-        assert refine(objective, identity(), lambda bases: bases, examples=examples).certificate.value <= start
+    for entries in (D, 3 * D):  # one example, and three
+        assert refine(objective, identity(), entries=entries).certificate.value <= start
+
+
+def test_as_a_later_stage_it_is_skipped_where_pairs_cannot_be_searched(rng):
+    x = rng.standard_normal((50, D)).astype(np.float32)
+    after = lambda objective, **options: minimize(  # noqa: E731
+        objective, method=Then(Anneal(steps=5), Refine(Anneal(steps=5), **options)), key=jax.random.key(0)
+    )
+    assert [stage.name for stage in after(ActivationSparsity(x, TopK(0.5))).stages] == ["Anneal"]
+    assert [stage.name for stage in after(sparse_block(rng), largest=D * D - 1).stages] == ["Anneal"]
+    assert [stage.name for stage in after(sparse_block(rng), largest=D * D).stages] == ["Anneal", "Refine"]
+    with pytest.raises(ValueError, match="TopK"):
+        refine(ActivationSparsity(x, TopK(0.5)), {"in": jnp.eye(D)})
 
 
 def test_entries_of_a_row_are_those_of_the_shorter_side(rng):
-    layer = MLP(rng.standard_normal((3, 5)).astype(np.float32), activation="relu")
+    layer = Dense(rng.standard_normal((3, 5)).astype(np.float32), activation="relu")
     objective = JacobianSparsity(layer, rng.standard_normal((9, 5)).astype(np.float32), Log(0.1))
     assert row_entries(objective) == row_entries(Held(objective, {"in": jnp.eye(5)})) == 3
     assert row_entries(ActivationSparsity(rng.standard_normal((9, 5)).astype(np.float32), Log(0.1))) == 1

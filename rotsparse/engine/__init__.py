@@ -1,0 +1,1 @@
+"""The engine: methods and the loop that takes their steps; how a fit is saved, logged, interrupted and resumed."""

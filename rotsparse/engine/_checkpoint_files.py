@@ -1,0 +1,192 @@
+"""One checkpoint on disk: a folder with the arrays, written by Orbax, and a manifest with a hash of everything.
+
+    step-00000400/
+      manifest.json    the step, the configuration of the run, a hash of every array as it was in memory, of every file,
+                       and of the manifest itself
+      state/           the arrays, in Orbax's format
+
+It is written under another name, flushed to the disk and then renamed: what is called `step-...` was once whole. On
+loading, the files are compared with their hashes before anything reads them (Orbax alone returns arrays with a flipped
+bit without a word), the arrays with theirs afterwards. The only file of the library that imports Orbax.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rotsparse._core import files
+from rotsparse._core.digests import array_digest, digest
+
+MANIFEST = "manifest.json"
+STATE = "state"
+FORMAT = 1
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, first to last: those that rotsparse wrote there, not what else is called so."""
+    found = sorted(folder.glob("step-*"))
+    steps = {path: path.name.removeprefix("step-") for path in found if files.is_recorded(path)}
+    if found and not steps:
+        raise ValueError(
+            f"{folder} holds {found[0].name}, which was not written by this version of rotsparse (there is no "
+            f"{files.RECORD} that lists it) and is left alone: choose another folder, or remove it yourself"
+        )
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def write_checkpoint(
+    folder: Path, step: int, leaves: Mapping[str, np.ndarray], paths: Mapping[str, str], about: Mapping[str, Any]
+) -> Path:
+    """Write the checkpoint of a step into `folder`. `paths` says what the arrays are, `about` is what else the manifest
+    holds. Whenever the process stops, the checkpoint is either complete or not there. Raises what Orbax or the
+    operating system do; nothing is left behind then."""
+    final = folder / f"step-{step:08d}"
+    files.adopt(folder)
+    with files.new_folder(final) as work:
+        _orbax_save(work / STATE, {name: leaf for name, leaf in leaves.items() if leaf.size})
+        described = {
+            name: {
+                "path": paths[name],
+                "dtype": leaf.dtype.name,
+                "shape": list(leaf.shape),
+                "hash": array_digest(leaf),
+            }
+            for name, leaf in leaves.items()
+        }
+        manifest = {"format": FORMAT, "step": step, **about, "leaves": described, "files": _flushed_files(work)}
+        payload = json.dumps(manifest | {"hash": digest(_canonical(manifest))}, indent=1).encode()
+        files.write_atomically(work / MANIFEST, payload)
+        _flush_folder(work)
+    return final
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, compared with its own hash. Raises `Damaged`."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        stored = manifest.pop("hash")
+        intact = stored == digest(_canonical(manifest)) and manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"{MANIFEST}: {first_line(error)}") from None
+    if not intact:
+        raise Damaged(f"{MANIFEST} is not the one that was written")
+    return manifest
+
+
+def read_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, every file and every array compared with its hash. Raises `Damaged`."""
+    for name, stored in manifest["files"].items():
+        try:
+            payload = (folder / name).read_bytes()
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from None
+        if digest(payload) != stored:
+            raise Damaged(f"{name} is not what was written")
+    # Names like bfloat16 are known to NumPy once JAX is imported.
+    abstract = {name: np.empty(leaf["shape"], np.dtype(leaf["dtype"])) for name, leaf in manifest["leaves"].items()}
+    try:
+        restored = _orbax_restore(folder / STATE, {name: leaf for name, leaf in abstract.items() if leaf.size})
+    except Exception as error:  # whatever a reader may raise over files that are not what they should be
+        raise Damaged(first_line(error)) from error
+    leaves = {name: restored.get(name, abstract[name]) for name in abstract}  # Orbax does not take empty arrays
+    for name, leaf in leaves.items():
+        if array_digest(leaf) != manifest["leaves"][name]["hash"]:
+            raise Damaged(f"array {manifest['leaves'][name]['path']} is not the one that was saved")
+    return leaves
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of reasonable length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _orbax_save(path: Path, leaves: dict[str, np.ndarray]) -> None:
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, leaves)
+
+
+def _orbax_restore(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(path, abstract)
+
+
+def _checkpointer():
+    import orbax.checkpoint as ocp  # a third of a second, which only a fit with checkpoints has to spend
+
+    silence()
+    # Each process reads and writes on its own: nothing waits for the others.
+    own = jax.process_index()
+    multiprocessing = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=multiprocessing)
+    return ocp.Checkpointer(handler, multiprocessing_options=multiprocessing)
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _flushed_files(folder: Path) -> dict[str, str]:
+    """The hash of every file under `folder`; all of them, and their folders, are on the disk afterwards."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _flush_folder(path)
+            continue
+        with path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = digest(file.read())
+            os.fsync(file.fileno())
+    return hashes
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- what Orbax prints
+#
+# Over a save or a load that fails, Orbax's threads log the exception with a traceback before they hand it on. It also
+# closes the event loop of a thread while TensorStore is still busy with other arrays: their failures are then logged
+# when their tasks are collected, and a thread of TensorStore's that meets the closed loop has an exception that nobody
+# can catch. The exception that is raised says all of it, and whoever calls Orbax here reports it.
+
+
+@functools.cache
+def silence() -> None:
+    """From now on, in this process, such messages are not printed. Others, of the same loggers too, are."""
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_orphan(record.getMessage()))
+    earlier = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None if _met_closed_loop(unraisable) else earlier(unraisable)
+
+
+def _is_orphan(message: str) -> bool:
+    """Whether asyncio found a failed task or future of Orbax's or TensorStore's that nobody asked for its result."""
+    return "exception was never retrieved" in message and ("orbax" in message or "tensorstore" in message)
+
+
+def _met_closed_loop(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether foreign code called `loop.call_soon_threadsafe` after the loop was closed: no Python stood behind it."""
+    trace = unraisable.exc_traceback
+    return (
+        isinstance(unraisable.exc_value, RuntimeError)
+        and trace is not None
+        and trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+        and trace.tb_frame.f_back is None
+    )

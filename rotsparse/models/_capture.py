@@ -1,0 +1,199 @@
+"""From text to activation stores: run a model over tokens and keep what passes at some of its points.
+
+Tokens stream in and rows stream out, a batch at a time: memory does not grow with their number. What each shard holds
+depends only on the settings and its number, so an interrupted capture goes on with the first shard that is missing.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rotsparse._core.lock import FolderLock
+from rotsparse.data.store import ActivationStore, StoreWriter
+from rotsparse.models.heavy_rows import heavy_rows
+from rotsparse.models.inputs import ImageInputs, TokenInputs
+from rotsparse.models.model import Model
+from rotsparse.models.sequences import ImageFile, TextFile, TokenFile
+from rotsparse.models.transformer import Point, check_point, run
+
+
+def capture(
+    model: Model,
+    source: TextFile | TokenFile | ImageFile,
+    points: Sequence[tuple[int, str]],
+    folder: str | os.PathLike,
+    *,
+    length: int = 128,
+    keep: float = 1.0,
+    sequences: int | None = None,
+    special: bool = False,
+    batch: int = 8,
+    seed: int = 0,
+    dtype: type = np.float32,
+    shard_bytes: int = 64 * 2**20,
+    progress: bool = False,
+) -> list[ActivationStore]:
+    """Write what passes at `points` into `folder/LAYER.SITE`, a store for each, and open them.
+
+    The model sees sequences of `length` tokens (the tokenizer's prefix and suffix included; those positions are not
+    kept, nor is padding), at most `sequences` of them. Other special tokens, such as separators between texts, are
+    seen but kept only with `special`. Of what can be kept in each sequence, the share `keep` is, drawn without
+    replacement by `seed`. A model of images sees each whole, whatever `length` is. `dtype` is float32, or float16 to
+    halve the files. An interrupted capture is taken up where it stopped; a finished one is only opened.
+
+    A store's manifest says under `heavy_rows` whether a few rows hold nearly all of the variance (see `heavy_rows`).
+
+    Raises `ValueError` for settings that make no sense, tokens that the model does not have, activations that are not
+    finite, a folder that another model or other settings wrote to, and one that another capture is writing to.
+    """
+    wanted = list(dict.fromkeys(check_point(model.config, point) for point in points))
+    if not wanted:
+        raise ValueError("no points to capture: give at least one, such as (0, 'input')")
+    if not 0 < keep <= 1:
+        raise ValueError(f"capture needs 0 < keep <= 1: got keep={keep}, length={length}")
+    if np.dtype(dtype) not in (np.float32, np.float16):
+        raise ValueError(f"activations are stored as float32 or float16, not {np.dtype(dtype)}")
+    if isinstance(source, ImageFile) != (model.config.patches is not None):
+        kind = "images (an ImageFile)" if model.config.patches else "tokens (a TextFile or a TokenFile)"
+        raise ValueError(f"a {model.config.architecture} model sees {kind}, got a {type(source).__name__}")
+    if isinstance(source, ImageFile):
+        inputs: TokenInputs | ImageInputs = ImageInputs(model, source, sequences, batch)
+    else:
+        inputs = TokenInputs(model, source, length, sequences, batch, special)
+    width = max(_width(model, point) for point in wanted)
+    rows = round(keep * inputs.positions) or 1
+    per_shard = _sequences_per_shard(shard_bytes, rows, width * np.dtype(dtype).itemsize, batch)
+    settings = {
+        "model": model.fingerprint(),
+        "architecture": model.config.architecture,
+        "tokens": {**inputs.identity(), "keep": keep, "seed": seed},
+        "sequences_per_shard": per_shard,
+        "batch": batch,
+        "dtype": np.dtype(dtype).name,
+    }
+
+    def open_writers():
+        return [
+            StoreWriter(
+                Path(folder) / str(p), {**settings, "layer": p.layer, "site": p.site, "width": _width(model, p)}
+            )
+            for p in wanted
+        ]
+
+    writers = open_writers()
+    if not all(writer.complete for writer in writers):
+        lock = FolderLock(folder)
+        try:
+            writers = open_writers()  # again, now that nobody else writes
+            first = min(writer.shards for writer in writers)
+            work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
+            with _bar(progress) as bar:
+                task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
+                for shard, batches in work.shards(per_shard, first, partial(bar.update, task)):
+                    for rows in batches:
+                        for writer, array in zip(writers, rows, strict=True):
+                            writer.append(shard, array)
+                    for writer in writers:
+                        writer.close(shard)
+        finally:
+            for writer in writers:
+                writer.abandon()
+            lock.release()
+    if not all(writer.shards for writer in writers):
+        raise ValueError(f"{source.path} holds no tokens")
+    return [_finished(writer) for writer in writers]
+
+
+def _finished(writer: StoreWriter) -> ActivationStore:
+    if not writer.complete:
+        heavy = heavy_rows(ActivationStore(writer.folder, writer.manifest))
+        writer.manifest["heavy_rows"] = None if heavy is None else asdict(heavy)
+    return writer.finish()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that determines the rows."""
+
+    model: Model
+    inputs: TokenInputs | ImageInputs
+    points: tuple[Point, ...]
+    keep: float
+    batch: int
+    seed: int
+    dtype: np.dtype
+
+    def shards(
+        self, per_shard: int, first: int, progress: Callable
+    ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
+        """Every shard from number `first` on: its number, and its rows in batches, an array for each point."""
+        # Where the weights lie in memory as JAX needs them they are used there, not copied.
+        params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), self.model.params)
+
+        def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
+            for start in range(0, len(group), self.batch):
+                chunk = group[start : start + self.batch]
+                yield self._rows(params, [piece for piece, _ in chunk], shard * per_shard + start)
+                progress(completed=chunk[-1][1])
+
+        # Tokens of finished shards are read over, not run.
+        groups = _groups(self.inputs.pieces(), per_shard)
+        for shard, group in enumerate(itertools.islice(groups, first, None), start=first):
+            yield shard, batches(shard, group)
+
+    def _rows(self, params, pieces: list[np.ndarray], number: int) -> list[np.ndarray]:
+        """The kept rows of a batch whose first sequence has that number."""
+        inputs, mask, counts = self.inputs.batch(pieces)
+        kept = np.zeros_like(counts)
+        for i in range(len(pieces)):
+            places = np.flatnonzero(counts[i])
+            # The draw depends on nothing but the seed and the sequence's number.
+            rng = np.random.default_rng([self.seed, number + i])
+            kept[i, rng.choice(places, size=max(1, round(self.keep * len(places))), replace=False)] = True
+        seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
+        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
+
+
+def _groups(items: Iterator, size: int) -> Iterator[list]:
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
+def _width(model: Model, point: Point) -> int:
+    return model.config.d_hidden if point.site == "hidden" else model.config.d_model
+
+
+def _sequences_per_shard(shard_bytes: int, rows: int, row_bytes: int, batch: int) -> int:
+    """As many as fit, whole batches only."""
+    return max(1, shard_bytes // (rows * row_bytes * batch)) * batch
+
+
+@partial(jax.jit, static_argnames=("config", "points"))
+def _forward(params, tokens, mask, *, config, points):
+    # What comes behind the last point is never computed: nothing here uses it.
+    seen = run(params, config, tokens, mask=mask, capture=points)[1]
+    return [seen[point] for point in points]
+
+
+def _stored(values: np.ndarray, dtype, sequence: int) -> np.ndarray:
+    """In the store's type, checked to be finite."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"activations of the sequences from number {sequence} on are not finite"
+            + (f" in {stored.dtype}: store float32" if np.isfinite(values).all() else "")
+        )
+    return stored
+
+
+def _bar(enabled: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), disable=not enabled)

@@ -1,0 +1,48 @@
+"""The generalised power method for `TopK`: steps that can only raise the energy of the largest coordinates."""
+
+import dataclasses
+from typing import cast
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from rotsparse._core.orthogonal import matmul
+from rotsparse.engine.method import Method
+from rotsparse.objectives.measures import TopK
+from rotsparse.solvers._moments import check_objective
+from rotsparse.solvers.combine import Each
+from rotsparse.solvers.fixed_point import FixedPoint, top_k
+
+
+class PowerMethod(Method):
+    """`FixedPoint(top_k(k))` from the start, and from the uncentred principal components, where few directions hold
+    most of the energy; the lower one counts (Journée et al. 2010).
+
+    Meant to follow annealing, whose minibatches leave it a little above the optimum. Raises `ValueError` for other
+    objectives than `ActivationSparsity` with `TopK`.
+    """
+
+    steps: int = eqx.field(static=True, default=60)
+
+    def run(self, problem, starts, *, key, run):
+        if len(starts) != 1:
+            return Each(self).run(problem, starts, key=key, run=run)
+        objective = check_objective(problem.objective)
+        if not isinstance(objective.measure, TopK):
+            raise ValueError(f"the power method is for TopK, and the measure is {objective.measure}")
+        start, x = starts[0], objective.x
+        _, components = np.linalg.eigh(np.asarray(matmul(x.T, x), np.float64))
+        from_components = {objective.space: jnp.asarray(components.T[::-1], start[objective.space].dtype)}
+        method = FixedPoint(response=top_k(cast(TopK, objective.measure).count(x.shape[1])), steps=self.steps)
+        with run.listening() as run:
+            solution = method.run(problem, (start,), key=key, run=run.part("start"))
+            stages = [solution.stages[0]._replace(name="PowerMethod")]
+            if not solution.result.broken_off:
+                found = method.run(problem, (from_components,), key=key, run=run.part("components"))
+                stages.append(found.stages[0]._replace(name="PowerMethod from principal components"))
+                best = solution.improved(found.bases, problem.objective, problem.validation)
+                result = found.result if found.result.broken_off else best.result
+                seconds = solution.stats["seconds"] + found.stats["seconds"]
+                solution = dataclasses.replace(best, result=result, stats=best.stats | {"seconds": seconds})
+        return dataclasses.replace(solution, stages=tuple(stages))
