@@ -7,47 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layer_kinds import LAYERS, correlated_inputs, random_weights
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse.evaluation import baselines
-from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.jacobians import LayerStatistics
-from rotsparse.layers.mlp import MLP, Dense
-from rotsparse.layers.norms import layer_norm
-
-NAMES = [
-    "neurons",
-    "haar",
-    "pca",
-    "pca_uncentred",
-    "svd_weights",
-    "svd_mean_jacobian",
-    "svd_mean_jacobian_weighted",
-    "jacobian_gram",
-    "ica",
-    "varimax",
-    "hadamard",
-]
-
-
-def weights(rng, *shape):
-    return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-
-
-def function_layer(rng):
-    w = weights(rng, 5, 6)
-    return FunctionLayer(function=lambda x: jnp.tanh(w @ x), d_in=6, d_out=5)
-
-
-LAYERS = {
-    "mlp": lambda rng: MLP(weights(rng, 9, 6), weights(rng, 9), weights(rng, 4, 9), activation="gelu"),
-    "dense": lambda rng: Dense(weights(rng, 7, 6), weights(rng, 7)),
-    "gated": lambda rng: GatedMLP(weights(rng, 9, 6), weights(rng, 9, 6), weights(rng, 8, 9)),
-    "residual": lambda rng: MLP(
-        weights(rng, 9, 6), None, weights(rng, 6, 9), norm=layer_norm(1 + weights(rng, 6)), skip=True
-    ),
-    "function": function_layer,
-}
+from rotsparse.layers.mlp import Dense
 
 
 @pytest.fixture(params=LAYERS)
@@ -57,8 +22,7 @@ def layer(request, rng):
 
 @pytest.fixture
 def x(rng):
-    """Non-Gaussian inputs with a mean, correlated."""
-    return (rng.laplace(size=(500, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal(6)).astype(np.float32)
+    return correlated_inputs(rng)
 
 
 def diagonal(m, atol=1e-5):
@@ -72,26 +36,6 @@ def diagonal(m, atol=1e-5):
 def conjugated(r, m):
     r = np.asarray(r, np.float64)
     return r @ m @ r.T
-
-
-def test_contract(layer, x):
-    bases = baselines.all_baselines(layer, x, key=jax.random.key(3))
-    assert list(bases) == [n for n in NAMES if n != "svd_weights" or not isinstance(layer, FunctionLayer)]
-    again = baselines.all_baselines(layer, x, key=jax.random.key(3))
-    for name, r in bases.items():
-        assert r.r_in.shape == (layer.d_in, layer.d_in), name
-        assert r.r_out.shape == (layer.d_out, layer.d_out), name
-        assert r.r_in.dtype == r.r_out.dtype == np.float32
-        assert r.orthogonality_error() < 1e-6, name
-        np.testing.assert_array_equal(r.r_in, again[name].r_in, err_msg=name)
-        np.testing.assert_array_equal(r.r_out, again[name].r_out, err_msg=name)
-
-
-def test_a_baseline_alone_is_the_same_as_among_all(x, rng):
-    layer = LAYERS["mlp"](rng)
-    bases = baselines.all_baselines(layer, x, key=jax.random.key(0))
-    for name in ("pca", "pca_uncentred", "svd_mean_jacobian", "svd_mean_jacobian_weighted", "jacobian_gram", "varimax"):
-        np.testing.assert_array_equal(getattr(baselines, name)(layer, x).r_out, bases[name].r_out, err_msg=name)
 
 
 def test_the_key_draws_the_random_ones(x, rng):
@@ -164,7 +108,7 @@ def test_weight_svd_of_a_gated_block_ignores_what_does_not_change_its_function(x
 
 def test_weight_svd_needs_weights(x, rng):
     with pytest.raises(ValueError, match="svd_mean_jacobian works for every layer"):
-        baselines.svd_weights(function_layer(rng), x)
+        baselines.svd_weights(LAYERS["function"](rng), x)
 
 
 def test_ica_recovers_planted_sources(rng):
@@ -190,7 +134,7 @@ def test_ica_leaves_directions_without_variance_alone(rng):
 
 def test_ica_that_does_not_converge_is_reported_and_still_orthogonal(rng, caplog, monkeypatch):
     monkeypatch.setattr(baselines, "_ICA_ITERATIONS", 2)
-    layer = Dense(weights(rng, 20, 20))
+    layer = Dense(random_weights(rng, 20, 20))
     with caplog.at_level(logging.INFO, logger="rotsparse"):
         r = baselines.ica(layer, rng.standard_normal((100, 20)).astype(np.float32), seed=0)
     assert "has not converged" in caplog.text
@@ -246,7 +190,7 @@ def test_neurons_are_the_identity(layer, x):
 def test_dead_inputs_and_outputs_do_no_harm(rng):
     x = rng.standard_normal((50, 6)).astype(np.float32)
     x[:, :3] = 0
-    dead = Dense(weights(rng, 5, 6), np.full(5, -100, np.float32))
+    dead = Dense(random_weights(rng, 5, 6), np.full(5, -100, np.float32))
     for name, r in baselines.all_baselines(dead, x, key=jax.random.key(0)).items():
         assert r.orthogonality_error() < 1e-6, name
 
