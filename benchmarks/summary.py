@@ -160,7 +160,13 @@ def streaming(figures: dict) -> Iterator[Row]:
     yield f"a store of {figures['gigabytes']:.0f} GB: ms a step", ours, f"{memory} (from memory)", said
 
 
+def capture(figures: dict) -> Iterator[Row]:
+    ours, product = (f"{figures[name]:.0f}" for name in ("gflops", "product_gflops"))
+    yield "capture of SmolLM2-135M: Gflop/s", ours, f"{product} (its products)", f"{figures['share']:.0%} of the rate"
+
+
 BENCHMARKS = (
+    capture,
     activation_recovery,
     phase_transition,
     robustness,

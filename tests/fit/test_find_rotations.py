@@ -331,7 +331,7 @@ def test_gated_and_function_layers_fit(rng):
         GatedMLP(draw(10, 6), draw(10, 6), draw(6, 10), skip=True),
         FunctionLayer(lambda x: jnp.sin(x[:4]), 6, 4),
     ):
-        solution = find_rotations(layer, x, key=KEY, steps=40)
+        solution = find_rotations(layer, x, key=KEY, method=Anneal(steps=40))
         assert solution.value <= solution.start_value
         assert solution.rotations.r_out.shape == (layer.d_out, layer.d_out)
 
