@@ -327,10 +327,6 @@ def test_a_manifest_that_does_not_fit_its_shards(x, tmp_path):
         open_store(tmp_path / "store")
     manifest["rows"] += 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):  # more rows in its shards than in all
-        open_store(tmp_path / "store")
-    manifest["rows"] += 1
-    path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"00001\.npy has shape \[7, 3\], expected \[8, 3\]"):
         open_store(tmp_path / "store")
 
