@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.orthogonal import newton_schulz, worst_error
 from rotsparse.engine.history import History
 from rotsparse.engine.method import Method, Problem
@@ -65,7 +66,7 @@ class PairSearch(Method):
         begun, objective = time.perf_counter(), problem.objective
         with run.listening() as run:
             bases, certificate = self.search(objective, starts[0], run)
-        return solution_of(problem, starts[0], bases, certificate, time.perf_counter() - begun, run.stopped)
+        return solution_of(problem, starts[0], bases, certificate, time.perf_counter() - begun)
 
     def search(self, objective: Objective, start: Bases, run: Run) -> tuple[Bases, Certificate | None]:
         """The bases that the search ends with, never worse than `start` by this objective, and the certificate (`None`
@@ -78,15 +79,23 @@ class PairSearch(Method):
             step_of=lambda state: int(state.sweep),
         ) as record:  # fmt: skip
             state = state if record.restored is None else record.restored
-            while not state.done:
-                if run.stopped:
-                    record.save(int(state.sweep), state, float(state.value))
-                    return state.bases, None
-                state = self._sweep(state, objective, searched, whole)
-                if state.done or record.due(int(state.sweep)):
-                    record.save(int(state.sweep), state, float(state.value))
-                value = float(state.value)
-                record.show(int(state.sweep), best=value, error=worst_error(state.bases), objective=np.array([value]))
+            try:
+                while not state.done:
+                    if run.stopped:
+                        record.save(int(state.sweep), state, float(state.value))
+                        return state.bases, None
+                    state = self._sweep(state, objective, searched, whole)
+                    if state.done or record.due(int(state.sweep)):
+                        record.save(int(state.sweep), state, float(state.value))
+                    value = float(state.value)
+                    record.show(
+                        int(state.sweep), best=value, error=worst_error(state.bases), objective=np.array([value])
+                    )
+            except Interrupted:
+                raise
+            except KeyboardInterrupt:  # a second one, which does not wait
+                record.save(int(state.sweep), state, float(state.value))
+                return state.bases, None
         tested = {space: int(count) for space, count in state.tested.items()}
         pairs = {space: math.comb(objective.spaces[space], 2) for space in tested}
         return state.bases, Certificate(float(state.delta), float(state.value), tested, pairs)
@@ -150,7 +159,7 @@ class _Sweep(eqx.Module):
 
 
 def solution_of(
-    problem: Problem, start: Bases, bases: Bases, certificate: Certificate | None, seconds: float, stopped: bool
+    problem: Problem, start: Bases, bases: Bases, certificate: Certificate | None, seconds: float
 ) -> Solution:
     """What a search for pairs amounts to, judged as `problem` says: its start, if it found nothing better."""
     judged, begun = problem.judged([bases, start])
@@ -158,7 +167,7 @@ def solution_of(
         bases, judged = start, begun
     value, evident = evidence(problem.objective, bases)
     result = Result.ALL_STEPS if judged < begun else Result.NO_IMPROVEMENT
-    result = Result.INTERRUPTED if stopped and certificate is None else result
+    result = Result.INTERRUPTED if certificate is None else result
     return Solution(
         bases=bases,
         result=result,

@@ -55,16 +55,16 @@ class Refine(Method):
         at_start, first = judged_value(searched, start), judged_value(few, start)
         with run.listening() as run:
             certificate = None  # until the last search has left one
-            bases, _ = look.search(few, start, run.part("look"))
+            bases, looked = look.search(few, start, run.part("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
-            if first_gain < self.worth:
-                if not run.stopped:
+            if looked is None or first_gain < self.worth:
+                if looked is not None and not run.stopped:
                     bases, certificate = look.search(searched, start, run.part("last"))
             else:
-                bases, _ = whole.search(few, bases, run.part("search"))
+                bases, searched_few = whole.search(few, bases, run.part("search"))
                 reached = judged_value(searched, bases)
                 for i in range(self.rounds):
-                    if run.stopped:
+                    if run.stopped or searched_few is None:
                         break
                     before = reached
                     polished = self.polish.run(
@@ -72,7 +72,7 @@ class Refine(Method):
                     )
                     if polished.result is Result.INTERRUPTED:
                         break
-                    candidate, _ = whole.search(few, polished.bases, run.part(f"search-{i}"))
+                    candidate, searched_few = whole.search(few, polished.bases, run.part(f"search-{i}"))
                     after = judged_value(searched, candidate)
                     if after < before:
                         bases, reached = candidate, after
@@ -80,11 +80,10 @@ class Refine(Method):
                         break
                 # What the few examples gain may be a loss on all of them.
                 bases = bases if reached < at_start else start
-                if not run.stopped:
+                if not run.stopped and searched_few is not None:
                     bases, certificate = whole.search(searched, bases, run.part("last"))
-            stopped = run.stopped
         gain = (at_start - judged_value(searched, bases)) / abs(at_start) if at_start else 0.0
         looks = "one look, hardly anything to gain" if first_gain < self.worth else f"{first_gain:.2%} at first"
-        solution = solution_of(problem, start, bases, certificate, time.perf_counter() - begun, stopped)
+        solution = solution_of(problem, start, bases, certificate, time.perf_counter() - begun)
         stage = solution.stages[0]._replace(name="Refine", remark=f"pair searches gained {gain:.2%}; {looks}")
         return dataclasses.replace(solution, stages=(stage,))
