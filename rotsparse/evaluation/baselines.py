@@ -17,6 +17,10 @@ from threadpoolctl import threadpool_limits
 
 from rotsparse._core.intervals import numpy_generator
 from rotsparse._core.types import Rows
+from rotsparse.fit.weight_bases import absorbed, rounded
+from rotsparse.fit.weight_bases import most_exact_zeros as most_exact_zeros
+from rotsparse.fit.weight_bases import sparse_weights as sparse_weights
+from rotsparse.fit.weight_bases import triangular as triangular
 from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import LayerStatistics, apply
 from rotsparse.layers.rotations import Rotations
@@ -36,26 +40,26 @@ _log = logging.getLogger(__name__)
 
 def neurons(layer: Layer, x: Rows) -> Rotations:
     """The identity: the basis that the network was trained in."""
-    return _rotations(np.eye(layer.d_in), np.eye(layer.d_out))
+    return rounded(np.eye(layer.d_in), np.eye(layer.d_out))
 
 
 def haar(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> Rotations:
     """Uniformly random rotations, as `orthogonal.haar` but in float64: what no structure at all gives."""
     rng = numpy_generator(key)
-    return _rotations(*(_positive_qr(rng.standard_normal((d, d))) for d in (layer.d_in, layer.d_out)))
+    return rounded(*(_positive_qr(rng.standard_normal((d, d))) for d in (layer.d_in, layer.d_out)))
 
 
 def pca(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
     """Principal axes of the inputs and of the outputs: eigenvectors of their covariances."""
     s = statistics or LayerStatistics(layer, x)
-    return _rotations(_eigenvectors(s.inputs[1]), _eigenvectors(s.outputs[1]))
+    return rounded(_eigenvectors(s.inputs[1]), _eigenvectors(s.outputs[1]))
 
 
 def pca_uncentred(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
     """Eigenvectors of the second moments `E[xxᵀ]` and `E[yyᵀ]`, mean included: the rotation of LaRoSA (Liu et al.,
     "La RoSA: Enhancing LLM Efficiency via Layerwise Rotated Sparse Activation", 2025)."""
     s = statistics or LayerStatistics(layer, x)
-    return _rotations(*(_eigenvectors(cov + np.outer(mean, mean)) for mean, cov in (s.inputs, s.outputs)))
+    return rounded(*(_eigenvectors(cov + np.outer(mean, mean)) for mean, cov in (s.inputs, s.outputs)))
 
 
 def svd_weights(layer: Layer, x: Rows) -> Rotations:
@@ -75,11 +79,11 @@ def svd_weights(layer: Layer, x: Rows) -> Rotations:
             "svd_mean_jacobian works for every layer"
         )
     left = None if layer.left is None else np.asarray(layer.left, np.float64)
-    rights = [_weights_in(layer, w) for w in layer.rights]
+    rights = [absorbed(layer, w) for w in layer.rights]
     if len(rights) == 1:
         return _svd(rights[0] if left is None else left @ rights[0])
     assert left is not None
-    return _rotations(np.linalg.svd(np.concatenate(rights))[2], np.linalg.svd(left)[0].T)
+    return rounded(np.linalg.svd(np.concatenate(rights))[2], np.linalg.svd(left)[0].T)
 
 
 def svd_mean_jacobian(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
@@ -107,7 +111,7 @@ def jacobian_gram(layer: Layer, x: Rows, *, statistics: LayerStatistics | None =
     """Eigenvectors of `E[JᵀJ]` and `E[JJᵀ]`: PCA of the Jacobian's rows and columns. (`E[JᵀJ]` of a scalar function
     is the matrix of active subspaces: Constantine, Dow & Wang 2014.)"""
     s = statistics or LayerStatistics(layer, x)
-    return _rotations(_eigenvectors(s.jacobian.gram_in), _eigenvectors(s.jacobian.gram_out))
+    return rounded(_eigenvectors(s.jacobian.gram_in), _eigenvectors(s.jacobian.gram_out))
 
 
 def ica(layer: Layer, x: Rows, *, seed: int, statistics: LayerStatistics | None = None) -> Rotations:
@@ -125,7 +129,7 @@ def ica(layer: Layer, x: Rows, *, seed: int, statistics: LayerStatistics | None 
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(s.x))[:_ICA_EXAMPLES])
     sample = s.x[chosen]
-    return _rotations(
+    return rounded(
         _independent_components(np.asarray(sample, np.float64), s.inputs, rng, "inputs"),
         _independent_components(np.asarray(apply(layer, sample), np.float64), s.outputs, rng, "outputs"),
     )
@@ -141,7 +145,14 @@ def varimax(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None)
     identity.)
     """
     s = statistics or LayerStatistics(layer, x)
-    return _rotations(_varimax_axes(s.inputs[1]), _varimax_axes(s.outputs[1]))
+    return rounded(_varimax_axes(s.inputs[1]), _varimax_axes(s.outputs[1]))
+
+
+def svd_varimax(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
+    """Singular vectors of `E[J]`, scaled by their singular values and turned to simple structure as in `varimax`."""
+    s = statistics or LayerStatistics(layer, x)
+    mean = s.jacobian.mean
+    return rounded(_varimax_axes(mean.T @ mean), _varimax_axes(mean @ mean.T))
 
 
 def hadamard(layer: Layer, x: Rows) -> Rotations:
@@ -152,11 +163,12 @@ def hadamard(layer: Layer, x: Rows) -> Rotations:
     Kronecker product of the Hadamard matrix of size `2^k` and the discrete Hartley transform `cas(2πij/m)/√m` of size
     m: orthogonal, symmetric, no entry larger than `√(2/d)`.
     """
-    return _rotations(_hadamard(layer.d_in), _hadamard(layer.d_out))
+    return rounded(_hadamard(layer.d_in), _hadamard(layer.d_out))
 
 
 def all_baselines(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> dict[str, Rotations]:
-    """Every baseline by name, with statistics shared. `svd_weights` is left out for a layer without weights.
+    """Every baseline by name, with statistics shared. `svd_weights` and `sparse_weights` are left out for a layer
+    without weights.
 
     `key` draws the Haar rotations and seeds ICA. Raises `ValueError` for unusable `x`.
     """
@@ -176,9 +188,12 @@ def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStat
     }
     if isinstance(layer, ClosedForm):
         found["svd_weights"] = lambda s: svd_weights(layer, s.x)
+        found["sparse_weights"] = lambda s: sparse_weights(layer, s.x, statistics=s)
     return found | {
         "svd_mean_jacobian": lambda s: svd_mean_jacobian(layer, s.x, statistics=s),
         "svd_mean_jacobian_weighted": lambda s: svd_mean_jacobian_weighted(layer, s.x, statistics=s),
+        "svd_varimax": lambda s: svd_varimax(layer, s.x, statistics=s),
+        "triangular": lambda s: triangular(layer, s.x, statistics=s),
         "jacobian_gram": lambda s: jacobian_gram(layer, s.x, statistics=s),
         "ica": lambda s: ica(layer, s.x, seed=seed, statistics=s),
         "varimax": lambda s: varimax(layer, s.x, statistics=s),
@@ -189,10 +204,6 @@ def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStat
 # --- the linear algebra, in float64 -----------------------------------------------------------------------------
 
 
-def _rotations(r_in: Float[np.ndarray, "i i"], r_out: Float[np.ndarray, "o o"]) -> Rotations:
-    return Rotations(r_in.astype(np.float32), r_out.astype(np.float32))
-
-
 def _eigenvectors(symmetric: Matrix) -> Matrix:
     """Eigenvectors as rows, largest eigenvalue first."""
     return np.linalg.eigh(symmetric)[1].T[::-1]
@@ -200,7 +211,7 @@ def _eigenvectors(symmetric: Matrix) -> Matrix:
 
 def _svd(jacobian: Float[np.ndarray, "d_out d_in"]) -> Rotations:
     left, _, right = np.linalg.svd(jacobian)
-    return _rotations(right, left.T)
+    return rounded(right, left.T)
 
 
 def _positive_qr(gaussian: Matrix) -> Matrix:
@@ -216,10 +227,6 @@ def _polar(a: Matrix) -> Matrix:
 def _few_threads(d: int) -> threadpool_limits:
     """A context for loops over small matrices, where many threads wait for each other far longer than they compute."""
     return threadpool_limits(1 if d <= 512 else None, user_api="blas")
-
-
-def _weights_in(layer: ClosedForm, w) -> Float[np.ndarray, "hidden d_in"]:
-    return np.asarray(w if layer.norm is None else layer.norm.absorb(w), np.float64)
 
 
 def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random.Generator, side: str) -> Matrix:

@@ -86,6 +86,21 @@ class LayerStatistics:
         """Moments of the Jacobian."""
         return jacobian_moments(self.layer, self.x)
 
+    @property
+    def gate_powers(self) -> list[Float[np.ndarray, "hidden"]]:
+        """`E[g²]` of every hidden neuron, for every way in; gates include the `1/r` of a norm in front. Needs a
+        `ClosedForm` layer."""
+        return self._gates[::2]
+
+    @property
+    def gate_rates(self) -> list[Float[np.ndarray, "hidden"]]:
+        """The share of examples on which the gate of every hidden neuron is not zero, for every way in."""
+        return self._gates[1::2]
+
+    @cached_property
+    def _gates(self) -> list[np.ndarray]:
+        return _mean_over_examples(_gate_sums, self.layer, self.x)
+
 
 # Full precision everywhere: baselines are computed from these numbers, once.
 
@@ -115,6 +130,15 @@ def _gram_sum(layer, x, counted):
     with jax.default_matmul_precision("highest"):
         j = layer.jacobian(x) * counted[:, None, None]
         return (jnp.einsum("noi,noj->ij", j, j),)
+
+
+@eqx.filter_jit
+def _gate_sums(layer, x, counted):
+    sums = []
+    for gate in layer.gates(x):
+        scaled = gate if layer.norm is None else gate * layer.norm.direction(x)[1]
+        sums += [counted @ jnp.square(scaled), counted @ jnp.asarray(gate != 0, x.dtype)]
+    return sums
 
 
 def _mean_over_examples(chunk_sums, layer, x):

@@ -10,9 +10,11 @@ import pytest
 from layer_kinds import LAYERS, correlated_inputs, random_weights
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse.evaluation import baselines
+from rotsparse.evaluation.held_fits import held_fits
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.jacobians import LayerStatistics
 from rotsparse.layers.mlp import Dense
+from rotsparse.solvers.anneal import Anneal
 
 
 @pytest.fixture(params=LAYERS)
@@ -208,3 +210,25 @@ def test_statistics_are_computed_once(layer, x, monkeypatch):
     monkeypatch.setattr(LayerStatistics.jacobian, "func", lambda self: calls.append(None) or original(self))
     baselines.all_baselines(layer, x, key=jax.random.key(0))
     assert len(calls) == 1
+
+
+def test_singular_vectors_of_the_mean_jacobian_are_turned_by_varimax(rng):
+    # Two groups of inputs, each moving a group of outputs; nearly equal singular values mix the groups.
+    jacobian = np.kron(np.array([[1, 0.1], [0.1, 1]]), np.ones((3, 3))) + 0.01 * rng.standard_normal((6, 6))
+    layer, x = Dense(jacobian.astype(np.float32), activation="identity"), correlated_inputs(rng)
+    groups = np.kron(np.eye(2), np.ones(3)) / np.sqrt(3)
+    turned, singular = baselines.svd_varimax(layer, x), baselines.svd_mean_jacobian(layer, x)
+    for side in ("r_in", "r_out"):
+        of_groups, before = (
+            np.abs(np.asarray(getattr(r, side))[:2] @ groups.T).max(axis=1) for r in (turned, singular)
+        )
+        assert (of_groups > 0.99).all() and (before < 0.8).all()
+
+
+def test_held_fits_leave_one_side_at_the_neurons(x, rng):
+    layer = LAYERS["mlp"](rng)
+    found = held_fits(layer, x, key=jax.random.key(0), method=Anneal(steps=30))
+    np.testing.assert_array_equal(found["outputs_held"].r_out, np.eye(layer.d_out))
+    np.testing.assert_array_equal(found["inputs_held"].r_in, np.eye(layer.d_in))
+    assert np.abs(found["outputs_held"].r_in - np.eye(layer.d_in)).max() > 0.1
+    assert np.abs(found["inputs_held"].r_out - np.eye(layer.d_out)).max() > 0.1
