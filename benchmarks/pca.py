@@ -94,7 +94,7 @@ def evidence(networks: dict[str, dict[str, Any]]) -> str:
         seconds = {basis: s for basis, s in of["seconds"].items() if basis not in (LEARNED, CONTROL)}
         slowest = max(seconds, key=seconds.__getitem__)
         behind = []
-        for metric in of["metrics"][LEARNED]:
+        for metric in filter(of["metrics"][LEARNED].__contains__, HIGHER_IS_SPARSER):
             sign = 1 if HIGHER_IS_SPARSER[metric] else -1
             best = max(of["metrics"], key=lambda basis: sign * of["metrics"][basis][metric]["value"])
             if best != LEARNED:

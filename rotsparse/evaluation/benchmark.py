@@ -70,11 +70,17 @@ class Benchmark:
 
     def table(self) -> Table:
         """A rich table; the control in the last row."""
-        return tables.rich_table(self.comparison.metrics, controls=self._controls, seconds=self.seconds)
+        concentration = self.comparison.concentration
+        return tables.rich_table(
+            self.comparison.metrics, concentration=concentration, controls=self._controls, seconds=self.seconds
+        )
 
     def markdown(self) -> str:
         """The same in Markdown, with half the widths of the intervals."""
-        return tables.markdown_table(self.comparison.metrics, controls=self._controls, seconds=self.seconds)
+        concentration = self.comparison.concentration
+        return tables.markdown_table(
+            self.comparison.metrics, concentration=concentration, controls=self._controls, seconds=self.seconds
+        )
 
     @property
     def _controls(self) -> dict[str, dict[str, Interval]]:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,7 +17,9 @@ from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_inte
 from rotsparse._core.types import Data, Rows
 from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation import baselines, tables
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, evaluate
+from rotsparse.evaluation.concentration import Concentration
+from rotsparse.evaluation.curves import Curves
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, examine
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
@@ -25,25 +28,38 @@ from rotsparse.objectives.measures import GemanMcClure, Measure
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of several bases: `metrics[basis][metric]` is an `Interval`. Every basis has the same metrics."""
+    """Metrics of several bases: `metrics[basis][metric]` is an `Interval`. Every basis has the same metrics.
+
+    `concentration[basis]`: what share of the energy a single row, column, entry or example holds; where it is large,
+    the metrics that use one rms for all entries mislead. `curves[basis]`: shares of small entries for every threshold,
+    and the energy in every number of entries.
+    """
 
     metrics: dict[str, dict[str, Interval]]
+    concentration: dict[str, Concentration] = field(default_factory=dict)
+    curves: dict[str, Curves] = field(default_factory=dict)
 
     def best(self, metric: str) -> str:
         """The basis that is sparsest by that metric (the first in a tie). Raises `ValueError` for an unknown metric."""
         return self.best_of(metric, list(self.metrics))
 
-    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`{basis: {metric: {"value", "low", "high"}}}`, ready for `json.dump`."""
-        return {basis: {name: m._asdict() for name, m in of.items()} for basis, of in self.metrics.items()}
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """`{basis: {metric: {"value", "low", "high"}, "concentration": {...}, "curves": {...}}}`, ready for
+        `json.dump`."""
+        further = {"concentration": self.concentration, "curves": self.curves}
+        return {
+            basis: {name: m._asdict() for name, m in of.items()}
+            | {name: found[basis]._asdict() for name, found in further.items() if basis in found}
+            for basis, of in self.metrics.items()
+        }
 
     def table(self, title: str | None = None, *, seconds: dict[str, float] | None = None) -> Table:
         """A rich table (see `tables.rich_table`)."""
-        return tables.rich_table(self.metrics, title=title, seconds=seconds)
+        return tables.rich_table(self.metrics, concentration=self.concentration, title=title, seconds=seconds)
 
     def markdown(self, *, seconds: dict[str, float] | None = None) -> str:
         """The same table in Markdown, with half the widths of the intervals."""
-        return tables.markdown_table(self.metrics, seconds=seconds)
+        return tables.markdown_table(self.metrics, concentration=self.concentration, seconds=seconds)
 
     @property
     def names(self) -> list[str]:
@@ -68,7 +84,8 @@ def compare(
     key: PRNGKeyArray,
     resamples: int = 200,
 ) -> Comparison:
-    """All metrics of `metrics.evaluate` for every basis on held-out `x_test`, and, for unscaled inputs, `gap_closed`:
+    """All metrics of `metrics.evaluate` for every basis on held-out `x_test`, how concentrated the energy is, whole
+    curves, and, for unscaled inputs, `gap_closed`:
 
         (mean S of a random basis - mean S of this basis) / (mean S of a random basis - floor)
 
@@ -88,18 +105,23 @@ def compare(
     gram = jacobian_gram(layer, x)
     if scale_inputs and covariance is None:
         covariance = input_covariance(x)[1]
-    metrics = {
-        name: evaluate(
+    found = {
+        name: examine(
             layer, x, r, scale_inputs=scale_inputs, covariance=covariance, gram=gram, key=key, resamples=resamples
         )
         for name, r in bases.items()
     }
+    metrics = {name: of.metrics for name, of in found.items()}
     if not scale_inputs:
         rms = float(np.sqrt(np.trace(gram) / (layer.d_in * layer.d_out)))
         counts = bootstrap_counts(len(x), resamples, key=key)
         gaps = _gaps_closed(layer, x, bases, GemanMcClure(eps=0.1), rms, counts, key=jax.random.fold_in(key, 1))
         metrics = {name: of | {"gap_closed": gaps[name]} for name, of in metrics.items()}
-    return Comparison(metrics)
+    return Comparison(
+        metrics,
+        {name: of.concentration for name, of in found.items()},
+        {name: of.curves for name, of in found.items()},
+    )
 
 
 def compare_with_baselines(

@@ -5,6 +5,7 @@ stream through, twice: memory is one chunk of Jacobians and their sum, however m
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -13,6 +14,8 @@ from rotsparse._core.checks import activations, weight
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import covariance as input_covariance
+from rotsparse.evaluation.concentration import Concentration, concentration, without_top
+from rotsparse.evaluation.curves import THRESHOLDS, Curves, count_below, count_below_each, curves
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
@@ -23,7 +26,13 @@ Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
 HIGHER_IS_SPARSER: dict[str, bool] = {
     "edges_90": False,
     "edges_99": False,
+    "edges_99_by_row": False,
+    "edges_99_by_column": False,
+    "edges_99_without_top": False,
     "fraction_below_0.1_rms": True,
+    "small_by_row": True,
+    "small_by_column": True,
+    "small_without_top": True,
     "hoyer": True,
     "gini": True,
     "participation_ratio": False,
@@ -31,6 +40,20 @@ HIGHER_IS_SPARSER: dict[str, bool] = {
     "top_5_percent_energy": True,
     "gap_closed": True,
 }
+
+# A row, a column or a rest with a smaller rms than this, in units of the rms of all entries, has no influence: rounding
+# errors of float32 are as large.
+NO_INFLUENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one basis leaves of the Jacobians of held-out examples: its metrics, how concentrated the energy is, and the
+    curves of which the metrics are single points."""
+
+    metrics: dict[str, Interval]
+    concentration: Concentration
+    curves: Curves
 
 
 def evaluate(
@@ -53,6 +76,18 @@ def evaluate(
     - `participation_ratio`: mean of `(Σz²)²/Σz⁴`, an effective number of entries, 1 to N;
     - `top_1_percent_energy`, `top_5_percent_energy`: mean share of `Σz²` in an example's largest 1% (5%).
 
+    Edges and small entries are measured against the energy of all entries. Where one row or column holds most of it,
+    they say nothing about the others; these do:
+
+    - `edges_99_by_row` (`by_column`): edges needed where every row (column) keeps 99% of its own energy;
+    - `small_by_row` (`by_column`): share of entries below 0.1 of the rms of their own row (column), over all examples;
+    - `edges_99_without_top`, `small_without_top`: edges and small entries of what remains, measured by its own energy
+      and rms, after the strongest 1% of rows and of columns (`concentration.without_top`) are taken out.
+
+    Rows (columns) with an rms below 1e-5 of that of all entries have no influence and are left out: that they are zero
+    is no evidence that the others are sparse. Where nothing remains without the top, all of it is small: 0 edges.
+    The top and each rms are those of `x`, also in the resamples.
+
     Averages over examples leave out those whose Jacobian is zero: they have no direction to be sparse in.
 
     With `scale_inputs`, the default as in a fit, entry (o, i) of `Z` is multiplied by `√(r_i Σ r_iᵀ)`, the standard
@@ -62,6 +97,22 @@ def evaluate(
 
     Raises `ValueError` where shapes do not fit, or the Jacobian is zero for every example.
     """
+    options = {"scale_inputs": scale_inputs, "covariance": covariance, "gram": gram}
+    return examine(layer, x, rotations, **options, key=key, resamples=resamples).metrics
+
+
+def examine(
+    layer: Layer,
+    x: Rows,
+    rotations: Rotations,
+    *,
+    scale_inputs: bool = True,
+    covariance: Matrix | None = None,
+    gram: Matrix | None = None,
+    key: PRNGKeyArray,
+    resamples: int = 200,
+) -> Evaluation:
+    """`evaluate`, with the concentration and the curves, which the same passes over the examples give."""
     x, rotations = activations("x", x, layer.d_in), checked("rotations", rotations)
     r_in = _sized("r_in", rotations.r_in, layer.d_in)
     r_out = _sized("r_out", rotations.r_out, layer.d_out)
@@ -82,54 +133,139 @@ def evaluate(
             yield np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
 
     per_example: list[dict[str, np.ndarray]] = []
-    mean_square = np.zeros(entries)
+    mean_square, below = np.zeros(entries), np.zeros(len(THRESHOLDS), np.int64)
+    for z in normalised():
+        square, ordered = np.square(z), np.sort(z, axis=1)
+        per_example.append(_example_metrics(z, square, ordered))
+        mean_square += square.sum(axis=0, dtype=np.float64) / len(x)
+        below += count_below(ordered)
+    energy = np.concatenate([of.pop("energy") for of in per_example])
+
+    mean_square = mean_square.reshape(layer.d_out, layer.d_in)
+    kept = np.ix_(*without_top(mean_square))
+    holding = {
+        "edges_90": _Holding(mean_square.reshape(1, -1), 0.9),
+        "edges_99": _Holding(mean_square.reshape(1, -1), 0.99),
+        "edges_99_by_row": _Holding(mean_square, 0.99),
+        "edges_99_by_column": _Holding(mean_square.T, 0.99).transposed(),
+        "edges_99_without_top": _Holding(mean_square[kept].reshape(1, -1), 0.99).within(mean_square.shape, kept),
+    }
+    units = {
+        "small_by_row": _Units.of_groups(mean_square, axis=1),
+        "small_by_column": _Units.of_groups(mean_square, axis=0),
+        "small_without_top": _Units.of_part(mean_square, kept),
+    }
+    influences: dict[str, list[np.ndarray]] = {name: [] for name in holding}
+    small: dict[str, list[np.ndarray]] = {name: [] for name in units}
+    below_by_row = np.zeros(len(THRESHOLDS), np.int64)
     for z in normalised():
         square = np.square(z)
-        per_example.append(_example_metrics(z, square))
-        mean_square += square.sum(axis=0, dtype=np.float64) / len(x)
-
-    holding = {"edges_90": _Holding(mean_square, 0.9), "edges_99": _Holding(mean_square, 0.99)}
-    influences = [[h.influence(square) for h in holding.values()] for square in map(np.square, normalised())]
+        for name, h in holding.items():
+            influences[name].append(h.influence(square))
+        for name, unit in units.items():
+            small[name].append(unit.share_small(z))
+        below_by_row += count_below_each(z, units["small_by_row"].rms)
     results = {}
-    for (name, h), influence in zip(holding.items(), map(np.concatenate, zip(*influences, strict=True)), strict=True):
-        results[name] = bootstrap_interval(h.count, h.count + counts @ influence / len(x))
+    for name, h in holding.items():
+        results[name] = bootstrap_interval(h.count, h.count + counts @ np.concatenate(influences[name]) / len(x))
+    for name in units:
+        results[name] = _mean(np.concatenate(small[name]), counts)
     for name in per_example[0]:
         results[name] = _mean(np.concatenate([m[name] for m in per_example]), counts)
-    return results
+    return Evaluation(
+        {name: results[name] for name in HIGHER_IS_SPARSER if name in results},
+        concentration(mean_square, energy),
+        curves(mean_square, below / (entries * len(x)), below_by_row / (units["small_by_row"].entries * len(x))),
+    )
 
 
 class _Holding:
-    """The fewest entries that hold a share of the mean square, and how far each example moves their number.
+    """The fewest entries of every row of `mean_square` that hold a share of its sum, and how far each example moves
+    their number. (A single row for all entries; rows without influence need none.)
 
     Resampling would need a matrix of entries for every resample. To first order it needs one number an example: with
-    m the mean squares, M their sum and t the smallest that counts, a change δ of m leaves the counted ones
+    m the mean squares of a row, M their sum and t the smallest that counts, a change δ of m leaves the counted ones
     `share Σδ - Σ_counted δ` short of their share, and `1/t` times as many entries make up for it. (The influence
     function of the count: Hampel, "The Influence Curve and its Role in Robust Estimation", 1974.)
     """
 
-    def __init__(self, mean_square: Float[np.ndarray, "N"], share: float):
-        order = np.argsort(-mean_square, kind="stable")
-        cumulative = np.cumsum(mean_square[order])
-        self.count = int(np.searchsorted(cumulative, share * cumulative[-1])) + 1
-        self.smallest = mean_square[order[self.count - 1]]
-        self.weights = np.full(len(mean_square), share, np.float32)
-        self.weights[order[: self.count]] -= 1
+    def __init__(self, mean_square: Float[np.ndarray, "g k"], share: float):
+        order = np.argsort(-mean_square, axis=1, kind="stable")
+        ordered = np.take_along_axis(mean_square, order, axis=1)
+        cumulative = np.cumsum(ordered, axis=1)
+        counts = np.count_nonzero(cumulative < share * cumulative[:, -1:], axis=1) + 1
+        smallest = np.take_along_axis(ordered, counts[:, None] - 1, axis=1)
+        matters = _rms(mean_square, axis=1) > NO_INFLUENCE
+        self.count = int(counts[matters].sum())
+        # Weights are in units of one over the smallest of the first row that matters.
+        self.smallest = smallest[np.argmax(matters), 0] if matters.any() else 1.0
+        left_out = np.full(ordered.shape, share, np.float32)
+        left_out -= np.arange(ordered.shape[1]) < counts[:, None]
+        left_out[matters] *= (self.smallest / smallest[matters]).astype(np.float32)
+        left_out[~matters] = 0
+        self.weights = np.empty_like(left_out)
+        np.put_along_axis(self.weights, order, left_out, axis=1)
+
+    def transposed(self) -> "_Holding":
+        """The same after `mean_square` was transposed."""
+        self.weights = self.weights.T
+        return self
+
+    def within(self, shape: tuple[int, int], part) -> "_Holding":
+        """The same where `mean_square` was a part of a matrix of this shape."""
+        whole = np.zeros(shape, np.float32)
+        whole[part] = self.weights.reshape(whole[part].shape)
+        self.weights = whole
+        return self
 
     def influence(self, square: Float[np.ndarray, "n N"]) -> Float[np.ndarray, "n"]:
         """By how many entries the count would grow, times n, if each of these examples had twice its weight."""
-        return (square @ self.weights).astype(np.float64) / self.smallest
+        return (square @ self.weights.ravel()).astype(np.float64) / self.smallest
 
 
-def _example_metrics(z: Float[np.ndarray, "n N"], square: Float[np.ndarray, "n N"]) -> dict[str, np.ndarray]:
-    """Metrics of each example from its |z|, in units of the rms, and z². NaN where they are not defined."""
+@dataclass(frozen=True)
+class _Units:
+    """The rms that each entry is measured by, zero for entries that do not count, and how many do."""
+
+    rms: Float[np.ndarray, "N"]
+    entries: int
+
+    @classmethod
+    def of_groups(cls, mean_square: Float[np.ndarray, "d_out d_in"], axis: int) -> "_Units":
+        """The rms along an axis, for every row or column that has influence."""
+        rms = _rms(mean_square, axis=axis, keepdims=True)
+        rms = np.broadcast_to(np.where(rms > NO_INFLUENCE, rms, 0), mean_square.shape)
+        return cls(rms.ravel(), int(np.count_nonzero(rms)))
+
+    @classmethod
+    def of_part(cls, mean_square: Float[np.ndarray, "d_out d_in"], part) -> "_Units":
+        """The rms of a part of the entries. If that has no influence, all of it is small."""
+        rms, own = np.zeros(mean_square.shape), float(_rms(mean_square[part]))
+        rms[part] = own if own > NO_INFLUENCE else np.inf
+        return cls(rms.ravel(), int(np.count_nonzero(rms)))
+
+    def share_small(self, z: Float[np.ndarray, "n N"]) -> Float[np.ndarray, "n"]:
+        """The share of each example's entries that are below 0.1 of their rms."""
+        return np.count_nonzero(z < (0.1 * self.rms).astype(z.dtype), axis=1) / self.entries
+
+
+def _rms(mean_square, **axis):
+    return np.sqrt(mean_square.mean(**axis))
+
+
+def _example_metrics(
+    z: Float[np.ndarray, "n N"], square: Float[np.ndarray, "n N"], ordered: Float[np.ndarray, "n N"]
+) -> dict[str, np.ndarray]:
+    """Metrics of each example, and its energy, from its |z| in units of the rms, z², and |z| in ascending order. NaN
+    where they are not defined."""
     entries = z.shape[1]
     rank = np.arange(1, entries + 1)
-    ordered = np.sort(z, axis=1)
     energy = square.sum(axis=1, dtype=np.float64)
     length = z.sum(axis=1, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         top = {p: np.square(ordered[:, -math.ceil(p / 100 * entries) :]).sum(axis=1) / energy for p in (1, 5)}
         return {
+            "energy": energy,
             "fraction_below_0.1_rms": np.count_nonzero(z < 0.1, axis=1) / entries,
             "hoyer": (math.sqrt(entries) - length / np.sqrt(energy)) / (math.sqrt(entries) - 1),
             "gini": ordered @ ((2 * rank - entries - 1) / entries).astype(z.dtype) / length,

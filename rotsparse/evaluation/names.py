@@ -6,7 +6,13 @@ from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 LABELS: dict[str, str] = {
     "edges_90": "edges@90",
     "edges_99": "edges@99",
+    "edges_99_by_row": "edges@99 by row",
+    "edges_99_by_column": "edges@99 by column",
+    "edges_99_without_top": "edges@99 w/o top",
     "fraction_below_0.1_rms": "<0.1 rms",
+    "small_by_row": "small by row",
+    "small_by_column": "small by column",
+    "small_without_top": "small w/o top",
     "hoyer": "Hoyer",
     "gini": "Gini",
     "participation_ratio": "particip.",
@@ -32,7 +38,11 @@ _BASES = {
 }
 
 _METRICS = {
+    "edges_99_without_top": "edges@99 without the top",
     "fraction_below_0.1_rms": "share below 0.1 rms",
+    "small_by_row": "share below 0.1 rms of the row",
+    "small_by_column": "share below 0.1 rms of the column",
+    "small_without_top": "share below 0.1 rms, without the top",
     "participation_ratio": "participation ratio",
     "top_1_percent_energy": "energy of the top 1%",
     "top_5_percent_energy": "energy of the top 5%",
@@ -41,7 +51,14 @@ _METRICS = {
 _MEANINGS = {
     "edges_90": "entries of the mean squared Jacobian that hold 90% of its sum",
     "edges_99": "entries of the mean squared Jacobian that hold 99% of its sum",
+    "edges_99_by_row": "the same where every row keeps 99% of its own sum",
+    "edges_99_by_column": "the same where every column keeps 99% of its own sum",
+    "edges_99_without_top": "the same of what remains without the strongest 1% of rows and of columns",
     "fraction_below_0.1_rms": "share of the entries of all examples below a tenth of their root mean square",
+    "small_by_row": "share below a tenth of the root mean square of their own row; rows without influence do not count",
+    "small_by_column": "the same for columns",
+    "small_without_top": "share below a tenth of the root mean square of what remains without the strongest 1% of rows "
+    "and of columns",
     "hoyer": "Hoyer's sparseness of an example's Jacobian, on average: 0 all entries equal, 1 a single entry",
     "gini": "Gini index of an example's entries, on average: 0 all equal, 1 a single entry",
     "participation_ratio": "effective number of entries of an example, (Σz²)²/Σz⁴, on average; the large ones decide",
@@ -50,6 +67,20 @@ _MEANINGS = {
     "gap_closed": "how far from random rotations (0) to the floor (1), by the Geman-McClure measure; to reach the "
     "floor one pair of rotations would have to diagonalise every example's Jacobian",
 }
+
+
+CONCENTRATION: dict[str, str] = {
+    "row": "top row",
+    "column": "top column",
+    "entry": "top entry",
+    "example": "top example",
+}
+"""What holds the shares of the energy in `Concentration`."""
+
+CONCENTRATION_MEANING = (
+    "share of Σz² over all examples in the strongest row (output direction), column (input direction), entry and "
+    "example; where one of them is large, only the metrics by row, by column and without the top speak of the others"
+)
 
 
 def basis_name(basis: str) -> str:

@@ -7,6 +7,7 @@ Important curves also have a label, or another width or line style.
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -111,14 +112,9 @@ def sorted_magnitudes(data: PictureData, comparison: Comparison) -> Figure:
     ax = figure.subplots()
     # Order the legend from top to bottom as the curves are ordered from right to left at the threshold.
     bases = sorted(data.curves, key=lambda basis: _share_small(comparison, basis))
-    others = [basis for basis in bases if basis not in (BEFORE, AFTER)]
     for basis in bases:
-        colour, width, dash, above = (INK, 1.6, "-", 2) if basis == BEFORE else (LEARNED, 2.6, "-", 3)
-        if basis in others:
-            cycle, i = divmod(others.index(basis), len(PALETTE))
-            colour, width, dash, above = PALETTE[i], 1.1, ("-", "--", ":")[cycle % 3], 2
         label = f"{_share_small(comparison, basis):.0%}  {basis_name(basis)}"
-        ax.plot(data.ranks, data.curves[basis], label=label, color=colour, lw=width, ls=dash, zorder=above)
+        ax.plot(data.ranks, data.curves[basis], label=label, **_line(basis, bases))
     _magnitude_axes(ax, data)
     legend = ax.legend(
         title=f"share of entries below {SMALL} rms",
@@ -133,6 +129,36 @@ def sorted_magnitudes(data: PictureData, comparison: Comparison) -> Figure:
     for text, basis in zip(legend.get_texts(), bases, strict=True):
         if basis == AFTER:
             text.set(color=LEARNED, fontweight="bold")
+    return figure
+
+
+def curves(comparison: Comparison) -> Figure:
+    """Shares of small entries against the threshold, by one rms and row by row, and the energy in the largest entries,
+    of every basis."""
+    figure = _figure(8, 3.6)
+    panels = figure.subplots(1, 3, sharey=True)
+    # In the order of `sorted_magnitudes`, so that a basis has one colour in both figures.
+    bases = sorted(comparison.curves, key=lambda basis: _share_small(comparison, basis))
+    for basis in bases:
+        c = comparison.curves[basis]
+        points = ((c.thresholds, c.below), (c.thresholds, c.below_by_row), (c.top, c.energy))
+        for ax, (sizes, shares) in zip(panels, points, strict=True):
+            ax.plot(sizes, shares, label=basis_name(basis), **_line(basis, bases))
+    titles = ("Small entries", "By row", "Largest entries")
+    below = ("in units of one rms of all entries", "in units of the rms of their row", "of the mean squared Jacobian")
+    labels = ("|z| below … rms", "|z| below … rms of the row", "largest entries")
+    for ax, title, line, label in zip(panels, titles, below, labels, strict=True):
+        _style(ax)
+        ax.set_xscale("log")
+        ax.set_ylim(0, 1)
+        ax.minorticks_off()
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set_xlabel(label)
+        _title(ax, title, line, size=9)
+    panels[0].set_ylabel("share of entries; at the right, of the energy")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=7, labelcolor=INK)
     return figure
 
 
@@ -222,6 +248,16 @@ def _title(ax: Axes, title: str, below: str, size: float) -> None:
     ax.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK, pad=4 + 1.4 * (size - 1.5))
     line = ax.annotate(below, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points")
     line.set(fontsize=size - 1.5, color="#5a5a5a")
+
+
+def _line(basis: str, bases: Sequence[str]) -> dict[str, Any]:
+    """How the curve of one of the bases is drawn: neurons and learned stand out."""
+    if basis == BEFORE:
+        return {"color": INK, "lw": 1.6, "zorder": 2}
+    if basis == AFTER:
+        return {"color": LEARNED, "lw": 2.6, "zorder": 3}
+    cycle, i = divmod([b for b in bases if b not in (BEFORE, AFTER)].index(basis), len(PALETTE))
+    return {"color": PALETTE[i], "lw": 1.1, "ls": ("-", "--", ":")[cycle % 3], "zorder": 2}
 
 
 def _before_and_after(

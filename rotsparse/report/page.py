@@ -13,7 +13,16 @@ from rotsparse._core.printable import html as escape
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import LABELS, basis_name, metric_meaning, metric_name, metric_value
+from rotsparse.evaluation.names import (
+    CONCENTRATION,
+    CONCENTRATION_MEANING,
+    LABELS,
+    basis_name,
+    metric_meaning,
+    metric_name,
+    metric_value,
+)
+from rotsparse.evaluation.tables import CHOSEN
 from rotsparse.report.data import AFTER, BEFORE
 
 
@@ -41,10 +50,12 @@ def render(
         tiles=_tiles(comparison, solution, function_error),
         heat_maps=embedded["heat_maps"],
         examples=f"{examples:,}",
-        table=_table(comparison),
+        table=_table(comparison, [metric for metric in _metrics(comparison) if metric in CHOSEN], concentration=True),
+        all_metrics=_table(comparison, _metrics(comparison)),
         glossary=_glossary(comparison),
         single=embedded["examples"],
         sorted=embedded["sorted"],
+        curves=embedded["curves"],
         metrics=embedded["metrics"],
         fit=_rows(_fit_facts(solution, floor, function_error)),
         history=embedded["history"],
@@ -68,6 +79,10 @@ def _captions(examples: int, scale_inputs: bool, has_floor: bool) -> dict[str, s
         "sorted": "The entries of all held-out examples, the largest at the left. The further left a curve falls "
         "below the dotted line, the more entries are practically zero. A curve that drops vertically ends in exact "
         "zeros, such as the rows of inactive ReLU neurons.",
+        "curves": "The same as shares, in three ways. Left: how many entries are smaller than a fraction of the rms of "
+        "all entries. Middle: the same in units of the rms of each entry's own row; where a single row holds most of "
+        "the energy, only this curve speaks of the others. Right: how much of the mean squared Jacobian its largest "
+        "entries hold.",
         "metrics": "A point for every basis, with its 95% interval where that is wider than the point. A diamond "
         "marks the best.",
         "history": "The objective during the fit. If it still falls at the end, more steps may help."
@@ -102,19 +117,23 @@ def _best_rival(comparison: Comparison, metric: str) -> str:
     return Comparison({basis: of for basis, of in comparison.metrics.items() if basis != AFTER}).best(metric)
 
 
-def _table(comparison: Comparison) -> str:
-    names = _metrics(comparison)
+def _table(comparison: Comparison, names: Sequence[str], *, concentration: bool = False) -> str:
+    """Some metrics of every basis; with `concentration`, the energy in the top row and so on in further columns."""
     best = {metric: comparison.best(metric) for metric in names}
     heads = "".join(
         f'<th scope="col">{escape(LABELS[m])}&nbsp;{"↑" if HIGHER_IS_SPARSER[m] else "↓"}</th>' for m in names
     )
+    parts = CONCENTRATION if concentration and comparison.concentration else {}
+    heads += "".join(f'<th scope="col">{escape(label)}</th>' for label in parts.values())
     rows = []
     for basis, of in comparison.metrics.items():
         cells = []
-        for name, m in of.items():
+        for name in names:
+            m = of[name]
             low, high = metric_value(name, m.low), metric_value(name, m.high)
             mark = ' class="best"' if best[name] == basis else ""
             cells.append(f"<td{mark}>{metric_value(name, m.value)}<small>{low} to {high}</small></td>")
+        cells += [f"<td>{getattr(comparison.concentration[basis], part):.0%}</td>" for part in parts]
         mark = ' class="learned"' if basis == AFTER else ""
         rows.append(f'<tr{mark}><th scope="row">{escape(basis_name(basis))}</th>{"".join(cells)}</tr>')
     return (
@@ -124,7 +143,9 @@ def _table(comparison: Comparison) -> str:
 
 
 def _glossary(comparison: Comparison) -> str:
-    return "".join(f"<li><b>{escape(LABELS[m])}</b>: {escape(metric_meaning(m))}</li>" for m in _metrics(comparison))
+    meanings = [(LABELS[metric], metric_meaning(metric)) for metric in _metrics(comparison)]
+    meanings += [("top row, top column, top entry, top example", CONCENTRATION_MEANING)]
+    return "".join(f"<li><b>{escape(name)}</b>: {escape(meaning)}</li>" for name, meaning in meanings)
 
 
 def _metrics(comparison: Comparison) -> list[str]:

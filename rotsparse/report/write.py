@@ -55,6 +55,7 @@ def write_report(
         "heat_maps": figures.heat_maps(data, comparison),
         "examples": figures.examples(data),
         "sorted": figures.sorted_magnitudes(data, comparison),
+        "curves": figures.curves(comparison),
         "history": figures.history(solution, floor),
         "metrics": figures.metrics(comparison),
     }

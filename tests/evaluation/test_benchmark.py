@@ -78,7 +78,7 @@ def test_command_line(folder, rotsparse, planted):
     assert code == 0
     assert "random" in said and "Other starts" in said
     metrics = json.loads((folder / "run/metrics.json").read_text())
-    assert metrics["control"].keys() == metrics["metrics"]["learned"].keys()
+    assert metrics["metrics"]["learned"].keys() == {*metrics["control"], "concentration", "curves"}
     assert metrics["seconds"]["learned"] > 0
     assert "| pca |" in (folder / "run/table.md").read_text()
     rotations = rs.Rotations.load(folder / "run/rotations.safetensors")[0]

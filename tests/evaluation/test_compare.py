@@ -137,6 +137,8 @@ def test_json(layer, x):
     read = json.loads(json.dumps(found.to_json()))
     assert read["neurons"]["edges_99"] == found.metrics["neurons"]["edges_99"]._asdict()
     assert set(read["neurons"]["gini"]) == {"value", "low", "high"}
+    assert read["neurons"]["concentration"] == found.concentration["neurons"]._asdict()
+    assert read["neurons"]["curves"]["below"] == list(found.curves["neurons"].below)
 
 
 def test_tables_show_every_basis_and_fit_a_terminal(layer, x):
@@ -146,11 +148,17 @@ def test_tables_show_every_basis_and_fit_a_terminal(layer, x):
     text = out.getvalue()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
-    assert f"{found.metrics['pca']['gini'].value:.3f}" in text
+    assert f"{found.metrics['pca']['small_by_row'].value:.3f}" in text
+    assert f"{found.concentration['pca'].row:.0%}" in text
+    timed = io.StringIO()
+    Console(file=timed, width=80).print(found.table(seconds=dict.fromkeys(found.metrics, 1234.5)))
+    assert "…" not in timed.getvalue()
     lines = found.markdown().splitlines()
     assert len(lines) == 2 + len(found.metrics)
     assert len({line.count("|") for line in lines}) == 1
-    assert all(sum(line.split("|")[column].count("**") for line in lines) == 2 for column in range(2, 11))
+    columns = range(2, 2 + len(HIGHER_IS_SPARSER))
+    assert all(sum(line.split("|")[column].count("**") for line in lines) == 2 for column in columns)
+    assert lines[0].endswith("| top row | top column | top entry | top example |")
 
 
 def test_bad_inputs_are_named(layer, x):

@@ -12,7 +12,9 @@ from helpers import SHARED
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse.data import moments
 from rotsparse.evaluation import baselines
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
+from rotsparse.evaluation.concentration import without_top
+from rotsparse.evaluation.curves import THRESHOLDS
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate, examine
 from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
@@ -45,17 +47,44 @@ def constant_jacobian(w, **options):
     return {name: m.value for name, m in found.items()}
 
 
+def dense_edges(mean_square, share=0.99):
+    """The fewest of these that hold a share of their sum."""
+    ordered = sorted(np.ravel(mean_square), reverse=True)
+    k = 1
+    while sum(ordered[:k]) < share * sum(ordered):
+        k += 1
+    return k
+
+
+def dense_small(z):
+    return np.mean(z < 0.1 * np.sqrt(np.mean(z**2)))
+
+
+def dense_without_top(z):
+    """All but one row and one column of a matrix of up to a hundred: first the one that holds most of all, then the one
+    of the other side that holds most of what is left."""
+    for axis in (1, 2) if (z**2).sum((0, 1)).max() > (z**2).sum((0, 2)).max() else (2, 1):
+        z = np.delete(z, np.argmax((z**2).sum((0, axis))), axis=3 - axis)
+    return z
+
+
 def dense_metrics(z):
     """The definitions, one example at a time, in float64."""
-    z = np.abs(np.asarray(z, np.float64).reshape(len(z), -1))
+    z = np.abs(np.asarray(z, np.float64))
+    rows, columns, rest = z.swapaxes(0, 1), z.transpose(2, 0, 1), dense_without_top(z)
+    result = {
+        "small_by_row": np.mean([dense_small(row) for row in rows]),
+        "small_by_column": np.mean([dense_small(column) for column in columns]),
+        "small_without_top": dense_small(rest),
+        "edges_99_by_row": sum(dense_edges(np.mean(row**2, axis=0)) for row in rows),
+        "edges_99_by_column": sum(dense_edges(np.mean(column**2, axis=0)) for column in columns),
+        "edges_99_without_top": dense_edges(np.mean(rest**2, axis=0)),
+    }
+    z = z.reshape(len(z), -1)
     n = z.shape[1]
-    result = {"fraction_below_0.1_rms": np.mean(z < 0.1 * np.sqrt(np.mean(z**2)))}
+    result["fraction_below_0.1_rms"] = dense_small(z)
     for share in (90, 99):
-        mean_square = sorted(np.mean(z**2, axis=0), reverse=True)
-        k = 1
-        while sum(mean_square[:k]) < share / 100 * sum(mean_square):
-            k += 1
-        result[f"edges_{share}"] = k
+        result[f"edges_{share}"] = dense_edges(np.mean(z**2, axis=0), share / 100)
     z = z[z.any(axis=1)]
     result["hoyer"] = np.mean([(n**0.5 - e.sum() / np.linalg.norm(e)) / (n**0.5 - 1) for e in z])
     result["gini"] = np.mean([np.abs(e[:, None] - e).sum() / (2 * n * e.sum()) for e in z])
@@ -130,7 +159,8 @@ def test_the_sparsest_and_the_least_sparse_jacobian():
 def test_setting_the_smallest_entries_to_zero_makes_every_metric_sparser(w, kept):
     sparser = np.where(w >= np.sort(w, axis=None)[-kept], w, 0)
     before, after = constant_jacobian(w, resamples=2), constant_jacobian(sparser, resamples=2)
-    for name in NAMES:
+    # Without the top, the rows and columns that are taken out may be others.
+    for name in (name for name in NAMES if not name.endswith("without_top")):
         gain = after[name] - before[name] if HIGHER_IS_SPARSER[name] else before[name] - after[name]
         assert gain >= -1e-5, name
 
@@ -198,7 +228,7 @@ def test_intervals_cover_the_truth(layer, rng):
         for name, m in found.items():
             held[name] += m.low <= truth[name].value <= m.high
     # The means; counts of edges are integers with intervals of a few entries.
-    for name in NAMES[2:]:
+    for name in (name for name in NAMES if not name.startswith("edges")):
         assert held[name] >= 50, (name, held[name])
 
 
@@ -235,3 +265,104 @@ def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
         expected = bootstrap_interval(found[name].value, counts)
         width = expected.high - expected.low
         assert width >= 3 and np.allclose(found[name][1:], expected[1:], atol=1 + 0.1 * width)
+
+
+@pytest.mark.parametrize("name", ["edges_99_by_row", "edges_99_by_column", "edges_99_without_top"])
+def test_intervals_of_the_other_edges_are_those_of_the_bootstrap(rng, name):
+    w_in, w_out = rng.standard_normal((64, 24)), rng.standard_normal((24, 64))
+    x = (rng.standard_normal((40, 24)) * np.linspace(0.1, 3, 24)).astype(np.float32)
+    layer = MLP(w_in.astype(np.float32), 2 * rng.standard_normal(64).astype(np.float32), w_out.astype(np.float32))
+    found = evaluate(layer, x, Rotations.identity(24, 24), scale_inputs=False, key=KEY)[name]
+    squares = np.square(np.asarray(layer.jacobian(jnp.asarray(x)), np.float64))
+    rows, columns = without_top(squares.mean(axis=0))
+    counts = []
+    for of in bootstrap_counts(40, 200, key=KEY).astype(float):
+        mean = np.einsum("n,noi->oi", of, squares)
+        parts = {"row": mean, "column": mean.T}.get(name.rpartition("_")[2], [mean[np.ix_(rows, columns)]])
+        counts.append(sum(map(dense_edges, parts)))
+    expected = bootstrap_interval(found.value, np.array(counts))
+    width = expected.high - expected.low
+    assert width >= 3 and np.allclose(found[1:], expected[1:], atol=1 + 0.1 * width)
+
+
+# --- concentration ------------------------------------------------------------------------------------------------
+
+
+def concentrated(rng, share=0.94):
+    """A dense Jacobian, 40 by 50, whose row 7 is sparse (two entries) and holds a share of the energy."""
+    w = rng.uniform(0.5, 1.5, (40, 50)) * rng.choice([-1, 1], (40, 50))
+    w[7] = 0
+    w[7, [3, 9]] = np.sqrt(share / (1 - share) * np.square(w).sum() / 2)
+    return w
+
+
+def test_a_row_with_nearly_all_the_energy_does_not_make_the_others_sparse(rng):
+    """`<0.1 rms` and edges@99 fall for it. The metrics by row and without the top do not."""
+    found = constant_jacobian(concentrated(rng))
+    assert found["fraction_below_0.1_rms"] > 0.5
+    assert found["small_by_row"] == pytest.approx(48 / 2000)
+    assert found["small_without_top"] == 0
+    assert found["edges_99"] < 0.7 * 2000
+    assert found["edges_99_by_row"] > 0.95 * 39 * 50
+    assert found["edges_99_without_top"] > 0.95 * 39 * 49
+
+
+def test_concentration_is_the_share_of_the_top(rng):
+    w = concentrated(rng)
+    x = np.eye(50, dtype=np.float32)
+    found = examine(linear(w), np.concatenate([x, -x]), Rotations.identity(50, 40), scale_inputs=False, key=KEY)
+    assert found.concentration.row == pytest.approx(0.94)
+    assert found.concentration.entry == pytest.approx(0.47)
+    assert found.concentration.column == pytest.approx(np.square(w).sum(0).max() / np.square(w).sum())
+    assert found.concentration.example == pytest.approx(1 / 100)
+
+
+def test_an_example_with_most_of_the_energy_is_seen(x):
+    layer = MLP(np.eye(6, dtype=np.float32), None, np.eye(6, dtype=np.float32), activation="gelu")
+    loud = x.copy()
+    loud[5] = 0.1
+    z = np.asarray(layer.jacobian(jnp.asarray(loud)), np.float64)
+    expected = np.square(z).sum((1, 2))
+    found = examine(layer, loud, Rotations.identity(6, 6), scale_inputs=False, key=KEY)
+    assert found.concentration.example == pytest.approx(expected.max() / expected.sum(), rel=1e-5)
+
+
+def test_what_stands_out_once_the_strongest_row_is_gone_goes_too():
+    w = np.ones((200, 30))
+    w[5, 2] = 1e6  # the strongest row; the strongest column is the one that crosses it
+    w[6:, 8] = 1e3  # but without row 5 that is column 8
+    rows, columns = without_top(w)
+    assert list(np.flatnonzero(~columns)) == [8]
+    assert np.count_nonzero(~rows) == 2 and not rows[5]
+    for shape in ((1, 30), (30, 1)):
+        assert [np.count_nonzero(~kept) for kept in without_top(np.ones(shape))] == [int(d > 1) for d in shape]
+
+
+def test_rows_without_influence_are_no_evidence():
+    """Two of the three rows are zero: what counts is the one row, and half of that is small."""
+    w = np.zeros((3, 8))
+    w[1, :4] = 1
+    found = constant_jacobian(w)
+    assert found["fraction_below_0.1_rms"] == pytest.approx(20 / 24)
+    assert found["small_by_row"] == pytest.approx(0.5)
+    assert found["edges_99_by_row"] == 4
+    assert found["small_by_column"] == pytest.approx(2 / 3)
+    assert found["edges_99_by_column"] == 4
+    assert (found["small_without_top"], found["edges_99_without_top"]) == (1, 0)  # nothing is left
+
+
+def test_curves_pass_through_the_metrics(layer, x):
+    r = Rotations.haar(KEY, 6, 5)
+    found = examine(layer, x, r, key=KEY)
+    at = int(np.argmin(np.abs(THRESHOLDS - 0.1)))
+    assert found.curves.below[at] == pytest.approx(found.metrics["fraction_below_0.1_rms"].value)
+    assert found.curves.below_by_row[at] == pytest.approx(found.metrics["small_by_row"].value)
+    assert found.curves.energy[0] == pytest.approx(found.concentration.entry)
+    assert (found.curves.top[-1], found.curves.energy[-1]) == (30, pytest.approx(1))
+    for curve in (found.curves.below, found.curves.below_by_row, found.curves.energy):
+        assert np.all(np.diff(curve) >= 0)
+    z = np.abs(np.asarray(layer.jacobian(jnp.asarray(x), r.r_in, r.r_out) * np.std(x @ r.r_in.T, axis=0), np.float64))
+    rms = np.sqrt(np.mean(z**2))
+    np.testing.assert_allclose(found.curves.below, [np.mean(z < t * rms) for t in THRESHOLDS], atol=1e-3)
+    energy = np.sort(np.mean(z**2, axis=0), axis=None)[::-1].cumsum()
+    np.testing.assert_allclose(found.curves.energy, energy[np.array(found.curves.top) - 1] / energy[-1], rtol=1e-4)

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from rotsparse.data.moments import covariance
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import compare
+from rotsparse.evaluation.tables import CHOSEN
 from rotsparse.fit.default_method import default_method
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.mlp import MLP, Dense
@@ -27,7 +28,7 @@ from rotsparse.report.data import picture_data
 from rotsparse.report.ordering import diagonal_order
 from rotsparse.report.write import write_report
 
-FIGURES = {"overview", "heat_maps", "examples", "sorted", "history", "metrics"}
+FIGURES = {"overview", "heat_maps", "examples", "sorted", "curves", "history", "metrics"}
 FINDING = "Sparser <b>by far</b> & so on."
 
 
@@ -253,6 +254,7 @@ def test_page_says_what_was_measured(case, folder):
     for basis, of in case.comparison.metrics.items():
         assert f"{of['hoyer'].value:.3f}{of['hoyer'].low:.3f} to {of['hoyer'].high:.3f}" in text, basis
         assert f"{of['edges_99'].value:.0f}" in text, basis
+        assert "".join(f"{share:.0%}" for share in case.comparison.concentration[basis]) in text, basis
     assert case.solution.result.value in text
     assert f"{case.solution.value:.4g} at the end" in text
     assert "1.2e-07" in text and f"{case.solution.rotations.orthogonality_error():.2e}" in text
@@ -264,10 +266,12 @@ def test_page_says_what_was_measured(case, folder):
 
 def test_page_marks_the_best_basis_of_every_metric(case, folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
-    body = text[text.index('<table class="metrics">') : text.index("</table>")]
-    rows = [re.findall(r"<td( class=\"best\")?>", row) for row in body.split("<tr")[2:]]
-    marked = [[basis for basis, row in zip(case.bases, rows, strict=True) if row[i]] for i in range(len(rows[0]))]
-    assert marked == [[case.comparison.best(metric)] for metric in case.comparison.metrics["learned"]]
+    first, second = re.findall(r'<table class="metrics">.*?</table>', text, re.DOTALL)
+    metrics = list(case.comparison.metrics["learned"])
+    for body, names, further in ((first, [m for m in metrics if m in CHOSEN], 4), (second, metrics, 0)):
+        rows = [re.findall(r"<td( class=\"best\")?>", row) for row in body.split("<tr")[2:]]
+        marked = [[basis for basis, row in zip(case.bases, rows, strict=True) if row[i]] for i in range(len(rows[0]))]
+        assert marked == [[case.comparison.best(metric)] for metric in names] + [[]] * further
 
 
 def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
