@@ -19,7 +19,7 @@ from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, examine
+from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, MatrixOut, examine
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
@@ -80,21 +80,23 @@ def compare(
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
     key: PRNGKeyArray,
     resamples: int = 200,
 ) -> Comparison:
     """All metrics of `metrics.evaluate` for every basis on held-out `x_test`, how concentrated the energy is, whole
-    curves, and, for unscaled inputs, `gap_closed`:
+    curves, and, for raw Jacobians, `gap_closed`:
 
         (mean S of a random basis - mean S of this basis) / (mean S of a random basis - floor)
 
     0 is what a Haar basis (drawn here) gives, and 1 the floor `E Σ_i S(σ_i(J)) / (d_out d_in)`, which no rotations
     can get below, since S is concave in z². S is `GemanMcClure(eps=0.1)` of `z / rms(Z)`: a measure other than the
-    default of a fit, because here it evaluates. With scaled inputs there is no such floor and the metric is left out.
+    default of a fit, because here it evaluates. Scaled Jacobians have no such floor and the metric is left out.
     The floor costs one singular value decomposition an example.
 
-    `scale_inputs`, `covariance`, `key` and `resamples` are as in `metrics.evaluate`.
+    Options are as in `metrics.evaluate`.
 
     Raises `ValueError` where there are no bases, or shapes do not fit.
     """
@@ -105,14 +107,18 @@ def compare(
     gram = jacobian_gram(layer, x)
     if scale_inputs and covariance is None:
         covariance = input_covariance(x)[1]
-    found = {
-        name: examine(
-            layer, x, r, scale_inputs=scale_inputs, covariance=covariance, gram=gram, key=key, resamples=resamples
-        )
-        for name, r in bases.items()
+    if scale_outputs and covariance_out is None:
+        covariance_out = LayerStatistics(layer, x).outputs[1]
+    options: dict[str, Any] = {
+        "scale_inputs": scale_inputs,
+        "scale_outputs": scale_outputs,
+        "covariance": covariance,
+        "covariance_out": covariance_out,
+        "gram": gram,
     }
+    found = {name: examine(layer, x, r, **options, key=key, resamples=resamples) for name, r in bases.items()}
     metrics = {name: of.metrics for name, of in found.items()}
-    if not scale_inputs:
+    if not (scale_inputs or scale_outputs):
         rms = float(np.sqrt(np.trace(gram) / (layer.d_in * layer.d_out)))
         counts = bootstrap_counts(len(x), resamples, key=key)
         gaps = _gaps_closed(layer, x, bases, GemanMcClure(eps=0.1), rms, counts, key=jax.random.fold_in(key, 1))
@@ -132,12 +138,13 @@ def compare_with_baselines(
     *,
     keys: tuple[PRNGKeyArray, PRNGKeyArray],
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> tuple[Comparison, dict[str, Rotations]]:
     """`compare` the given bases and every baseline, fitted on `train`, on the held-out `test`; and all these bases.
 
-    The covariance that scales inputs is that of `train`. `keys`: for the baselines, and for the resamples. With
-    `seconds`, each baseline is computed by itself, and what it took is noted there.
+    The covariances that scale inputs and outputs are those of `train`. `keys`: for the baselines, and for the
+    resamples. With `seconds`, each baseline is computed by itself, and what it took is noted there.
     """
     if seconds is None:
         bases = given | baselines.all_baselines(layer, train, key=keys[0])
@@ -147,8 +154,13 @@ def compare_with_baselines(
             begun = time.perf_counter()
             bases[name] = compute(LayerStatistics(layer, train))
             seconds[name] = time.perf_counter() - begun
-    covariance = input_covariance(train)[1]
-    return compare(layer, test, bases, scale_inputs=scale_inputs, covariance=covariance, key=keys[1]), bases
+    options: dict[str, Any] = {
+        "scale_inputs": scale_inputs,
+        "scale_outputs": scale_outputs,
+        "covariance": input_covariance(train)[1],
+        "covariance_out": LayerStatistics(layer, train).outputs[1] if scale_outputs else None,
+    }
+    return compare(layer, test, bases, **options, key=keys[1]), bases
 
 
 def _gaps_closed(layer, x, bases, measure, rms, counts, *, key) -> dict[str, Interval]:

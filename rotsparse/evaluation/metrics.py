@@ -17,10 +17,12 @@ from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation.concentration import Concentration, concentration, without_top
 from rotsparse.evaluation.curves import THRESHOLDS, Curves, count_below, count_below_each, curves
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import jacobian_gram, jacobians
+from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
+from rotsparse.objectives.jacobian import VARIANCE_FLOOR
 
 Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
+MatrixOut = Float[Array, "d_out d_out"] | Float[np.ndarray, "d_out d_out"]
 
 # `gap_closed` is computed by `compare`, which has the random basis and the floor at hand.
 HIGHER_IS_SPARSER: dict[str, bool] = {
@@ -62,7 +64,9 @@ def evaluate(
     rotations: Rotations,
     *,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
     gram: Matrix | None = None,
     key: PRNGKeyArray,
     resamples: int = 200,
@@ -92,13 +96,27 @@ def evaluate(
 
     With `scale_inputs`, the default as in a fit, entry (o, i) of `Z` is multiplied by `√(r_i Σ r_iᵀ)`, the standard
     deviation of rotated input i. `covariance` is Σ, best that of the training inputs; without it that of `x` is taken.
+    With `scale_outputs` it is also divided by that of rotated output o, `√(r_o Σ_y r_oᵀ)` (the variance is floored as
+    in a fit): entries then have no unit. `covariance_out` is Σ_y, best that of the outputs on the training inputs. The
+    rms takes a pass of its own then.
     `gram` is `E[JᵀJ]` over `x` (`statistics.jacobian_gram`), to save a pass over the examples where several bases are
     evaluated. The same `key` gives the same resamples of the examples, for every basis.
 
-    Raises `ValueError` where shapes do not fit, or the Jacobian is zero for every example.
+    Raises `ValueError` where shapes do not fit, the Jacobian is zero for every example, or outputs that should be
+    scaled do not vary.
     """
-    options = {"scale_inputs": scale_inputs, "covariance": covariance, "gram": gram}
-    return examine(layer, x, rotations, **options, key=key, resamples=resamples).metrics
+    return examine(
+        layer,
+        x,
+        rotations,
+        scale_inputs=scale_inputs,
+        scale_outputs=scale_outputs,
+        covariance=covariance,
+        covariance_out=covariance_out,
+        gram=gram,
+        key=key,
+        resamples=resamples,
+    ).metrics
 
 
 def examine(
@@ -107,7 +125,9 @@ def examine(
     rotations: Rotations,
     *,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
     gram: Matrix | None = None,
     key: PRNGKeyArray,
     resamples: int = 200,
@@ -119,10 +139,17 @@ def examine(
     if scale_inputs:
         sigma = input_covariance(x)[1] if covariance is None else _sized("covariance", covariance, layer.d_in)
         r_in = r_in * np.sqrt(np.maximum(np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True), 0))[:, None]
-    # ‖Z‖_F² = Σ_i r_i JᵀJ r_iᵀ, whatever R_out: the rms needs no pass of its own.
-    jtj = jacobian_gram(layer, x) if gram is None else _sized("gram", gram, layer.d_in)
+    if scale_outputs:
+        sigma = LayerStatistics(layer, x).outputs[1] if covariance_out is None else covariance_out
+        r_out = r_out / _deviations(r_out, _sized("covariance_out", sigma, layer.d_out))[:, None]
     entries = layer.d_in * layer.d_out
-    rms = math.sqrt(max(np.einsum("id,de,ie->", r_in, jtj, r_in, optimize=True), 0) / entries)
+    if scale_outputs:
+        mean = sum(np.square(z, dtype=np.float64).sum() for z in jacobians(layer, x, r_in, r_out)) / len(x)
+    else:
+        # ‖Z‖_F² = Σ_i r_i JᵀJ r_iᵀ, whatever R_out: the rms needs no pass of its own.
+        jtj = jacobian_gram(layer, x) if gram is None else _sized("gram", gram, layer.d_in)
+        mean = np.einsum("id,de,ie->", r_in, jtj, r_in, optimize=True)
+    rms = math.sqrt(max(mean, 0) / entries)
     if rms == 0:
         raise ValueError("the layer's Jacobian is zero for every example: nothing moves, so nothing can be sparse")
 
@@ -199,8 +226,13 @@ class _Holding:
         self.count = int(counts[matters].sum())
         # Weights are in units of one over the smallest of the first row that matters.
         self.smallest = smallest[np.argmax(matters), 0] if matters.any() else 1.0
-        left_out = np.full(ordered.shape, share, np.float32)
-        left_out -= np.arange(ordered.shape[1]) < counts[:, None]
+        counted = (np.arange(ordered.shape[1]) < counts[:, None]).astype(np.float32)
+        if len(mean_square) > 1:
+            # In a short row the last entry is more than what the share lacks: of it, only that part counts.
+            held = np.take_along_axis(cumulative, counts[:, None] - 1, axis=1)
+            surplus = (held - share * cumulative[:, -1:]) / np.where(smallest > 0, smallest, 1)
+            np.put_along_axis(counted, counts[:, None] - 1, (1 - surplus).astype(np.float32), axis=1)
+        left_out = np.full(ordered.shape, share, np.float32) - counted
         left_out[matters] *= (self.smallest / smallest[matters]).astype(np.float32)
         left_out[~matters] = 0
         self.weights = np.empty_like(left_out)
@@ -247,6 +279,14 @@ class _Units:
     def share_small(self, z: Float[np.ndarray, "n N"]) -> Float[np.ndarray, "n"]:
         """The share of each example's entries that are below 0.1 of their rms."""
         return np.count_nonzero(z < (0.1 * self.rms).astype(z.dtype), axis=1) / self.entries
+
+
+def _deviations(r_out: Float[np.ndarray, "d d"], sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d"]:
+    """The standard deviation of each rotated output."""
+    floor = VARIANCE_FLOOR * np.trace(sigma) / len(sigma)
+    if not floor > 0:
+        raise ValueError("the layer's outputs do not vary, so they have no standard deviation to be measured in")
+    return np.sqrt(np.maximum(np.einsum("od,de,oe->o", r_out, sigma, r_out, optimize=True), 0) + floor)
 
 
 def _rms(mean_square, **axis):

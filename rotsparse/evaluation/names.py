@@ -38,11 +38,7 @@ _BASES = {
 }
 
 _METRICS = {
-    "edges_99_without_top": "edges@99 without the top",
     "fraction_below_0.1_rms": "share below 0.1 rms",
-    "small_by_row": "share below 0.1 rms of the row",
-    "small_by_column": "share below 0.1 rms of the column",
-    "small_without_top": "share below 0.1 rms, without the top",
     "participation_ratio": "participation ratio",
     "top_1_percent_energy": "energy of the top 1%",
     "top_5_percent_energy": "energy of the top 5%",

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation import baselines
-from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare
+from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare, compare_with_baselines
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
 from rotsparse.evaluation.names import LABELS
 from rotsparse.evaluation.verdict import against_baselines
@@ -51,6 +52,20 @@ def test_every_basis_has_every_metric(layer, x):
     assert all("gap_closed" not in of for of in scaled.metrics.values())
     assert scaled.metrics["pca"] == evaluate(layer, x, bases["pca"], key=KEY)
     assert compare(layer, x, bases, key=KEY) == scaled
+
+
+def test_outputs_are_scaled_by_those_of_the_training_inputs(layer, x):
+    train, r = 2 * x[:40], Rotations.haar(KEY, 6, 5)
+    keys = (KEY, jax.random.key(1))
+    options: dict[str, Any] = {"scale_inputs": False, "scale_outputs": True}
+    found, bases = compare_with_baselines(layer, train, x[40:], {"mine": r}, keys=keys, **options)
+    sigma = np.cov(np.asarray(layer(jnp.asarray(train))).T, bias=True)
+    expected = evaluate(layer, x[40:], r, **options, covariance_out=sigma, key=keys[1])
+    assert "gap_closed" not in found.metrics["mine"] and found.metrics.keys() == bases.keys()
+    for name, m in found.metrics["mine"].items():
+        np.testing.assert_allclose(m, expected[name], rtol=1e-4, err_msg=name)
+    own = compare(layer, x, {"mine": r}, **options, key=KEY).metrics["mine"]
+    assert own == evaluate(layer, x, r, **options, key=KEY)
 
 
 def test_gap_closed_runs_from_a_random_basis_to_the_floor(rng):

@@ -119,6 +119,31 @@ def test_the_covariance_of_the_training_inputs_scales_when_it_is_given(layer, x,
     assert found["hoyer"].value != pytest.approx(evaluate(layer, x, r, key=KEY)["hoyer"].value, 1e-3)
 
 
+def test_outputs_in_units_of_their_standard_deviation(layer, x, rng):
+    r = Rotations.haar(KEY, 6, 5)
+    train = rng.standard_normal((200, 6)).astype(np.float32)
+    y = np.asarray(layer(jnp.asarray(train)), np.float64)
+    floor = 1e-6 * y.var(axis=0).mean()
+    deviations = np.sqrt((y @ r.r_out.T).var(axis=0) + floor)
+    z = layer.jacobian(jnp.asarray(x), r.r_in, r.r_out) / deviations[:, None]
+    sigma = np.cov(y.T, bias=True)
+    raw = evaluate(layer, x, r, scale_inputs=False, scale_outputs=True, covariance_out=sigma, key=KEY)
+    both = evaluate(layer, x, r, scale_outputs=True, covariance_out=sigma, key=KEY)
+    for found, scale in ((raw, 1), (both, np.std(x @ r.r_in.T, axis=0))):
+        expected = dense_metrics(z * scale)
+        for name, m in found.items():
+            assert m.value == pytest.approx(expected[name], rel=1e-4), name
+    # The unit of the outputs does not matter, not even that of one of them.
+    scales = np.array([1, 10, 1, 0.1, 1], np.float32)
+    scaled = MLP(layer.w_in, layer.b_in, scales[:, None] * layer.w_out)
+    neurons = [evaluate(of, x, Rotations.identity(6, 5), scale_outputs=True, key=KEY) for of in (layer, scaled)]
+    for name in NAMES:
+        np.testing.assert_allclose(neurons[1][name], neurons[0][name], rtol=1e-3, err_msg=name)
+    constant = Dense(np.ones((5, 6), np.float32), np.full(5, -1e4, np.float32))
+    with pytest.raises(ValueError, match="outputs do not vary"):
+        evaluate(constant, x, r, scale_outputs=True, key=KEY)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 54 * 7])
 def test_chunks_change_nothing(layer, x, monkeypatch, chunk_bytes):
     r = Rotations.haar(KEY, 6, 5)
@@ -269,7 +294,8 @@ def test_intervals_of_edges_are_those_of_the_bootstrap(rng, basis):
 
 @pytest.mark.parametrize("name", ["edges_99_by_row", "edges_99_by_column", "edges_99_without_top"])
 def test_intervals_of_the_other_edges_are_those_of_the_bootstrap(rng, name):
-    w_in, w_out = rng.standard_normal((64, 24)), rng.standard_normal((24, 64))
+    w_in = rng.standard_normal((64, 24)) * rng.lognormal(size=(64, 24))
+    w_out = rng.standard_normal((24, 64)) * (rng.uniform(size=(24, 64)) < 0.1)
     x = (rng.standard_normal((40, 24)) * np.linspace(0.1, 3, 24)).astype(np.float32)
     layer = MLP(w_in.astype(np.float32), 2 * rng.standard_normal(64).astype(np.float32), w_out.astype(np.float32))
     found = evaluate(layer, x, Rotations.identity(24, 24), scale_inputs=False, key=KEY)[name]
@@ -282,7 +308,7 @@ def test_intervals_of_the_other_edges_are_those_of_the_bootstrap(rng, name):
         counts.append(sum(map(dense_edges, parts)))
     expected = bootstrap_interval(found.value, np.array(counts))
     width = expected.high - expected.low
-    assert width >= 3 and np.allclose(found[1:], expected[1:], atol=1 + 0.1 * width)
+    assert width >= 3 and np.allclose(found[1:], expected[1:], atol=1 + 0.2 * width)  # whole edges of every row
 
 
 # --- concentration ------------------------------------------------------------------------------------------------
@@ -290,7 +316,7 @@ def test_intervals_of_the_other_edges_are_those_of_the_bootstrap(rng, name):
 
 def concentrated(rng, share=0.94):
     """A dense Jacobian, 40 by 50, whose row 7 is sparse (two entries) and holds a share of the energy."""
-    w = rng.uniform(0.5, 1.5, (40, 50)) * rng.choice([-1, 1], (40, 50))
+    w = rng.standard_normal((40, 50))
     w[7] = 0
     w[7, [3, 9]] = np.sqrt(share / (1 - share) * np.square(w).sum() / 2)
     return w
@@ -299,12 +325,13 @@ def concentrated(rng, share=0.94):
 def test_a_row_with_nearly_all_the_energy_does_not_make_the_others_sparse(rng):
     """`<0.1 rms` and edges@99 fall for it. The metrics by row and without the top do not."""
     found = constant_jacobian(concentrated(rng))
-    assert found["fraction_below_0.1_rms"] > 0.5
-    assert found["small_by_row"] == pytest.approx(48 / 2000)
-    assert found["small_without_top"] == 0
-    assert found["edges_99"] < 0.7 * 2000
-    assert found["edges_99_by_row"] > 0.95 * 39 * 50
-    assert found["edges_99_without_top"] > 0.95 * 39 * 49
+    honest = constant_jacobian(np.delete(concentrated(rng), 7, axis=0))
+    assert found["fraction_below_0.1_rms"] > 0.3 > 0.1 > honest["fraction_below_0.1_rms"]
+    assert found["edges_99"] < 0.7 * honest["edges_99"]
+    for name in ("small_by_row", "small_without_top"):
+        assert found[name] < 0.11, name
+    for name in ("edges_99_by_row", "edges_99_without_top"):
+        assert found[name] > 0.95 * honest["edges_99"], name
 
 
 def test_concentration_is_the_share_of_the_top(rng):
@@ -329,7 +356,8 @@ def test_an_example_with_most_of_the_energy_is_seen(x):
 
 def test_what_stands_out_once_the_strongest_row_is_gone_goes_too():
     w = np.ones((200, 30))
-    w[5, 2] = 1e6  # the strongest row; the strongest column is the one that crosses it
+    w[5] = 1e6
+    w[5, 2] = 2e6  # the strongest row, and the strongest column where it crosses that
     w[6:, 8] = 1e3  # but without row 5 that is column 8
     rows, columns = without_top(w)
     assert list(np.flatnonzero(~columns)) == [8]

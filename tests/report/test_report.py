@@ -185,7 +185,7 @@ def test_every_figure_is_a_picture_of_the_right_size(folder):
     for path in (folder / "figures").iterdir():
         pixels = imread(path)
         assert pixels.shape[1] == 1600, path
-        assert 500 < pixels.shape[0] < 2200, path
+        assert 500 < pixels.shape[0] < 4000, path
         assert np.mean(pixels[..., :3].min(axis=-1) < 0.9) > 0.01, f"{path} is blank"
         border = np.concatenate([pixels[[0, -1]].reshape(-1, 4), pixels[:, [0, -1]].reshape(-1, 4)])
         assert (border == 1).all(), f"{path} is cut off at its border"
