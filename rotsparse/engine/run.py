@@ -67,8 +67,13 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        """Whether the user or the system has asked to stop since `listening` began."""
+        """Whether the user, the system or `stop` has asked to stop since `listening` began."""
         return self._stop is not None and self._stop.requested
+
+    def stop(self) -> None:
+        """Ask all that this run has left to do to stop, within a block of `listening`."""
+        if self._stop is not None:
+            self._stop.requested = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Run"]:

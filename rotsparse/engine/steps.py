@@ -189,6 +189,7 @@ def _loop(
             if due or stopped or finished or converged:
                 record.save(done, state, state.lowest)
             if stopped:
+                run.stop()  # the signal may have come to another process
                 return state, Result.INTERRUPTED, ""
             if finished or converged:
                 return state, Result.ALL_STEPS if finished else Result.CONVERGED, ""
@@ -221,6 +222,7 @@ def _loop(
     except Interrupted:  # SIGTERM, where `run` does not listen to it: there is nowhere to save, and no time to go on
         raise
     except KeyboardInterrupt:  # where `run` could not note it, or a second one
+        run.stop()
         record.save(int(state.step), state, state.lowest)
         return state, Result.INTERRUPTED, ""
 

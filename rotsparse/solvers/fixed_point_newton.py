@@ -105,6 +105,7 @@ class FixedPointNewton(Method):
         except Interrupted:
             raise
         except KeyboardInterrupt:
+            run.stop()
             runs, result = [], Result.INTERRUPTED
         start = {objective.space: r[0]}
         candidates = [{objective.space: run.search.anchor} for run in runs]

@@ -94,6 +94,7 @@ class PairSearch(Method):
             except Interrupted:
                 raise
             except KeyboardInterrupt:  # a second one, which does not wait
+                run.stop()
                 record.save(int(state.sweep), state, float(state.value))
                 return state.bases, None
         tested = {space: int(count) for space, count in state.tested.items()}
@@ -127,7 +128,7 @@ class PairSearch(Method):
         if not done and sweep == self.sweeps:
             found = {side.space: gains(side, whole | bases, self.screen) for side in searched}
             done = True
-        delta = max([0.0, *(float(g.max()) for _, _, g in found.values() if len(g))])
+        delta = _largest_gain(found)
         tested = {space: np.asarray(len(pairs)) for space, (pairs, _, _) in found.items()}
         return _Sweep(bases, np.asarray(value), sweep, fresh, np.asarray(done), np.asarray(delta), tested)
 
@@ -204,9 +205,14 @@ def _rotated(r: Float[Array, "d d"], pairs, angles) -> Float[Array, "d d"]:
     return newton_schulz(turned, 1)  # or rounding errors would pile up
 
 
+def _largest_gain(found) -> float:
+    """What the best of all tested rotations would improve; 0 if none would."""
+    return max([0.0, *(float(improvements.max()) for _, _, improvements in found.values() if len(improvements))])
+
+
 def _certificate(objective: Objective, bases: Bases, found) -> Certificate:
     return Certificate(
-        delta=max([0.0, *(float(g.max()) for _, _, g in found.values() if len(g))]),
+        delta=_largest_gain(found),
         value=judged_value(objective, {space: bases[space] for space in objective.spaces}),
         tested={space: len(pairs) for space, (pairs, _, _) in found.items()},
         pairs={space: math.comb(objective.spaces[space], 2) for space in found},

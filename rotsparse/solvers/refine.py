@@ -12,7 +12,7 @@ import time
 import equinox as eqx
 
 from rotsparse.engine.method import Method, Problem
-from rotsparse.engine.solution import Result, judged_value
+from rotsparse.engine.solution import judged_value
 from rotsparse.objectives.base import thinned
 from rotsparse.solvers._pair_angles import jacobian_entries, obstacle, row_entries
 from rotsparse.solvers.anneal import Anneal
@@ -55,24 +55,24 @@ class Refine(Method):
         at_start, first = judged_value(searched, start), judged_value(few, start)
         with run.listening() as run:
             certificate = None  # until the last search has left one
-            bases, looked = look.search(few, start, run.part("look"))
+            bases, _ = look.search(few, start, run.part("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
-            if looked is None or first_gain < self.worth:
-                if looked is not None and not run.stopped:
+            if first_gain < self.worth:
+                if not run.stopped:
                     bases, certificate = look.search(searched, start, run.part("last"))
             else:
-                bases, searched_few = whole.search(few, bases, run.part("search"))
+                bases, _ = whole.search(few, bases, run.part("search"))
                 reached = judged_value(searched, bases)
                 for i in range(self.rounds):
-                    if run.stopped or searched_few is None:
+                    if run.stopped:
                         break
                     before = reached
                     polished = self.polish.run(
                         Problem(problem.objective), (bases,), key=key, run=run.part(f"polish-{i}").quiet()
                     )
-                    if polished.result is Result.INTERRUPTED:
+                    if run.stopped:
                         break
-                    candidate, searched_few = whole.search(few, polished.bases, run.part(f"search-{i}"))
+                    candidate, _ = whole.search(few, polished.bases, run.part(f"search-{i}"))
                     after = judged_value(searched, candidate)
                     if after < before:
                         bases, reached = candidate, after
@@ -80,7 +80,7 @@ class Refine(Method):
                         break
                 # What the few examples gain may be a loss on all of them.
                 bases = bases if reached < at_start else start
-                if not run.stopped and searched_few is not None:
+                if not run.stopped:
                     bases, certificate = whole.search(searched, bases, run.part("last"))
         gain = (at_start - judged_value(searched, bases)) / abs(at_start) if at_start else 0.0
         looks = "one look, hardly anything to gain" if first_gain < self.worth else f"{first_gain:.2%} at first"
