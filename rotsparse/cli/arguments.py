@@ -1,4 +1,4 @@
-"""From options of the command line to arguments of the library and to the JSON that a run records."""
+"""Convert options of the command line to arguments of the library, and to the JSON that a run records."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from rotsparse.objectives import measures
 from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.riemannian import Riemannian
 
-# Measures that ignore their scale.
+# Measures without a scale ε.
 SCALELESS = ("l4", "top-k")
 
 
@@ -63,7 +63,7 @@ def _method(options: "options.FitOptions") -> Method:
 
 
 def _measure(options: "options.FitOptions") -> measures.Measure:
-    """The measure with the options that it has. Raises `ValueError` for one that it does not have."""
+    """The measure with its options. Raises `ValueError` for an option that this measure lacks."""
     check_positive("eps", options.eps)
     if options.eps is not None and options.measure in SCALELESS:
         raise ValueError(f"--measure {options.measure} has no scale: leave out --eps")
@@ -75,9 +75,9 @@ def _measure(options: "options.FitOptions") -> measures.Measure:
 
 
 def mesh(count: int | None, restarts: int) -> Mesh | None:
-    """So many devices of this host (default: all of them) in as many groups as the restarts can be spread over: those
-    need no communication. The examples are spread within a group. `None` for one device. Raises `ValueError` where
-    there are fewer."""
+    """A mesh of `count` devices of this host (default: all); `None` for one device. Restarts are spread over as many
+    groups of devices as possible, because they need no communication; examples are spread within each group. Raises
+    `ValueError` if the host has fewer devices."""
     devices = jax.local_devices()
     check_positive("devices", count)
     if count is not None and count > len(devices):
@@ -87,7 +87,8 @@ def mesh(count: int | None, restarts: int) -> Mesh | None:
 
 
 def recorded(fit: dict[str, Any], options: "options.RunOptions", folder: Path) -> dict[str, Any]:
-    """The arguments of `find_rotations`, with checkpoints and a log in `folder`. Raises `ValueError`."""
+    """The arguments of `find_rotations`, with checkpoints and a log in `folder`. Raises `ValueError` for an interval
+    that is not positive."""
     check_positive("checkpoint_minutes", options.checkpoint_minutes)
     run = dataclasses.replace(
         fit["run"], folder=folder, every_minutes=options.checkpoint_minutes, tensorboard=options.tensorboard
@@ -96,19 +97,19 @@ def recorded(fit: dict[str, Any], options: "options.RunOptions", folder: Path) -
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Raise `ValueError` for an option that is given and not greater than zero."""
+    """Raise `ValueError` if an option is given and not greater than zero."""
     if value is not None and not value > 0:
         raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
 
 
 def check_seed(seed: int) -> None:
-    """Raise `ValueError` for a seed that no generator takes."""
+    """Raise `ValueError` for a seed that the random generators do not accept."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {seed}")
 
 
 def spelled(options: Any) -> str:
-    """A group of options as one would type them, those that differ from their defaults."""
+    """The options of a group that differ from their defaults, as typed on the command line."""
     words = []
     for field in dataclasses.fields(options):
         value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
@@ -119,8 +120,8 @@ def spelled(options: Any) -> str:
 
 
 def plain(command) -> dict[str, Any]:
-    """A command's options as JSON, those of its groups among the others. Paths are absolute, so that they can be used
-    from another folder."""
+    """A command's options as JSON, with groups flattened. Paths are made absolute, so that they can be used from
+    another folder."""
     options: dict[str, Any] = {}
     for name, value in dataclasses.asdict(command).items():
         options |= value if isinstance(value, dict) else {name: value}

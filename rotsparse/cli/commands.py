@@ -1,4 +1,4 @@
-"""What the subcommands of the command line do. Bad input raises `ValueError`, which `cli.main` prints."""
+"""The subcommands of the command line. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from rotsparse.runs import folders, inputs, layer_run, listing
 
 console = Console()
 
-# A fold is checked on at most so many examples.
+# Folds are checked on at most this many examples.
 CHECKED_EXAMPLES = 8192
 
 
@@ -83,7 +83,7 @@ def demo(command: "opt.Demo") -> int:
             f"{layer.d_out} outputs; "
             f"fitting on {len(train)} examples, reporting on {len(test)} others"
         )
-        # Everything that `rotsparse fit` needs to do the same again, and `rotsparse report` to draw it.
+        # The inputs that `rotsparse fit` needs to repeat this fit, and `rotsparse report` to redraw it.
         save_layer(folder / "layer.safetensors", layer)
         save_array(folder / "activations.npy", train)
         save_array(folder / "test_activations.npy", test)
@@ -204,7 +204,7 @@ def fold(command: "opt.Fold") -> int:
 
 
 def redraw(command: "opt.Report") -> int:
-    """`rotsparse report`: everything but the fit is computed again, from the files that the run's config names."""
+    """`rotsparse report`: compute everything but the fit again, from the files that the run's config names."""
     config = folders.read_json(command.run / folders.CONFIG)
     match config.get("command"):
         case "demo" | "fit":
@@ -225,13 +225,13 @@ def redraw(command: "opt.Report") -> int:
 
 
 def _redraw(run: Path, config: dict[str, Any]) -> None:
-    """The figures and the page of one fit."""
+    """Draw the figures and the page of one fit."""
     metrics = folders.read_json(run / layer_run.METRICS)
     solution = Solution.load(run / layer_run.SOLUTION)
-    # The files of a demo and of a model's layer lie in the run; those of a fit are where the user had them.
+    # The input files of a demo and of a model's layer are in the run folder, those of a fit where the user keeps them.
     found = {name: inputs.located(run, config, name) for name in ("layer", "activations", "test_activations")}
     rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
-    # The layers of a model are written with the matrix of their skip connection.
+    # A model's layer file already contains its skip matrix.
     skip = config["command"] == "fit" and config["skip"]
     layer, train, test = _inputs(opt.EvaluationOptions(**found, **rest, skip=skip))
     layer_run.write_comparison(
@@ -250,7 +250,7 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
 
 
 def _rotations(path: Path) -> Rotations:
-    """The rotations in a file, or in a run folder. Raises `ValueError`."""
+    """Read rotations from a file or a run folder. Raises `ValueError` if there are none."""
     if path.is_dir() and not (path / layer_run.ROTATIONS).exists():
         parts = model_commands.parts(path)
         advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
@@ -259,14 +259,14 @@ def _rotations(path: Path) -> Rotations:
 
 
 def _check_layer(rotations: Path, layer: Path) -> None:
-    """Raise `ValueError` where a run folder is given and was fitted to another layer. Of a rotations file that is named
-    itself nothing is asked."""
+    """Raise `ValueError` if `rotations` is a run folder that was fitted to another layer. A rotations file is accepted
+    as it is."""
     if rotations.is_dir():
         inputs.check_layer(rotations, layer)
 
 
 def _hashes(options: "opt.EvaluationOptions", **others: Path | None) -> dict[str, str]:
-    """The hashes of a layer, of what enters it, and of further inputs."""
+    """The hashes of a layer file, of its activations, and of further inputs."""
     rotations = {
         name: path / layer_run.ROTATIONS if path is not None and path.is_dir() else path
         for name, path in others.items()
@@ -280,8 +280,8 @@ def _hashes(options: "opt.EvaluationOptions", **others: Path | None) -> dict[str
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    """Rotations under the names of their folders, and of as many folders above as it takes to tell them apart; several
-    files of one folder under their own names, too. Raises `ValueError` where one is given twice."""
+    """Name each rotations file after its folder, with as many parent folders as it takes to tell them apart; if one
+    folder holds several of the files, after folder and file. Raises `ValueError` if a file is given twice."""
     files = [Path(os.path.abspath(path / layer_run.ROTATIONS if path.is_dir() else path)) for path in paths]
     places = [file.parent.parts for file in files]
     if len(set(places)) < len(places):
@@ -299,7 +299,7 @@ def _layer(options: "opt.LayerOptions") -> Layer:
 
 
 def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
-    """The layer, the activations to fit on, and the held-out ones (of those that stay on disk, a part)."""
+    """The layer, the activations to fit on, and the held-out activations (a sample of those that stay on disk)."""
     check_seed(options.seed)
     layer = _layer(options)
     x = open_activations(options.activations, layer.d_in)
@@ -320,5 +320,5 @@ def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Sourc
 
 
 def _part(path: Path, x: np.ndarray | Source) -> np.ndarray:
-    """What of held-out activations is kept in memory. Raises `ValueError` where that is unfit."""
+    """The sample of activations that is kept in memory. Raises `ValueError` if it is not finite."""
     return np.asarray(checks.activations(str(path), x.resident(), x.shape[1])) if isinstance(x, Source) else x

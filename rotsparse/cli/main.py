@@ -24,13 +24,13 @@ from rotsparse.cli.options import (
 )
 from rotsparse.cli.output import output_until_closed
 
-# The commands themselves are imported behind `tyro.cli`: figures and baselines take as long to import as all the rest,
-# and `--help` and a mistyped option do not need them.
+# Commands are imported after `tyro.cli` has parsed the options: figures and baselines take as long to import as
+# everything else, and `--help` and mistyped options do not need them.
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 success, 1 the fit went wrong, 2 bad input or files that cannot be written (with a
-    message), 75 interrupted and can be resumed (EX_TEMPFAIL: try again), 130 interrupted with nothing to go on with."""
+    """Entry point. Exit codes: 0 success; 1 the fit went wrong; 2 bad input, or files that cannot be written (with a
+    message); 75 interrupted, can be resumed (EX_TEMPFAIL: try again); 130 interrupted with nothing saved."""
     with output_until_closed():
         sys.exit(_main())
 
@@ -74,14 +74,14 @@ def _main() -> int:
 
 
 def _explained(error: Exception) -> str:
-    """What an error says, without the number that the operating system gives it."""
+    """The message of an error, without the operating system's error number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
 
 
 def _cache_compilations() -> None:
-    """Keep compiled programs between runs: compile time is most of a short run."""
+    """Cache compiled programs on disk: most of a short run is compilation."""
     import jax
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotsparse" / "jax"

@@ -1,4 +1,4 @@
-"""What the subcommands for whole models do. Bad input raises `ValueError`, which `cli.main` prints."""
+"""The subcommands for whole models. Bad input raises `ValueError`, which `cli.main` prints."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ _WRITTEN = {
 }
 CONTROL = "Whether a layer is sparser than the same layer with random weights:"
 
-# A fold is checked on so many sequences of so many tokens.
+# Folds are checked on this many sequences of this many tokens.
 CHECKED_SEQUENCES, CHECKED_LENGTH = 4, 128
 
 
@@ -97,14 +97,14 @@ def capture(command: "options.Capture", console: Console) -> int:
 
 
 def fit(command: "options.FitModel", console: Console) -> int:
-    """`rotsparse fit-model`: the single-layer job for one layer after the other."""
+    """`rotsparse fit-model`: run the single-layer job for each layer in turn."""
     model = models.load_model(command.model)
     arguments = fit_arguments(command.fit, command.input_scale)
     check_positive("examples", command.examples)
     check_seed(command.seed)
     if command.skip and command.site != "residual":
         raise ValueError("--skip adds the stream in front of the norm: it needs --site residual")
-    # Everything that can be wrong with the input is found before the first fit.
+    # Check all inputs before the first fit.
     norm = command.site == "residual"
     work = [
         (i, models.mlp_layer(model, i, norm=norm, skip=command.skip), *_examples(command, i, model))
@@ -126,11 +126,11 @@ def fit(command: "options.FitModel", console: Console) -> int:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
             part = folder / f"layer-{i}"
-            if (part / layer_run.METRICS).exists():  # the last file of a layer: it was done before an interruption
+            if (part / layer_run.METRICS).exists():  # its last file: this layer was completed before an interruption
                 results[i] = folders.read_json(part / layer_run.METRICS)
                 continue
             make_folder(part)
-            # What `rotsparse report` needs, and `rotsparse fit` to go on with this layer alone.
+            # The inputs that `rotsparse report` needs, and `rotsparse fit` to repeat this layer alone.
             save_layer(part / layer_config["layer"], layer)
             save_array(part / layer_config["activations"], train)
             save_array(part / layer_config["test_activations"], test)
@@ -200,7 +200,7 @@ def fold(command: "options.FoldModel", console: Console) -> int:
 
 
 def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, console: Console) -> int:
-    """Each MLP in the coordinates that a run found for it, written as layer files."""
+    """Write each MLP, in the coordinates that a run found for it, as a layer file."""
     files = {i: command.rotations / f"layer-{i}" / layer_run.ROTATIONS for i in range(model.config.n_layers)}
     files = {i: path for i, path in files.items() if path.exists()}
     if not files:
@@ -241,8 +241,8 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
 
 
 def _summary(results: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
-    """A row a layer: the entries that hold 99% in the learned, the neuron, and the best other basis; the share of
-    directions that other restarts found again; and how the fit ended."""
+    """One row per layer: the number of entries that hold 99% in the learned basis, the neuron basis and the best other
+    basis; the share of directions that other restarts found again; and the result of the fit."""
     rows = []
     for i, result in results.items():
         edges = {basis: of["edges_99"]["value"] for basis, of in result["metrics"].items()}
@@ -259,7 +259,7 @@ def _markdown(rows: Iterable[Iterable[str]]) -> str:
 
 
 def _control(command: "options.FitModel", folder: Path, files: Mapping[str, Any]) -> str:
-    """How to ask whether a layer of a run is sparser than chance."""
+    """The command that tests whether a layer of a run is sparser than the same layer with random weights."""
     layer = options.EvaluationOptions(
         **{name: folder / files[name] for name in ("layer", "activations", "test_activations")},
         activation=files["activation"],
@@ -272,7 +272,7 @@ def _control(command: "options.FitModel", folder: Path, files: Mapping[str, Any]
 
 
 def _layer_numbers(text: str, model: models.Model) -> list[int]:
-    """The layers that "0-4", "0,2,5" or "all" names. Raises `ValueError`."""
+    """Parse layer numbers such as "0-4", "0,2,5" or "all". Raises `ValueError` for layers that the model lacks."""
     count = model.config.n_layers
     if text == "all":
         return list(range(count))
@@ -290,8 +290,8 @@ def _layer_numbers(text: str, model: models.Model) -> list[int]:
 def _source(
     options: "options.TextOptions", model: models.Model
 ) -> models.TextFile | models.TokenFile | models.ImageFile:
-    """The text, the tokens or the images. Raises `ValueError` unless exactly one is given, or if a text comes without a
-    tokenizer."""
+    """The text, the tokens or the images. Raises `ValueError` unless exactly one of them is given, and for a text
+    without a tokenizer."""
     if options.tokens is not None and options.text is None:
         if model.config.patches is not None:
             return models.ImageFile(options.tokens)
@@ -309,14 +309,14 @@ def _source(
 
 
 def _has_tokenizer(model: Path) -> bool:
-    """Whether the model comes with one: beside it in its folder, or inside a GGUF file."""
+    """Whether the model comes with a tokenizer: in its folder, or inside a GGUF file."""
     return (model / "tokenizer.json").exists() if model.is_dir() else model.suffix == ".gguf"
 
 
 def _tokens(
     source: models.TextFile | models.TokenFile | models.ImageFile, model: models.Model
 ) -> Int[np.ndarray, "batch tokens"] | Float[np.ndarray, "batch channels height width"]:
-    """A few sequences of equal length, or a few images, to check a fold on."""
+    """A few sequences of equal length, or a few images, on which to check a fold."""
     if isinstance(source, models.ImageFile):
         return np.array(source.images[:CHECKED_SEQUENCES])
     around = len(source.prefix) + len(source.suffix)
@@ -335,8 +335,8 @@ def _tokens(
 def _examples(
     command: "options.FitModel", layer: int, model: models.Model
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "m d"]]:
-    """Captured activations to fit on, and the held-out ones: evenly spaced in the first four fifths and in the rest.
-    Neighbouring tokens are much alike, so held-out ones come from text of their own."""
+    """Captured activations to fit on, evenly spaced in the first four fifths of the store, and held-out activations,
+    evenly spaced in the last fifth. Neighbouring tokens are alike, so the two come from different text."""
     store = models.open_store(command.store / f"{layer}.{command.site}", model.fingerprint())
     store.verify()
     total = min(command.examples, len(store))

@@ -13,21 +13,21 @@ MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "
 
 
 def _default(what: str) -> Any:
-    """What `--help` says where the default is `None`."""
+    """What `--help` says about an option whose default is `None`."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions:
-    """Which layer, and what enters it."""
+    """The layer and its inputs."""
 
     layer: Path
     """Layer file (safetensors or .npz) with named arrays, matrices [out, in]: w, b (single layer), or w_in, b_in,
     w_out, b_out (MLP block), or w_gate, w_up, w_down (gated block); norm_scale, norm_bias if a norm is in front."""
     activations: Path
     """The layer's inputs [examples, d_in]: .npy, .npz, safetensors, or a folder that `rotsparse capture` wrote, such as
-    activations/4.input. More than 256 MB in a .npy or a folder stay on disk: a fit draws from all of them, and all else
-    sees at most 8192, evenly spread."""
+    activations/4.input. If a .npy or a folder holds more than 256 MB, it stays on disk: the fit draws from all
+    examples, and everything else uses at most 8192, evenly spaced."""
     activation: Activation = "relu"
     """The nonlinearity."""
     norm: Annotated[Literal["rms", "layer"] | None, _default("none")] = None
@@ -38,15 +38,16 @@ class LayerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions(LayerOptions):
-    """Which layer, what enters it, and what is measured."""
+    """The layer, its inputs, and what is measured."""
 
     test_activations: Annotated[Path | None, _default("a fifth of the activations")] = None
-    """Held-out inputs that every reported number is computed on (of more than 256 MB, on at most 8192). Without them, a
-    fifth of the activations is held out: a random one, of activations that stay on disk the last one."""
+    """Held-out inputs, on which every reported number is computed (on at most 8192, if they hold more than 256 MB). By
+    default a fifth of the activations is held out: a random fifth, or the last fifth of activations that stay on
+    disk."""
     input_scale: Literal["std", "none"] = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Demo:
     overwrite: bool = False
     """Replace an earlier run."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
     steps: int = 8000
     """Optimisation steps."""
     examples: Annotated[int | None, _default("all")] = None
-    """Use only so many images (a quick look)."""
+    """Use only this many images (for a quick look)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,52 +76,52 @@ class FitOptions:
     measure: MeasureName = "log"
     """The sparsity measure that is minimised."""
     eps: Annotated[float | None, _default("0.1, of hoyer 0.01")] = None
-    """The measure's scale, in units of the rms entry: what counts as zero. l4 and top-k have none."""
+    """Scale of the measure, in units of the rms entry: entries well below it count as zero. l4 and top-k have none."""
     keep: Annotated[float | None, _default("0.5")] = None
-    """With top-k: the share of the entries that may be large."""
+    """With top-k: the share of entries that may be large."""
     solver: Literal["auto", "annealing", "adam"] = "auto"
-    """annealing: many cheap steps of a prescribed angle that shrinks to zero. auto: annealing, then searches over pairs
-    of directions where they pay. adam: Adam with a cosine decay."""
+    """annealing: many cheap steps of a given angle that shrinks to zero. auto: annealing, then searches over pairs of
+    directions for as long as they pay. adam: Adam with cosine decay."""
     steps: Annotated[int | None, _default("4000, for adam 400")] = None
     """Optimisation steps: more find better optima."""
     restarts: int = 2
-    """Independent starts (the first from the neurons, the others random), fitted at once; how well they agree is
-    reported."""
+    """Independent starts, fitted at once: the first at the neurons, the others random. The report says how well they
+    agree."""
     batch_size: Annotated[int | None, _default("16, for adam all")] = None
-    """Examples a step."""
+    """Examples per step."""
     learning_rate: float = 0.2
-    """Adam's rate at the start."""
+    """Initial learning rate of Adam."""
     max_step: float = 0.4
-    """For annealing and adam: the largest angle that one step may turn, in radians."""
+    """Largest angle of one step, in radians."""
     active_subspace: Annotated[float | None, _default("rotate all")] = None
     """Rotate only the directions that hold this share of the variance, e.g. 0.999."""
     tie: bool = False
-    """One rotation for both sides (a residual stream)."""
+    """Use one rotation for both sides (a residual stream)."""
     hold: Annotated[tuple[Literal["in", "out"], ...], _default("none")] = ()
     """Sides that stay in the neuron basis."""
     patience: Annotated[int | None, _default("take all steps")] = None
     """With adam: stop after this many steps without improvement."""
     precision: Literal["highest", "tensorfloat32", "bfloat16"] = "highest"
-    """Of the large matrix products, where the device has units for it. Rotations are always orthogonalised in full."""
+    """Precision of large matrix products, if the device supports it. Rotations are always orthogonalised in full
+    precision."""
     devices: Annotated[int | None, _default("all")] = None
-    """How many devices (of this host) to spread restarts and examples over."""
+    """Number of devices of this host to spread restarts and examples over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where a run is written, and how it survives an interruption."""
+    """Where a run is written, and how often it is saved."""
 
     out: Path
-    """The run folder to write. Until the run is complete, it works in a folder of that name with .unfinished behind
-    it."""
+    """The run folder to write. Until the run is complete, its name ends in .unfinished."""
     overwrite: bool = False
     """Replace an earlier run."""
     resume: bool = False
-    """Go on with an earlier run of the same command that was interrupted, if there is one."""
+    """Continue an interrupted run of the same command, if there is one."""
     checkpoint_minutes: float = 5.0
-    """How often the state of the fit is saved, beside when it is interrupted (SIGINT or SIGTERM: exit code 75)."""
+    """Minutes between saved states of the fit. An interruption (SIGINT or SIGTERM: exit code 75) also saves it."""
     tensorboard: bool = False
-    """Write the log for TensorBoard, too (needs the extra `tensorboard`)."""
+    """Also write the log for TensorBoard (needs the extra `tensorboard`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +135,19 @@ class Fit:
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
     start: Annotated[Path | None, _default("the neurons")] = None
-    """Rotations to start from: a run folder, or its rotations.safetensors."""
+    """Rotations to start from: a run folder or a rotations.safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Compare rotations that you have with every baseline, on held-out activations. Nothing is fitted.
+    """Compare existing rotations with every baseline on held-out activations, without a fit.
 
     Example: rotsparse compare --layer mlp.npz --activations x.npy --rotations runs/mlp runs/mlp-longer
     """
 
     layer: tyro.conf.OmitArgPrefixes[EvaluationOptions]
     rotations: Annotated[tuple[Path, ...], _default("the baselines alone")] = ()
-    """Run folders, or rotations files; each is named after its folder."""
+    """Run folders or rotations files; each is named after its folder."""
     out: Annotated[Path | None, _default("written nowhere")] = None
     """A JSON file to write the table to."""
     overwrite: bool = False
@@ -155,8 +156,8 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Is the learned basis of a layer worth anything? Fit it, and compare with every baseline, with the same fit of
-    random weights, and with other restarts: one table with intervals and what each basis took to fit.
+    """Test whether a learned basis is better than chance: fit the layer, and compare with every baseline, with the same
+    fit of random weights, and with other restarts, in one table with intervals and the time of each fit.
 
     Example: rotsparse benchmark --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp-benchmark
     """
@@ -171,7 +172,7 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Put rotations into a layer's weights (in float64), check that the function is unchanged, and write the layer.
+    """Fold rotations into a layer's weights (in float64), check that the function is unchanged, and write the layer.
 
     Example: rotsparse fold --layer mlp.npz --activations x.npy --rotations runs/mlp/rotations.safetensors --out
     folded.safetensors
@@ -179,7 +180,7 @@ class Fold:
 
     layer: tyro.conf.OmitArgPrefixes[LayerOptions]
     rotations: Path
-    """A run folder, or its rotations.safetensors."""
+    """A run folder or a rotations.safetensors."""
     out: Path
     """The layer file to write (.safetensors)."""
     overwrite: bool = False
@@ -188,29 +189,29 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Draw the figures and the page of a finished run again.
+    """Redraw the figures and the report of a complete run.
 
     Example: rotsparse report runs/mlp
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder; of fit-model, with all its layers."""
+    """A run folder. For a fit-model run, every layer is redrawn."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """List the runs in a folder: their state, how far they are, and the best value of the objective.
+    """List the runs in a folder: state, steps done, and lowest objective.
 
     Example: rotsparse runs runs
     """
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
-    """The folder that holds them."""
+    """The folder to list."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show what a model consists of: its layers, their shapes, what can be rotated and folded, and what cannot and why.
+    """Show the layers of a model and their shapes, and what can be rotated and folded, or why not.
 
     Example: rotsparse inspect stories260K.bin
     """
@@ -221,52 +222,52 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """A model and what it reads."""
+    """A model and its input."""
 
     model: Path
     """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
     text: Annotated[Path | None, _default("--tokens")] = None
     """A UTF-8 text file."""
     tokens: Annotated[Path | None, _default("--text")] = None
-    """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]."""
+    """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]; for an image model, images."""
     tokenizer: Annotated[Path | None, _default("the tokenizer.json in the model's folder")] = None
     """The tokenizer: a tokenizer.json, or llama2.c's .bin."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """Run a model over a text and keep what enters (or leaves) its MLPs. An interrupted capture goes on where it
-    stopped when the same command is given again.
+    """Run a model over a text and save the inputs (or outputs) of its MLPs. To resume an interrupted capture, give the
+    same command again.
 
     Example: rotsparse capture --model stories260K.bin --tokenizer tok512.bin --text stories.txt --out activations
     """
 
     source: tyro.conf.OmitArgPrefixes[TextOptions]
     out: Path
-    """The folder to write: a store for each layer and site, such as 0.input."""
+    """The folder to write, with one store for each layer and site, such as 0.input."""
     layers: str = "all"
     """Numbers and ranges, such as 0-4 or 0,2,5."""
     sites: tuple[Literal["residual", "input", "hidden", "output"], ...] = ("input",)
-    """residual: the stream in front of the norm; input: behind it; hidden: the hidden layer; output: what the MLP
-    adds."""
+    """residual: the stream before the norm; input: after the norm; hidden: the hidden layer; output: what the MLP adds
+    to the stream."""
     length: int = 128
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     keep: float = 1.0
     """The share of each sequence's tokens to keep, drawn at random."""
     sequences: Annotated[int | None, _default("all")] = None
     """At most this many sequences."""
     batch: int = 8
-    """Sequences that the model reads at once."""
+    """Sequences in one forward pass."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How activations are stored."""
+    """Number format of the stored activations."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FitModel:
-    """Find rotations of the MLPs of a model, from captured activations. The run has a folder for every layer, with what
-    `rotsparse fit` writes for a single one.
+    """Find rotations of the MLPs of a model from captured activations. The run has one folder per layer, with the files
+    that `rotsparse fit` writes.
 
     Example: rotsparse fit-model --model stories260K.bin --store activations --layers 0-4 --out runs/stories
     """
@@ -280,24 +281,24 @@ class FitModel:
     layers: str = "all"
     """Numbers and ranges, such as 0-4 or 0,2,5."""
     site: Literal["input", "residual"] = "input"
-    """Where the layers begin. input: the MLP alone; residual: with its norm in front."""
+    """Where each layer begins. input: the MLP alone; residual: the MLP with its norm."""
     skip: bool = False
-    """With --site residual: the layers end in the stream behind the MLP, not at its output."""
+    """With --site residual: each layer ends in the stream after the MLP, not at the MLP's output."""
     examples: int = 5000
-    """Tokens to use at most, evenly spaced. The last fifth of the capture is held out."""
+    """Largest number of tokens to use, evenly spaced. The last fifth of the capture is held out."""
     input_scale: Literal["std", "none"] = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldModel:
-    """Put rotations into a model's weights (in float64), check on real tokens that the function is unchanged, and write
-    the result. `rotsparse inspect` says what can be folded.
+    """Fold rotations into a model's weights (in float64), check on real tokens that the function is unchanged, and
+    write the result. `rotsparse inspect` says what can be folded.
 
-    With a rotations file, the whole residual stream takes on its coordinates and a model of the same format is written.
-    With a fit-model run, each of its MLPs takes on its own: no model format can hold that, and layer files are written.
+    A rotations file is folded into the whole residual stream, and a model of the same format is written. A fit-model
+    run is folded into each of its MLPs separately; no model format can hold that, so layer files are written.
 
     Example: rotsparse fold-model --model stories260K.bin --tokenizer tok512.bin --text stories.txt --rotations
     runs/stories/layer-4/rotations.safetensors --out folded.bin
@@ -307,6 +308,6 @@ class FoldModel:
     rotations: Path
     """A rotations.safetensors (to fold the stream), or a fit-model run (to fold each MLP)."""
     out: Path
-    """The model to write: a new folder, or a new .bin file. For each MLP: a new folder."""
+    """The model to write: a new folder, or a new .bin file. With a fit-model run: a new folder of layer files."""
     side: Literal["in", "out"] = "out"
-    """Which of the file's two rotations the stream takes on."""
+    """Which of the file's two rotations to fold into the stream."""

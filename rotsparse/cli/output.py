@@ -1,5 +1,5 @@
-"""What the command line prints: text is never markup, and what cannot be written (to `rotsparse fit ... | head`, to a
-full disk, to a stream that was closed) is dropped while the command goes on."""
+"""Output of the command line. Text is never taken for markup, and output that cannot be written (to `rotsparse fit ...
+| head`, to a full disk, to a closed stream) is dropped while the command goes on."""
 
 import contextlib
 import io
@@ -15,31 +15,31 @@ from rotsparse._core.printable import visible
 
 
 class Console(rich.console.Console):
-    """A console on which strings are text: nothing in them is markup or an emoji, and control characters are shown."""
+    """A console that prints strings literally, without markup or emoji, and shows control characters."""
 
     def render_str(self, text: str, **options) -> Text:
-        """As that of any console, for text from anywhere."""
+        """Render a string literally."""
         options |= {"markup": False, "emoji": False}
         return super().render_str(visible(text, lines=True), **options)
 
 
 class UntilClosed:
-    """A text stream that falls silent when nothing can be written to it any more. `None`, which Python has for streams
-    that were closed before it started, is silent. Everything but writing is the stream's own."""
+    """A text stream that drops its output once writing has failed. `None`, which Python uses for streams that were
+    closed before it started, drops everything. All but `write` and `flush` is passed on to the stream."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = open(os.devnull, "w") if stream is None else stream
-        if isinstance(self._stream, io.TextIOWrapper):  # a terminal that has no arrows shows their numbers
+        if isinstance(self._stream, io.TextIOWrapper):  # characters that the terminal lacks are escaped
             self._stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """As the stream's."""
+        """Write, or drop the text if that fails."""
         with self._silenced():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush, or drop the text if that fails."""
         with self._silenced():
             self._stream.flush()
 
@@ -51,7 +51,7 @@ class UntilClosed:
         try:
             yield
         except OSError:
-            # The stream keeps what it could not write, and writes it at the end of the process: into nothing.
+            # The stream keeps its unwritten text and writes it when the process ends: point it at the null device.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -59,7 +59,7 @@ class UntilClosed:
 
 @contextlib.contextmanager
 def output_until_closed() -> Iterator[None]:
-    """Standard output and errors as `UntilClosed`, for the length of a block."""
+    """Wrap standard output and standard error in `UntilClosed` for the length of a block."""
     streams: list[Any] = [UntilClosed(stream) for stream in (sys.stdout, sys.stderr)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:

@@ -1,1 +1,1 @@
-"""Fits: one loop (`minimize`) and what is built on it."""
+"""Fits of layers, activations and chains: each builds an objective and calls `minimize`."""

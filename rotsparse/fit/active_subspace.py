@@ -1,8 +1,8 @@
 """The active subspace: fit only the directions that hold nearly all of the variance.
 
 Where the variance of a layer's inputs or outputs sits in few directions (99.9% of it in 16 of 128 for modular
-addition), rotations of the others only mislead the search and cost time. The fit then rotates the leading principal
-components among themselves; the remaining ones stay as they are.
+addition), rotating the others only misleads the search and costs time. The fit rotates the leading principal
+components among themselves and leaves the rest as they are.
 """
 
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from rotsparse.objectives.jacobian import JacobianSparsity
 class ActiveSubspace:
     """The principal components of a layer's inputs and outputs that hold a share `energy` of their variance.
 
-    `pca` holds all of them, strongest first, `[d, d]` for each space; `kept` how many are active.
+    `pca`: all principal components of each space, `[d, d]`, strongest first. `kept`: how many of them are active.
+    Raises `ValueError` unless `energy` is in (0, 1].
     """
 
     def __init__(self, layer: Layer, x: Float[Array, "n d_in"], energy: float):
@@ -36,16 +37,16 @@ class ActiveSubspace:
             self.kept[space] = min(len(share), int(np.searchsorted(share, energy - 1e-12)) + 1)
 
     def restrict(self, objective: JacobianSparsity) -> JacobianSparsity:
-        """The same objective within the active subspace."""
+        """The objective on the active directions alone."""
         frames = {space: directions[: self.kept[space]] for space, directions in self.pca.items()}
         return objective.within(Subspace(objective.layer, frames["in"], frames["out"]))
 
     @property
     def free(self) -> dict[str, Bool[np.ndarray, "d"]]:
-        """Which of the lifted directions a fit can turn."""
+        """Which directions of the lifted rotations a fit can turn."""
         return {space: np.arange(len(directions)) < self.kept[space] for space, directions in self.pca.items()}
 
     def lift(self, bases: Bases) -> Bases:
-        """Rotations of the active directions as rotations of the whole spaces."""
+        """Extend rotations of the active directions to whole spaces: the other components follow unrotated."""
         parts = {space: jnp.split(directions, [self.kept[space]]) for space, directions in self.pca.items()}
         return {space: jnp.concatenate([matmul(bases[space], kept), rest]) for space, (kept, rest) in parts.items()}

@@ -1,12 +1,12 @@
-"""A chain of layers `x_{l+1} = f_l(x_l)`: fit all of its rotations, each layer by itself or all together.
+"""A chain of layers `x_{l+1} = f_l(x_l)`: fit the rotations of each layer separately, or of all layers jointly.
 
-Between two layers lies a *boundary*: number 0 is the chain's input, number l the output of layer l-1 and the input of
-layer l, the last one the chain's output. `separate` and `joint` differ in nothing but how the spaces are named. With a
-name for every layer's side, no two terms of `Σ_l E S(R_out,l J_l R_in,lᵀ)` share a space and the sum falls apart into
-one problem a layer; with a name for every boundary, `Σ_l E S(R_{l+1} J_l R_lᵀ)` is one problem.
+Boundary 0 is the chain's input, boundary l is the output of layer l-1 and the input of layer l, and the last boundary
+is the chain's output. Separate and joint fits differ only in how the spaces are named. With a name for each side of
+each layer, no two terms of `Σ_l E S(R_out,l J_l R_in,lᵀ)` share a space, and the sum splits into one problem per
+layer. With a name for each boundary, `Σ_l E S(R_{l+1} J_l R_lᵀ)` is one problem.
 
-Separate fits answer a question: are the sparse outputs of one layer the sparse inputs of the next? Every space starts
-at a Haar-random rotation of its own, so that two sides that agree cannot have it from a common start.
+Separate fits test whether the sparse outputs of one layer are the sparse inputs of the next. Every space starts at its
+own Haar-random rotation, so that agreement between two sides cannot come from a common start.
 """
 
 import dataclasses
@@ -47,39 +47,40 @@ def fit_chain(
     *,
     key: PRNGKeyArray,
     joint: bool,
-    hold: Sequence[int] = (),
+    hold_boundaries: Sequence[int] = (),
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
     method: Method = Anneal(),  # noqa: B008 (immutable)
     restarts: int = 1,
     scale_inputs: bool = True,
     run: Run | str | os.PathLike | None = None,
 ) -> Solution:
-    """Rotations of every layer of the chain `x_{l+1} = f_l(x_l)` in which their per-example Jacobians are sparse.
+    """Find rotations of every layer of the chain `x_{l+1} = f_l(x_l)` in which the per-example Jacobians are sparse.
 
-    - `layers`: first to last; `x`: inputs of the first, `[n, d_in]`, or a source: what enters a later layer is then
-      computed from its rows whenever they are read, by the layers before (one forward pass, against a step's products
-      with whole Jacobians).
-    - `joint`: boundaries have one rotation, shared by both layers; the solution's spaces are "0", "1", ... Otherwise
-      every layer has its own pair; the spaces are "0 in", "0 out", "1 in", ...
-    - `hold`: numbers of boundaries (0 is the chain's input) that stay in the neuron basis.
+    - `layers`: first to last. `x`: inputs of the first, `[n, d_in]`, or a source; inputs of later layers are then
+      recomputed from its rows whenever they are read (one forward pass, cheap beside a step's products with whole
+      Jacobians).
+    - `joint`: fit one rotation for each boundary, shared by the layers on both sides; the solution's spaces are "0",
+      "1", ... Otherwise fit a pair of rotations for each layer; the spaces are "0 in", "0 out", "1 in", ...
+    - `hold_boundaries`: numbers of the boundaries that stay in the neuron basis (0 is the chain's input).
     - `restarts`: independent Haar-random starts; the best is chosen for each problem, on `x`.
-    - `run`: as for `find_rotations`; each separate problem has a folder of its own: `0`, `1`, ...
+    - `run`: as for `find_rotations`; each separate problem has its own folder: `0`, `1`, ...
 
-    `layer_rotations(solution)` are the rotations of each layer, and `evaluation.chain.evaluate_chain` compares them on
-    held-out examples. An interrupted solution has rotations only for the problems that were begun.
+    `layer_rotations(solution)` gives the rotations of each layer, and `evaluate_chain` measures them on held-out
+    examples. An interrupted solution has rotations only for the problems that were begun.
 
-    Separate layers are fitted one after the other, not vmapped: layers of one shape share a compilation either way, on
-    a CPU one program for five gated blocks of width 64 took longer (25 s, 12 of them compiling, against 17 s), and
+    Separate layers are fitted one after another rather than vmapped: layers of equal shape share a compilation anyway,
+    one program for five gated blocks of width 64 took longer on a CPU (25 s, 12 of them compiling, against 17 s), and
     each layer could not choose its own best step and restart.
 
-    Raises `ValueError` where the layers do not fit each other or `x`, or `hold` names no boundary.
+    Raises `ValueError` if the layers do not fit each other or `x`, or if a number in `hold_boundaries` is not that of a
+    boundary.
     """
     run = Run.of(run)
     terms = chain_objectives(layers, x, joint=joint, measure=measure, scale_inputs=scale_inputs, run=run)
-    if unknown := set(hold) - set(range(len(terms) + 1)):
-        raise ValueError(f"hold names boundaries {sorted(unknown)}: expected numbers from 0 to {len(terms)}")
+    if unknown := set(hold_boundaries) - set(range(len(terms) + 1)):
+        raise ValueError(f"hold_boundaries has {sorted(unknown)}: expected numbers from 0 to {len(terms)}")
     neurons, random = chain_starts(terms, key=key)
-    held = {name: r for name, r in neurons.items() if _boundary(name) in hold}
+    held = {name: r for name, r in neurons.items() if _boundary(name) in hold_boundaries}
     key_fit = jax.random.split(key, 3)[1]
     solutions = []
     with run.listening() as listening:
@@ -111,8 +112,8 @@ def chain_objectives(
     scale_inputs: bool = True,
     run: Run = Run(),  # noqa: B008 (immutable)
 ) -> list[JacobianSparsity]:
-    """The objective of every layer, on what enters it; joint ones share their spaces. Raises `ValueError` where the
-    layers do not fit each other or `x`."""
+    """The objective of every layer on its own inputs; in a joint fit, neighbours share a space. Raises `ValueError` if
+    the layers do not fit each other or `x`."""
     layers = tuple(layers)
     if not layers:
         raise ValueError("a chain needs at least one layer")
@@ -132,7 +133,7 @@ def chain_objectives(
 
 
 def chain_starts(terms: Sequence[JacobianSparsity], *, key: PRNGKeyArray) -> tuple[Bases, Bases]:
-    """The neuron basis of every space of a chain, and the Haar-random rotations at which `fit_chain` starts."""
+    """The neuron basis of every space of a chain, and the Haar-random rotations from which `fit_chain` starts."""
     spaces = WeightedSum(terms).spaces
     neurons = {name: jnp.eye(d, dtype=terms[0].x.dtype) for name, d in spaces.items()}
     keys = jax.random.split(jax.random.split(key, 3)[0], len(spaces))
@@ -148,14 +149,14 @@ def layer_rotations(solution: Solution) -> tuple[Rotations, ...]:
 
 
 def _boundary(space: str) -> int:
-    """The number of the boundary that a space lies at."""
+    """The number of the boundary at which a space lies."""
     layer, _, side = space.partition(" ")
     return int(layer) + (side == "out")
 
 
 def _inputs(layers: tuple[Layer, ...], x) -> list:
-    """What enters each layer: arrays, or sources. Raises `ValueError` where a layer's outputs are not as wide as the
-    next one's inputs."""
+    """The inputs of each layer: arrays, or sources. Raises `ValueError` if a layer's outputs and the next layer's
+    inputs differ in width."""
     kept, source = in_memory(x)
     inputs: list = [checks.activations("x", kept, layers[0].d_in)]
     if source is not None:
@@ -172,8 +173,8 @@ def _inputs(layers: tuple[Layer, ...], x) -> list:
 
 
 def _connected(terms: Sequence[JacobianSparsity], held: Bases) -> list[list[JacobianSparsity]]:
-    """The terms in groups that have no free space in common: problems of their own. Terms without any free space are
-    left out."""
+    """Group the terms into independent problems: no two groups share a free space. Terms without a free space are left
+    out. Raises `ValueError` if no term has one."""
     groups: list[tuple[set[str], list[JacobianSparsity]]] = []
     for term in terms:
         free = set(term.spaces) - set(held)
@@ -188,11 +189,11 @@ def _connected(terms: Sequence[JacobianSparsity], held: Bases) -> list[list[Jaco
 
 
 def _joined(solutions: Sequence[Solution]) -> Solution:
-    """The solutions of problems without a common space as one: every value is the sum of theirs."""
+    """Join the solutions of independent problems: bases side by side, values summed."""
     first = solutions[0]
     if len(solutions) == 1:
         return first
-    # Every problem's candidates from best to worst, so that the first of the joined ones is the best.
+    # Rank each problem's candidates, so that the first joined candidate is the best.
     ranked = [np.argsort(s.candidate_values, kind="stable") for s in solutions]
     union = lambda parts: {k: v for part in parts for k, v in part.items()}  # noqa: E731
     candidates = tuple(

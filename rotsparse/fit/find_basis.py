@@ -30,23 +30,24 @@ def find_basis(
     start: Float[Data, "d d"] | None = None,
     run: Run | str | os.PathLike | None = None,
 ) -> Solution:
-    """The rotation R, `solution.bases["x"]`, that makes activations sparse: minimises `E_x mean_i S(z_i)`,
+    """Find the rotation R, `solution.bases["x"]`, that makes activations sparse: minimise `E_x mean_i S(z_i)` with
     `z = R x / rms(x)`.
 
-    - `x`: activations, `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. Not centred: to skip a coordinate is
-      to set it to zero.
-    - `measure`: the default is the share of the energy that is lost when each example keeps the larger half of its
-      coordinates, which is what a matrix product that skips the others loses; `TopK(0.3)` keeps 30%. To find out which
-      directions there *are*, take a sharp measure that is not told how many, such as `Log(0.1)`.
-    - `method`: how it is minimised (default: `default_basis_method(measure)`).
-    - `restarts`: independent starts. `start`: where the first begins (default: the neurons); the others begin at
-      Haar-random rotations. `validation`: held-out activations; when given, the best step, restart and stage are
-      chosen on them.
-    - `run`: where checkpoints and the log go, progress, devices (see `Run`); a folder stands for `Run(folder)`.
+    - `x`: activations, `[n, d]`: a layer's inputs, or `layer(x)` for its outputs. They are not centred, because
+      skipping a coordinate sets it to zero, not to its mean.
+    - `measure`: the default is the share of the energy that is lost if each example keeps the larger half of its
+      coordinates, which is the error of a matrix product that skips the rest; `TopK(0.3)` keeps 30%. To find the
+      directions that the activations are made of, use a sharp measure that does not fix their number, such as
+      `Log(0.1)`.
+    - `method`: how to minimise it (default: `default_basis_method(measure)`).
+    - `restarts`: number of independent starts. `start`: the first (default: the neuron basis); the others are
+      Haar-random rotations. `validation`: held-out activations; if given, the best step, restart and stage are chosen
+      on them.
+    - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
     The returned objective (on `validation`, if given) never exceeds the start's; `solution.stages` says what each stage
-    reached. Same key and inputs, same bits on the same machine. Raises `ValueError` for activations that are not finite
-    floats `[n, d]` or no array, and a start or validation data that do not fit them.
+    reached. The same key and inputs give the same bits on the same machine. Raises `ValueError` if the activations are
+    not an array of finite floats `[n, d]`, or if `start` or `validation` do not fit them.
     """
     objective = ActivationSparsity(whole("x", x), measure, space=SPACE)
     d, dtype = objective.x.shape[1], objective.x.dtype

@@ -26,7 +26,7 @@ from rotsparse.objectives.combined import Held
 from rotsparse.objectives.jacobian import JacobianSparsity
 from rotsparse.objectives.measures import Log, Measure
 
-# Of matrix products, by JAX's names: float32 in full, its 10-bit and its 7-bit mantissa on the units that have them.
+# Precisions of matrix products, by JAX's names: full float32, or a mantissa of 10 or 7 bits where the device has it.
 PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 
 
@@ -47,40 +47,41 @@ def find_rotations(
     precision: str = "highest",
     run: Run | str | os.PathLike | None = None,
 ) -> Solution:
-    """Rotations of the layer's inputs and outputs in which its per-example Jacobians are sparse.
+    """Find rotations of the layer's inputs and outputs in which its per-example Jacobians are sparse.
 
-    Minimises `E_x mean S(z)` over orthogonal `R_in`, `R_out`, where z are the entries of `R_out J(x) R_inᵀ`, each
+    Minimise `E_x mean S(z)` over orthogonal `R_in`, `R_out`, where z are the entries of `R_out J(x) R_inᵀ`, each
     column multiplied by the standard deviation of its rotated input (`scale_inputs`), divided by their root mean
-    square.
+    square over all examples.
 
     Main arguments:
 
-    - `x`: the layer's inputs, `[n, d_in]`. Where they do not fit into memory: a source (`open_source(path)`, a NumPy
-      memory map, a `grain.MapDataset` of vectors), of which minibatches are read as they are needed; the covariance
-      comes from one pass over it, and rotations are judged on a part (see `data.sources`).
-    - `key`: same key and inputs, same bits on the same machine.
+    - `x`: the layer's inputs, `[n, d_in]`. If they do not fit into memory, give a source (`open_source(path)`, a NumPy
+      memory map, a `grain.MapDataset` of vectors): minibatches are read as they are needed, one pass computes the
+      covariance, and rotations are judged on a sample (see `data.sources`).
+    - `key`: the same key and inputs give the same bits on the same machine.
     - `measure`: the sparsity measure S.
-    - `method`: how it is minimised. The default is `default_method()`: annealing, then searches over pairs of
-      directions for as long as they pay, and the certificate that they leave. `Anneal(steps=20_000)` takes more steps,
-      `Riemannian(optax.adam(0.1))` any optax optimiser.
-    - `restarts`: independent starts; the best is returned, and `Solution.agreement` compares them.
-    - `validation`: held-out inputs; when given, the best step and the best restart are chosen on them (of a source,
-      again on a part).
+    - `method`: how to minimise it. The default, `default_method()`, anneals and then runs pair searches for as long as
+      they pay; these leave a certificate. `Anneal(steps=20_000)` takes more steps; `Riemannian(optax.adam(0.1))` uses
+      any optax optimiser.
+    - `restarts`: number of independent starts; the best result is returned, and `Solution.agreement` compares them.
+    - `validation`: held-out inputs; if given, the best step and the best restart are chosen on them (on a sample, if
+      they are a source).
 
     Other arguments:
 
-    - `start`: where the first restart begins (default: the neuron basis); the others begin at Haar-random rotations.
-    - `scale_inputs`: multiply columns by the standard deviation of their input, or leave the Jacobian as it is.
-    - `tie`: one rotation for both sides (a residual stream). `hold`: sides ("in", "out") that stay as they start.
-    - `active_subspace`: when given (e.g. 0.999), only directions that hold this share of the variance of inputs and of
-      outputs are rotated, starting from their principal components. Where the variance sits in few directions this is
-      much faster and finds better optima. The solution's values are those of the entries between these directions.
+    - `start`: the first start (default: the neuron basis); the others are Haar-random rotations.
+    - `scale_inputs`: multiply each column of the Jacobian by the standard deviation of its input.
+    - `tie`: use one rotation for both sides (a residual stream). `hold`: sides ("in", "out") that are not rotated away
+      from their start.
+    - `active_subspace`: rotate only the principal components that hold this share (e.g. 0.999) of the variance of
+      inputs and of outputs, starting from these components. If the variance lies in few directions, this is much
+      faster and finds better optima. The solution's values are those of the Jacobian between these directions.
     - `precision`: of the large matrix products: "highest" (float32), "tensorfloat32" or "bfloat16". Rotations are
-      orthogonalised in full precision whatever it is.
-    - `run`: where checkpoints and the log go, progress, devices (see `Run`); a folder stands for `Run(folder)`.
+      always orthogonalised in full precision.
+    - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
-    The returned objective (on `validation`, if given) never exceeds the start's. Raises `ValueError` for inputs that do
-    not fit the layer, are not finite, or do not vary.
+    The returned objective (on `validation`, if given) never exceeds the start's. Raises `ValueError` if inputs do not
+    fit the layer, are not finite, or do not vary, or if other arguments do not fit each other.
     """
     run = Run.of(run)
     space_out = "in" if tie else "out"
@@ -135,7 +136,7 @@ def find_rotations(
 
 
 def kept_moments(x, run: Run, name: str = "moments") -> Moments | None:
-    """The moments of a source, which are kept beside the checkpoints: the pass over it may take long, too. `None` where
+    """The moments of a source, saved beside the checkpoints because the pass over the source may take long. `None` if
     there are no checkpoints, or no source."""
     source, folder = as_source(x), run.checkpoints
     if source is None or folder is None:

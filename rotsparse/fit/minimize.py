@@ -25,14 +25,14 @@ def minimize(
 ) -> Solution:
     """Minimise any objective over the rotations of its spaces.
 
-    - `start`: an orthogonal matrix for every space (default: the identity), where the first restart begins; the others
-      begin at Haar-random rotations.
-    - `method`: how, such as `Anneal()`, `Riemannian(optax.adam(0.1))` or `Then(Anneal(), PairSearch())`.
+    - `start`: an orthogonal matrix `[d, d]` for every space (default: the identity), from which the first restart
+      begins; the others begin at Haar-random rotations.
+    - `method`: such as `Anneal()`, `Riemannian(optax.adam(0.1))` or `Then(Anneal(), PairSearch())`.
     - `validation`: the same objective on other examples; the best step and the best restart are chosen on it.
-    - `run`: where checkpoints and the log go, progress, devices (see `Run`); a folder stands for `Run(folder)`.
+    - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
-    The returned objective (on `validation`, if given) never exceeds the start's. With the same key and inputs, the same
-    bits on the same machine. Raises `ValueError` where the arguments do not fit each other.
+    The returned objective (on `validation`, if given) never exceeds the start's. The same key and inputs give the same
+    bits on the same machine. Raises `ValueError` if the arguments do not fit each other.
     """
     if restarts < 1:
         raise ValueError(f"restarts should be at least 1, got {restarts}")

@@ -1,1 +1,1 @@
-"""Run folders, their list, and the run that fits one layer and writes everything down."""
+"""Run folders, the list of runs, and the job that fits one layer and writes the results."""

@@ -1,10 +1,10 @@
-"""Run folders: what a run writes, and never half of it.
+"""Run folders: complete, or not there.
 
-A run works in the folder `OUT.unfinished` and is moved to `OUT` when it is complete, so one that fails or is
-interrupted leaves no half-written `OUT` and never harms an earlier result, nor what a user may have under either name:
-only what the run's own record says it made is replaced or removed (see `_core.files`). Where it had saved checkpoints
-the unfinished folder stays and the run can be resumed; where it had not, there is nothing to go on with, and it is
-removed. A complete run that cannot be moved stays there as well. One process at a time works in the folder.
+A run works in the folder `OUT.unfinished`, which is renamed to `OUT` when the run is complete. A run that fails or is
+interrupted leaves no half-written `OUT` and no damage to an earlier result, or to a user's files under either name:
+only what the run's own record says it made is replaced or removed (see `_core.files`). If the run had saved
+checkpoints, the unfinished folder stays and the run can be resumed; otherwise the folder is removed. A complete run
+that cannot be renamed stays in `OUT.unfinished`. One process at a time works in the folder.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from rotsparse._core.reading import regular_file
 
 CONFIG = "config.json"
 
-# What is known about a run while it has no results: its state, its config, when it began, what went wrong.
+# The state of a run, its config, when it began, and the error if it failed: all that is known before there are results.
 STATUS = "status.json"
 RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "complete"
 
-# In a config: the SHA-256 of every file that the run was computed from, by the name of the option (see `inputs`).
+# Key of a config: the SHA-256 of every input file, by the name of its option (see `inputs`).
 INPUTS = "inputs"
 
-# A run, and each of its parts, keeps its checkpoints in a folder of this name.
+# Name of the folder in which a run, or a layer of a run, keeps its checkpoints.
 CHECKPOINTS = "checkpoints"
 
-# Options that say how a command is run, and not what it computes.
+# Options that change how a command runs, but not its result.
 _HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
 
 
@@ -42,13 +42,13 @@ _HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard
 def new_run(
     out: str | os.PathLike, *, config: dict[str, Any] | None = None, overwrite: bool = False, resume: bool = False
 ) -> Iterator[Path]:
-    """A folder to write a run into; it becomes `out` when the block ends without an error. `config` is what was asked
-    for, as JSON.
+    """Give a folder to write a run into, and rename it to `out` when the block ends without an error. `config` holds
+    the options of the command, as JSON.
 
-    With `resume` it is the folder of the earlier run that was interrupted, if there is one. Raises `ValueError` where
-    `out` exists, at the start or at the end, unless `overwrite` is set and it is a run; where another process works on
-    the same run; where an interrupted run is there and neither `resume` nor `overwrite` is set; and where it was begun
-    with another config. An interruption that leaves checkpoints becomes `Interrupted`, which says how to go on.
+    With `resume`, the folder is that of an earlier run that was interrupted, if there is one. Raises `ValueError` if
+    `out` exists, at the start or at the end, unless `overwrite` is set and it is a run; if another process works on the
+    same run; if there is an interrupted run and neither `resume` nor `overwrite` is set; and if that run has another
+    config. An interruption that leaves checkpoints is raised as `Interrupted`, whose message says how to resume.
     """
     out = Path(out)
     work = unfinished(out)
@@ -90,24 +90,24 @@ def new_run(
 
 
 def unfinished(out: Path) -> Path:
-    """Where the run that is to become `out` works."""
+    """The folder in which a run works before it becomes `out`."""
     return out.with_name(f"{out.name}.unfinished")
 
 
 def checkpointed(work: Path) -> bool:
-    """Whether there is anything to go on with in an unfinished run."""
+    """Whether an unfinished run has checkpoints to resume from."""
     return any(work.rglob(f"{CHECKPOINTS}/step-*"))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote this folder. Its status says so; before there was one, its config did: every folder of a
-    Hugging Face model holds a `config.json` too."""
+    """Whether a run wrote this folder, by its status, or, for runs of versions that wrote none, by the keys of its
+    config (folders of Hugging Face models also hold a `config.json`)."""
     status, config = read_object(folder / STATUS), read_object(folder / CONFIG)
     return status.get("state") in (RUNNING, INTERRUPTED, FAILED, COMPLETE) or {"command", "versions"} <= config.keys()
 
 
 def _check_work(work: Path) -> None:
-    """Raise `ValueError` where something is in the way of an unfinished run that rotsparse did not make."""
+    """Raise `ValueError` if there is something at the place of an unfinished run that rotsparse did not make."""
     if not os.path.lexists(work):
         return
     files.check_folder(work)
@@ -120,13 +120,13 @@ def _check_work(work: Path) -> None:
 
 
 def _remove(work: Path) -> None:
-    """Remove an unfinished run with which there is nothing to go on."""
+    """Remove an unfinished run without checkpoints."""
     with contextlib.suppress(OSError):
         files.remove(work)
 
 
 def _kept(work: Path) -> bool:
-    """Whether anything in the folder of an unfinished run is worth keeping."""
+    """Whether the folder of an unfinished run holds checkpoints or a complete run."""
     return checkpointed(work) or _complete(work)
 
 
@@ -148,7 +148,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:
-    """Prepare the folder to begin or to go on in: when the run began."""
+    """Prepare the folder to begin or to resume in. Returns the time at which the run began."""
     if checkpointed(work) and resume:
         status = read_json(work / STATUS)
         before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
@@ -176,8 +176,7 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
 
 
 def _move(work: Path, identity: str | None, out: Path, overwrite: bool) -> None:
-    """Move a complete run into place. Raises `ValueError` where something has come up there that is not to be
-    replaced."""
+    """Rename a complete run to `out`. Raises `ValueError` if something that may not be replaced has appeared there."""
     if os.path.lexists(out) and not (overwrite and is_run(out) and files.is_made(out) and not files.foreign(out)):
         raise ValueError(
             f"{out} appeared while the run was under way and is left alone: the complete run is in {work}, move it to "
@@ -189,19 +188,19 @@ def _move(work: Path, identity: str | None, out: Path, overwrite: bool) -> None:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for every input that has changed between two configs of the same command."""
+    """One line for every input that differs between two configs of the same command."""
     then, today = (config.get(INPUTS) or {} for config in (before, now))
     names = [name for name in today if then.get(name) != today[name]]
     return [f"{now.get(name, name)} has changed: its SHA-256 was {then.get(name)}, is {today[name]}" for name in names]
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write JSON atomically; NaN and infinity, which JSON does not have, become null."""
+    """Write JSON atomically. NaN and infinity, which JSON lacks, become null."""
     files.write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file of a run. Raises `ValueError` where it is missing or damaged."""
+    """Read a JSON file of a run. Raises `ValueError` if it is missing or damaged."""
     try:
         return json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -209,7 +208,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one where the file is missing, damaged, or holds something else."""
+    """The object in a JSON file; an empty one if the file is missing, damaged, or holds anything else."""
     try:
         content = read_json(path)
     except ValueError:
@@ -218,7 +217,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside its inputs."""
+    """The versions of Python and of the packages that determine a result."""
     packages = ("rotsparse", "jax", "jaxlib", "optax", "equinox", "numpy", "scikit-learn")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 

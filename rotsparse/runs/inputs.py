@@ -1,9 +1,8 @@
-"""The one rule for the inputs of a run: their hashes stand in `config.json`, and whatever reads the run again checks
-them.
+"""Hashes of the inputs of a run: written to `config.json`, and checked by every command that reads the run again.
 
-A path in the config that is relative names a file within the run's folder. An absolute one names what the user gave on
-the command line, and is followed only where the config has a hash of it and the file still has that hash: a run folder
-from elsewhere cannot make rotsparse read what it does not already know.
+A relative path in the config names a file within the run's folder. An absolute path names a file that the user gave on
+the command line; it is followed only if the config has a hash of that file and the file still matches it. So a run
+folder from elsewhere cannot make rotsparse read files whose content the folder does not already know.
 """
 
 import hashlib
@@ -19,13 +18,14 @@ from rotsparse.runs import folders
 
 
 def hashes(**paths: str | os.PathLike | None) -> dict[str, str]:
-    """The SHA-256 of every input, by its name in the config; of `None` there is none. Of a folder of activations that
-    of the manifest, which has those of the files in it."""
+    """The SHA-256 of every input that is not `None`, by its name in the config. For a folder of activations it is that
+    of the manifest, which in turn lists the hashes of the files."""
     return {name: file_hash(path) for name, path in paths.items() if path is not None}
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, or of what describes a folder of activations. Raises `ValueError`."""
+    """The SHA-256 of a file, or of the manifest of a folder of activations. Raises `ValueError` if it cannot be
+    read."""
     file = Path(path)
     file = file / MANIFEST if file.is_dir() else file
     try:
@@ -36,8 +36,8 @@ def file_hash(path: str | os.PathLike) -> str:
 
 
 def located(run: Path, config: Mapping[str, Any], name: str) -> Path | None:
-    """Where an input of a run is; `None` where the run had none of that name. Raises `ValueError`, which names the
-    file, where it is not there, has changed since the run, or may not be read."""
+    """The path of an input of a run; `None` if the run had none of that name. Raises `ValueError`, which names the
+    file, if it does not exist, has changed since the run, or may not be read."""
     written, source = config.get(name), run / folders.CONFIG
     if written is None:
         return None
@@ -68,7 +68,7 @@ def located(run: Path, config: Mapping[str, Any], name: str) -> Path | None:
 
 
 def check_layer(run: Path, layer: Path) -> None:
-    """Raise `ValueError` where a run was fitted to another layer than that in a file."""
+    """Raise `ValueError` if a run was fitted to another layer than the one in this file."""
     config = folders.read_object(run / folders.CONFIG)
     recorded = config.get(folders.INPUTS)
     expected = recorded.get("layer") if isinstance(recorded, Mapping) else None

@@ -1,5 +1,4 @@
-"""The main job: fit a layer, compare with every baseline on held-out examples, fold, and write it all into a run
-folder."""
+"""The main job: fit a layer, compare it with every baseline on held-out examples, fold it, and write a run folder."""
 
 import time
 from pathlib import Path
@@ -28,11 +27,11 @@ SOLUTION = "solution.npz"
 ROTATIONS = "rotations.safetensors"
 TABLE = "table.md"
 
-# The floor needs a singular value decomposition of every example: this many are enough for three digits.
+# The floor takes a singular value decomposition of every example; so many examples give three digits.
 FLOOR_EXAMPLES = 256
 
-# A dozen bases are compared on so many entries of Jacobians each, of evenly spaced examples: minutes for wide layers,
-# and intervals that are narrow long before.
+# Each basis is compared on evenly spaced examples with so many Jacobian entries in total. For wide layers this takes
+# minutes, and the intervals are already narrow.
 COMPARED_ENTRIES = 2**26
 FEWEST_COMPARED = 200
 
@@ -48,11 +47,11 @@ def run(
     config: dict[str, Any],
     console: Console,
 ) -> Solution:
-    """Fit on `train`, report on `test`, write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
+    """Fit on `train`, report on `test`, and write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
     `report.html` and `figures/` into `folder`.
 
-    `fit` holds the arguments of `find_rotations`, `config` what the user asked for. Raises `ValueError` where the
-    inputs are unfit, `KeyboardInterrupt` where the fit was interrupted.
+    `fit` holds the arguments of `find_rotations`, `config` the options of the command. Raises `ValueError` for inputs
+    that `find_rotations` refuses, and `KeyboardInterrupt` if the fit was interrupted.
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
@@ -60,7 +59,7 @@ def run(
     solution = find_rotations(layer, train, key=key, **fit)
     console.print(solution.summary(), highlight=False)
     solution.completed()
-    # It bounds the objective of whole Jacobians, unscaled.
+    # The floor is a bound for unscaled Jacobians between whole spaces.
     whole = not scale_inputs and fit.get("active_subspace") is None
     lowest = None if not whole else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
     folded = fold(layer, solution.rotations, test)
@@ -123,9 +122,9 @@ def write_comparison(
     function_error: float,
     console: Console,
 ) -> tuple[list[str], Comparison]:
-    """Compare a solution with every baseline on held-out examples, write the report, and say what was found: one
-    sentence, then remarks. Of a source that is larger than memory, baselines (and the standard deviations that scale
-    inputs) are taken from the part that a fit keeps in memory."""
+    """Compare a solution with every baseline on held-out examples and write the report. Returns what was found (one
+    sentence, then remarks) and the comparison. For a source, baselines and the standard deviations that scale inputs
+    are computed on the sample that a fit keeps in memory."""
     sample, source = in_memory(train)
     test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
@@ -160,8 +159,8 @@ def write_comparison(
 
 
 def _agreement(solution: Solution) -> dict[str, Any] | None:
-    """For every space, how many directions were fitted, the share of them that every other restart found again, and the
-    |cos| of each direction of the space."""
+    """For every space: how many directions were fitted, the share of them that every other restart found again, and the
+    |cos| of each direction with its match in each other restart. `None` after a single restart."""
     reproduced = solution.reproduced()
     if not reproduced:
         return None
@@ -173,5 +172,5 @@ def _agreement(solution: Solution) -> dict[str, Any] | None:
 
 
 def succeeded(solution: Solution) -> bool:
-    """Whether the command line should exit with success: a run that went wrong should not."""
+    """Whether a command should exit with code 0: no, if the objective became NaN or infinite."""
     return solution.result is not Result.NON_FINITE

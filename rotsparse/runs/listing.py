@@ -1,4 +1,4 @@
-"""What runs there are in a folder, and how they are doing."""
+"""The runs in a folder, and their progress."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,9 @@ from rotsparse.runs import folders, layer_run
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run: `state` is complete, running, interrupted or failed; `step` of `steps` are done (of the fit that is under
-    way, in a run of many); `value` is the lowest objective so far by which rotations are chosen."""
+    """A run. `state`: complete, running, interrupted or failed. `step`, `steps`: how many steps are done, and of how
+    many (in a run with several fits, of the last one). `value`: the lowest objective so far, as rotations are chosen by
+    it; NaN in a run with several fits."""
 
     folder: Path
     command: str
@@ -33,7 +34,7 @@ class Run:
 
 
 def runs_in(folder: str | Path) -> list[Run]:
-    """The runs in a folder and below it, by name. Raises `ValueError` where the folder is not one."""
+    """The runs in a folder and below it, sorted by name. Raises `ValueError` if there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -41,11 +42,11 @@ def runs_in(folder: str | Path) -> list[Run]:
 
 
 def _found(folder: Path) -> Iterator[Path]:
-    """The run folders at and below a folder; the parts of a run are not runs of their own."""
+    """The run folders at and below a folder. Folders within a run are not listed as runs."""
     if folders.is_run(folder):
         yield folder
         return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what may not be looked at has no runs
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # folders without permission are skipped
         for entry in entries:
             if entry.is_dir(follow_symlinks=False) and not is_temporary(entry.name):
                 yield from _found(Path(entry.path))
@@ -68,7 +69,7 @@ def _run(folder: Path) -> Run:
     status = folders.read_object(folder / folders.STATUS)
     config = _object(status.get("config")) or folders.read_object(folder / folders.CONFIG)
     metrics = folders.read_object(folder / layer_run.METRICS)
-    # A folder of a run from before there was a status is complete, or it would not be there.
+    # Versions that wrote no status left only complete runs.
     state, note = status.get("state", folders.COMPLETE), str(status.get("error", ""))
     results = [_object(layer).get("result") for layer in _object(metrics.get("layers", {"": metrics})).values()]
     if state == folders.COMPLETE and "NON_FINITE" in results:
@@ -79,7 +80,7 @@ def _run(folder: Path) -> Run:
         note = f"{note}; --resume goes on".removeprefix("; ")
 
     logged = {path.parent for path in folder.rglob(LOG)}
-    # The stages of a fit have folders, and logs, within its own.
+    # The stages of a fit have folders and logs within its folder.
     logs = {path: read_log(path) for path in logged if not logged & set(path.parents)}
     checked = [min(line["checked"]) for lines in logs.values() for line in lines if _finite(line.get("checked"))]
     last = max(logs, key=lambda path: (path / LOG).lstat().st_mtime, default=None)
@@ -102,5 +103,5 @@ def _finite(checked: Any) -> bool:
 
 
 def _object(content: Any) -> dict[str, Any]:
-    """What should be an object; an empty one where it is something else: a damaged folder does not break the list."""
+    """`content` if it is an object, else an empty one: a damaged run does not break the list."""
     return content if isinstance(content, dict) else {}

@@ -143,11 +143,11 @@ def test_sources(rng, monkeypatch, tmp_path, joint):
 @pytest.mark.parametrize("joint", [False, True])
 def test_held_boundaries_stay_and_those_between_fall_apart(rng, joint):
     layers, x, _ = planted(rng, same=True)
-    solution, (first, second), _ = fit(layers, x, joint=joint, hold=(0, 1))
+    solution, (first, second), _ = fit(layers, x, joint=joint, hold_boundaries=(0, 1))
     for held in (first.r_in, first.r_out, second.r_in):
         np.testing.assert_array_equal(held, np.eye(D))
     assert [name for name, free in solution.free.items() if free.any()] == ["2" if joint else "1 out"]
-    assert len(fit(layers, x, joint=joint, hold=(1,))[0].stages) == 2
+    assert len(fit(layers, x, joint=joint, hold_boundaries=(1,))[0].stages) == 2
 
 
 def test_terms_are_grouped_by_the_free_spaces_they_share(rng):
@@ -177,9 +177,9 @@ def test_bad_input_is_explained(rng):
     with pytest.raises(ValueError, match="layer 0 has 3 outputs and layer 1 8 inputs"):
         fit([narrow, layers[0]], x)
     with pytest.raises(ValueError, match=r"hold names boundaries \[3\]: expected numbers from 0 to 2"):
-        fit(layers, x, hold=(3,))
+        fit(layers, x, hold_boundaries=(3,))
     with pytest.raises(ValueError, match="every boundary is held"):
-        fit(layers, x, hold=(0, 1, 2))
+        fit(layers, x, hold_boundaries=(0, 1, 2))
     with pytest.raises(ValueError, match="at least one layer"):
         fit([], x)
     with pytest.raises(ValueError, match=r"x should have shape \[examples, 8\]"):
