@@ -1,1 +1,1 @@
-"""The engine: methods and the loop that takes their steps; how a fit is saved, logged, interrupted and resumed."""
+"""Methods and the loop that runs them; how a fit is saved, logged, interrupted and resumed."""

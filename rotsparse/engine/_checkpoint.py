@@ -1,8 +1,8 @@
-"""Checkpoints of a fit: a folder in which a run that was stopped anywhere finds everything to go on.
+"""Checkpoints of a fit: a folder with everything that is needed to resume it.
 
-Saving happens in a thread: copying the arrays to the host is all that the fit waits for. The thread is not Orbax's own
-because hashes, the rename and the removal of older checkpoints have to follow in order. A checkpoint that is damaged is
-passed over for the one before, and the user is told.
+Saving runs in a thread; the fit only waits for the arrays to be copied to the host. The thread is not Orbax's own,
+because hashes, the rename and the removal of older checkpoints have to follow in order. A damaged checkpoint is skipped
+with a warning, and the one before it is loaded.
 """
 
 import math
@@ -25,7 +25,7 @@ from rotsparse.data.devices import is_first_process
 from rotsparse.engine._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
 from rotsparse.engine._fingerprint import devices, difference
 
-# The latest so many are kept, and beside them the one with the best value.
+# Number of latest checkpoints that are kept, besides the one with the best value.
 KEEP = 2
 
 
@@ -33,12 +33,12 @@ class Session:
     """The checkpoints of one running fit; the folder is locked from `__init__` to `close`.
 
     - `folder`, `every_steps`, `every_minutes`: where, and how often, the state is saved (see `Run`).
-    - `config`: what the fit depends on (see `fingerprint`). Continuing another one raises `ValueError`.
-    - `state`: the state at the start of the fit, a pytree of arrays: what is loaded has its structure, types and
+    - `config`: what the fit depends on (see `fingerprint`); resuming a fit with another config raises `ValueError`.
+    - `state`: the state at the start of the fit, a pytree of arrays. Loaded states have its structure, types and
       placement on devices.
-    - `sound`: what is wrong with a state, in words, or an empty text.
+    - `sound`: a function that says what is wrong with a state; an empty text for a sound one.
 
-    `warnings` lists what the user was told.
+    `warnings` lists all warnings that were given.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Session:
         self.warnings: list[str] = []
 
     def restore(self) -> Any | None:
-        """The state of the latest checkpoint that is intact; `None` where there is none at all.
+        """The state of the latest intact checkpoint; `None` if there are no checkpoints.
 
-        Raises `ValueError` where the checkpoints belong to another run, or all of them are damaged.
+        Raises `ValueError` if the checkpoints belong to another run, and `CheckError` if all of them are damaged.
         """
         damaged = []
         for folder in reversed(saved(self._folder)):
@@ -91,15 +91,15 @@ class Session:
         return None
 
     def due(self, step: int) -> bool:
-        """Whether it is time to save."""
+        """Whether the state should be saved now."""
         passed, steps, minutes = step - self._saved_step, self._every_steps, self._every_minutes
         by_steps = steps is not None and passed >= steps
         by_clock = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return passed > 0 and (by_steps or by_clock)
 
     def steps_left(self, step: int) -> int | None:
-        """How many steps may follow `step` (which is saved now, if it is due) until a save by number of steps; `None`
-        without such saves."""
+        """The number of steps from `step` (which is saved first, if due) to the next save by number of steps; `None` if
+        there are no such saves."""
         every = self._every_steps
         if every is None:
             return None
@@ -107,7 +107,7 @@ class Session:
         return left if left > 0 else every
 
     def save(self, step: int, state: Any, value: float) -> None:
-        """Begin to save; `value` is what the best checkpoint is chosen by. A save that fails is a warning."""
+        """Start saving. The best checkpoint is the one with the lowest `value`. A save that fails gives a warning."""
         self.wait()
         if step == self._saved_step:
             return
@@ -121,7 +121,7 @@ class Session:
             self._pending = self._worker.submit(self._write, step, leaves, value)
 
     def wait(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait until the current save is complete."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -168,7 +168,7 @@ class Session:
         return state
 
     def _write(self, step: int, leaves: dict[str, np.ndarray], value: float) -> None:
-        """Write a checkpoint, and remove those that are not kept any more. Runs in the thread."""
+        """Write a checkpoint and remove those that are no longer kept. Runs in the thread."""
         about = {"value": value if math.isfinite(value) else None, "devices": devices(), "config": self._config}
         folder = write_checkpoint(self._folder, step, leaves, _leaf_paths(self._template), about)
         self._values[folder.name] = value
@@ -191,8 +191,8 @@ class Session:
         return self._values[folder.name]
 
     def _clean(self, damaged: list[Path]) -> None:
-        """Move damaged checkpoints out of the way, for a look at them, and remove what an earlier process was writing
-        when it was killed."""
+        """Rename damaged checkpoints, so that they can be inspected, and remove the unfinished files of a process that
+        was killed."""
         if not self._writes:
             return
         for folder in damaged:
@@ -209,7 +209,7 @@ def _leaf_paths(state: Any) -> dict[str, str]:
 
 
 def _to_host(state: Any) -> dict[str, np.ndarray]:
-    """The leaves as NumPy arrays of their own. Called by all processes: it gathers what is sharded over them."""
+    """Copy the leaves to NumPy arrays. All processes must call this, because it gathers arrays sharded over them."""
     return {f"{i:04d}": _leaf_to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
@@ -225,7 +225,7 @@ def _leaf_to_host(leaf: Any) -> np.ndarray:
 
 
 def _from_host(leaves: dict[str, np.ndarray], template: Any) -> Any:
-    """The inverse of `_to_host`: a pytree like `template`, placed on the devices where that is."""
+    """The inverse of `_to_host`: a pytree like `template`, placed on the same devices."""
     like, structure = jax.tree.flatten(template)
     return jax.tree.unflatten(structure, [_leaf_like(leaves[f"{i:04d}"], leaf) for i, leaf in enumerate(like)])
 

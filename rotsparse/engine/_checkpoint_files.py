@@ -5,9 +5,9 @@
                        and of the manifest itself
       state/           the arrays, in Orbax's format
 
-It is written under another name, flushed to the disk and then renamed: what is called `step-...` was once whole. On
-loading, the files are compared with their hashes before anything reads them (Orbax alone returns arrays with a flipped
-bit without a word), the arrays with theirs afterwards. The only file of the library that imports Orbax.
+It is written under another name, flushed to disk and then renamed, so a folder called `step-...` was complete at some
+time. When it is loaded, the files are compared with their hashes before they are read (Orbax alone does not notice a
+flipped bit), and the arrays with theirs afterwards. This is the only module that imports Orbax.
 """
 
 import asyncio
@@ -32,11 +32,12 @@ FORMAT = 1
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, first to last: those that rotsparse wrote there, not what else is called so."""
+    """The checkpoints that rotsparse wrote in a folder, first to last. Raises `ValueError` if there are only folders of
+    that name that it did not write."""
     found = sorted(folder.glob("step-*"))
     steps = {path: path.name.removeprefix("step-") for path in found if files.is_recorded(path)}
     if found and not steps:
@@ -50,9 +51,9 @@ def saved(folder: Path) -> list[Path]:
 def write_checkpoint(
     folder: Path, step: int, leaves: Mapping[str, np.ndarray], paths: Mapping[str, str], about: Mapping[str, Any]
 ) -> Path:
-    """Write the checkpoint of a step into `folder`. `paths` says what the arrays are, `about` is what else the manifest
-    holds. Whenever the process stops, the checkpoint is either complete or not there. Raises what Orbax or the
-    operating system do; nothing is left behind then."""
+    """Write the checkpoint of a step into `folder`. `paths`: the path of each array in the state. `about`: further
+    entries of the manifest. The checkpoint is complete or absent whenever the process stops. Errors of Orbax and of the
+    operating system are passed on, and no files are left behind."""
     final = folder / f"step-{step:08d}"
     files.adopt(folder)
     with files.new_folder(final) as work:
@@ -74,7 +75,7 @@ def write_checkpoint(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, compared with its own hash. Raises `Damaged`."""
+    """Read the manifest of a checkpoint. Raises `Damaged` if it does not match its own hash."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         stored = manifest.pop("hash")
@@ -87,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint, every file and every array compared with its hash. Raises `Damaged`."""
+    """Read the arrays of a checkpoint. Raises `Damaged` if a file or an array does not match its hash."""
     for name, stored in manifest["files"].items():
         try:
             payload = (folder / name).read_bytes()
@@ -95,11 +96,11 @@ def read_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarr
             raise Damaged(f"{name}: {error.strerror}") from None
         if digest(payload) != stored:
             raise Damaged(f"{name} is not what was written")
-    # Names like bfloat16 are known to NumPy once JAX is imported.
+    # NumPy knows names such as bfloat16 once JAX is imported.
     abstract = {name: np.empty(leaf["shape"], np.dtype(leaf["dtype"])) for name, leaf in manifest["leaves"].items()}
     try:
         restored = _orbax_restore(folder / STATE, {name: leaf for name, leaf in abstract.items() if leaf.size})
-    except Exception as error:  # whatever a reader may raise over files that are not what they should be
+    except Exception as error:  # readers of damaged files may raise anything
         raise Damaged(first_line(error)) from error
     leaves = {name: restored.get(name, abstract[name]) for name in abstract}  # Orbax does not take empty arrays
     for name, leaf in leaves.items():
@@ -109,7 +110,7 @@ def read_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarr
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of reasonable length."""
+    """The first line of an error's message, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -124,10 +125,10 @@ def _orbax_restore(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.
 
 
 def _checkpointer():
-    import orbax.checkpoint as ocp  # a third of a second, which only a fit with checkpoints has to spend
+    import orbax.checkpoint as ocp  # takes a third of a second, which only fits with checkpoints need
 
     silence()
-    # Each process reads and writes on its own: nothing waits for the others.
+    # Each process reads and writes by itself and waits for no other.
     own = jax.process_index()
     multiprocessing = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=multiprocessing)
@@ -139,7 +140,7 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def _flushed_files(folder: Path) -> dict[str, str]:
-    """The hash of every file under `folder`; all of them, and their folders, are on the disk afterwards."""
+    """The hash of every file under `folder`. Flushes the files and their folders to disk."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -159,17 +160,15 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# --- what Orbax prints
-#
-# Over a save or a load that fails, Orbax's threads log the exception with a traceback before they hand it on. It also
-# closes the event loop of a thread while TensorStore is still busy with other arrays: their failures are then logged
-# when their tasks are collected, and a thread of TensorStore's that meets the closed loop has an exception that nobody
-# can catch. The exception that is raised says all of it, and whoever calls Orbax here reports it.
+# --- what Orbax prints  When a save or a load fails, Orbax's threads log the exception with a traceback before they
+# raise it. Orbax also closes the event loop of a thread while TensorStore still works on other arrays: their failures
+# are logged when their tasks are garbage collected, and a TensorStore thread that finds the loop closed raises an
+# exception that cannot be caught. The exception that Orbax raises to its caller says the same, and is reported.
 
 
 @functools.cache
 def silence() -> None:
-    """From now on, in this process, such messages are not printed. Others, of the same loggers too, are."""
+    """Suppress these messages, and no others, in this process."""
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
     logging.getLogger("asyncio").addFilter(lambda record: not _is_orphan(record.getMessage()))
     earlier = sys.unraisablehook
@@ -177,12 +176,12 @@ def silence() -> None:
 
 
 def _is_orphan(message: str) -> bool:
-    """Whether asyncio found a failed task or future of Orbax's or TensorStore's that nobody asked for its result."""
+    """Whether asyncio logs a failed task or future of Orbax or TensorStore whose result was never retrieved."""
     return "exception was never retrieved" in message and ("orbax" in message or "tensorstore" in message)
 
 
 def _met_closed_loop(unraisable: "sys.UnraisableHookArgs") -> bool:
-    """Whether foreign code called `loop.call_soon_threadsafe` after the loop was closed: no Python stood behind it."""
+    """Whether `loop.call_soon_threadsafe` was called on a closed loop by code other than Python."""
     trace = unraisable.exc_traceback
     return (
         isinstance(unraisable.exc_value, RuntimeError)

@@ -1,4 +1,4 @@
-"""The compiled parts of a stepwise fit: a slice of steps, and a look at the objective."""
+"""The compiled parts of a stepwise fit: a slice of steps, and a check of the objective."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ _DISABLED = "jax_disable_jit"
 
 
 class CompiledFit:
-    """The compiled parts of a fit: `advance` takes steps, `judge` looks at the objective on all examples. Examples
-    that are not in memory are fetched for one stretch at a time, the next one's while the steps of this one run."""
+    """The compiled parts of a fit: `advance` takes steps, `judge` computes the objective on all examples. Examples that
+    are not in memory are fetched one stretch at a time, those of the next stretch while the current one runs."""
 
     def __init__(self, method: Any, objective: Objective, judge, keys, state: FitState, stretch: int, devices: Devices):
         self.stretch, self.steps, self._batch_size = stretch, method.steps, method.batch_size
@@ -37,8 +37,8 @@ class CompiledFit:
         self._values = _compiled(values_of, devices, self._judged_layout, judged_on, state.bases)
 
     def advance(self, state: FitState, count: int) -> tuple[FitState, Float[np.ndarray, "restarts count"]]:
-        """The state `count` steps later, and the objective before each of these steps. At most up to the end of the
-        stretch."""
+        """The state `count` steps later, and the objective before each of these steps, which must end within the
+        current stretch."""
         done, end = int(state.step), int(state.step) + count
         assert done // self.stretch == (end - 1) // self.stretch
         if done // self.stretch != self._fetched_stretch:
@@ -47,21 +47,21 @@ class CompiledFit:
             self._fetched = self._devices.batches(next(self._ahead))
         bases, method_state, values = self._slice(*self._slice_arguments(state, done, end))
         values = np.asarray(self.gather(values))[:, :count]
-        # In place: what lies behind `step` is not part of the state yet.
+        # In place, because entries after `step` are not part of the state yet.
         state.objective[:, done:end] = values
         return dataclasses.replace(state, bases=bases, method=method_state, step=np.asarray(end)), values
 
     def judge(self, state: FitState) -> FitState:
-        """The state with the objective checked."""
+        """The state with a check of the objective added."""
         values = self._values(self._devices, self._judged_layout, self._judged_on, state.bases)
         return state.judged(np.asarray(self.gather(values)))
 
     def gather(self, values):
-        """Arrays that every process can read."""
+        """Gather arrays so that every process can read them."""
         return self._devices.gather(values)
 
     def close(self) -> None:
-        """End the reading ahead."""
+        """Stop fetching."""
         self._ahead.close()
 
     def _slice_arguments(self, state: FitState, begin: int, end: int) -> tuple:
@@ -73,7 +73,7 @@ class CompiledFit:
         return self._devices.replicate((jnp.asarray(begin), jnp.asarray(end)))  # arrays, so that they are traced
 
     def _reading(self, index: int):
-        """The function that reads the examples of a stretch's steps."""
+        """A function that reads the examples for all steps of a stretch."""
         if not self._fetches:
             return lambda: None
         steps = index * self.stretch + np.arange(self.stretch)
@@ -81,14 +81,14 @@ class CompiledFit:
 
 
 def _compiled(function: Any, *arguments: Any) -> Any:
-    """The function, compiled for such arguments; as it is under `jax_disable_jit`."""
+    """Compile the function for such arguments; under `jax_disable_jit`, return it unchanged."""
     return function if getattr(jax.config, _DISABLED) else function.lower(*arguments).compile()
 
 
 @eqx.filter_jit
 def _run_slice(devices: Devices, layout, shared, restarts, fetched, stretch: int):
-    """Steps `begin` to `end` of every restart, all of them in one stretch. The bounds are traced, so one compilation
-    serves the whole run. `fetched` are the examples of the whole stretch, if they are not in memory."""
+    """Take steps `begin` to `end` of every restart, which lie in one stretch. The bounds are traced, so that one
+    compilation serves the whole run. `fetched`: the examples of the whole stretch, if they are not in memory."""
 
     def run_all(shared, restarts, fetched):
         method, objective, begin, end = shared
@@ -120,7 +120,7 @@ def _step_keys(keys: PRNGKeyArray, steps: Int[Array, "steps"]) -> PRNGKeyArray:
 
 @eqx.filter_jit
 def values_of(devices: Devices, layout, objective, bases):
-    """The objective of every restart, one after the other."""
+    """The objective of every restart, computed one after another."""
 
     def values(objective, bases, _):
         return jax.lax.map(objective.value, bases)

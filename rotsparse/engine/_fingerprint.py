@@ -1,11 +1,10 @@
-"""What a fit depends on, as text: so that a run is only ever continued with the settings and the data it began with.
+"""Everything that a fit depends on, as text, so that a run is resumed only with the settings and data it began with.
 
-`describe` walks through anything a fit is made of (layers, measures, optax transformations, arrays, functions) and
-says, for every leaf, what it is: numbers as they are, arrays by dtype, shape and a hash, functions by their name, a
-hash of their code, and what they close over. The optimiser `optax.adam(0.1)` is a nest of closures; its rate is found
-in one of them. Global variables that a user's function reads are not looked at. Names are those of the package and of
-the thing in it, not of the module between them, and docstrings do not count: a fit may be resumed after a file was
-moved or a sentence mended.
+`describe` walks through the parts of a fit (layers, measures, optax transformations, arrays, functions) and describes
+every leaf: numbers by their value, arrays by dtype, shape and a hash, functions by their name, a hash of their code,
+and what they close over. (The optimiser `optax.adam(0.1)` is a nest of closures; one of them holds the rate.) Global
+variables that a user's function reads are ignored. Names consist of the package and the qualified name, without the
+module, and docstrings are ignored, so a fit can be resumed after code was moved or documentation edited.
 
 An object with a method `fingerprint()` describes itself.
 """
@@ -24,10 +23,10 @@ import numpy as np
 
 from rotsparse._core.digests import array_digest, digest
 
-# Arrays of at most so many numbers are shown, larger ones hashed.
+# Arrays of at most this many numbers are shown, larger ones hashed.
 SHOWN = 4
 
-# Objects deeper than this inside one another are described by their type alone.
+# Objects nested more deeply are described by their type alone.
 DEPTH = 24
 
 # The packages whose version changes the bits of a fit.
@@ -35,7 +34,8 @@ PACKAGES = ("rotsparse", "jax", "jaxlib", "optax", "equinox", "numpy")
 
 
 def fingerprint(**parts: Any) -> dict[str, str]:
-    """A description of every part, and what else the bits of a fit depend on: versions and global settings of JAX."""
+    """A description of every part, of the versions of packages, and of global settings of JAX: all that the bits of a
+    fit depend on."""
     described = dict(line for name, part in parts.items() for line in describe(part, name))
     versions = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
     settings = {
@@ -57,7 +57,7 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def devices() -> str:
-    """The devices of this process: between different ones, results agree to rounding and not to the bit."""
+    """The devices of this process. Results on different devices agree to rounding, not to the bit."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
@@ -132,9 +132,9 @@ def _empty(cell: types.CellType) -> bool:
 
 
 def _code(code: types.CodeType) -> bytes:
-    """The instructions and constants of a function: what it does, without where it was written and described.
+    """The instructions and constants of a function, without file, line numbers and docstrings.
 
-    Instructions name constants by their place, which a docstring shifts: each is given with the constant itself.
+    Instructions refer to constants by index, which a docstring shifts, so the constants themselves are used instead.
     """
     lines = [
         op.opname.encode() + (_constant(op.argval) if op.opcode in dis.hasconst else repr(op.arg).encode())
@@ -146,7 +146,7 @@ def _code(code: types.CodeType) -> bytes:
 
 
 def _class_code(cls: type) -> bytes:
-    """The code of a class's methods and properties, inherited ones included but for those of Equinox and Python."""
+    """The code of a class's methods and properties, including inherited ones except those of Equinox and Python."""
     methods = []
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] in ("equinox", "builtins", "abc", "collections"):

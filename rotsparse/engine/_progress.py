@@ -28,5 +28,5 @@ class Progress:
         self._bar.stop()
 
     def update(self, done: int, *, objective: float, error: float) -> None:
-        """Show that `done` steps are done."""
+        """Set the number of steps done and the numbers shown."""
         self._bar.update(self._task, completed=done, objective=f"{objective:.4f}", error=f"{error:.1e}")

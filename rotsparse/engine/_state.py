@@ -1,4 +1,4 @@
-"""`FitState`: with its settings and data, all that determines how a fit goes on."""
+"""`FitState`: the state of a stepwise fit, which together with settings and data determines its continuation."""
 
 import dataclasses
 from typing import Any
@@ -14,17 +14,16 @@ from rotsparse.data.devices import Devices
 from rotsparse.engine.history import History
 from rotsparse.objectives.base import Bases
 
-# Rotations that are further from orthogonal than this are neither saved nor loaded: something is wrong with them.
+# Rotations with a larger entry of |RRᵀ - I| are neither saved nor loaded.
 NOT_ORTHOGONAL = 1e-3
 
 
 class FitState(eqx.Module):
-    """Where a fit is. Arrays with a first axis `restarts`: on the device what the steps change, on the host (NumPy) the
-    record, with room for the whole run.
+    """The state of a fit. The first axis of most arrays is `restarts`. Arrays that steps change are on the device;
+    records, with room for the whole run, are NumPy arrays on the host.
 
-    `objective[:, :step]` and `checked[:, :checks]` are the history so far (see `History`); `best` holds the rotations
-    with the lowest checked value of every restart. `seconds` is how long the fit has been running, earlier sessions
-    included.
+    `objective[:, :step]` and `checked[:, :checks]` are the history so far (see `History`). `best` holds the rotations
+    with the lowest checked value of each restart. `seconds` counts the running time, earlier sessions included.
     """
 
     bases: Bases
@@ -41,7 +40,7 @@ class FitState(eqx.Module):
 
     @classmethod
     def first(cls, method: Any, starts: Bases, checks: int, devices: Devices) -> "FitState":
-        """The state before the first step of a method, with room for so many checks."""
+        """The state before the first step of a method, with room for `checks` checks."""
         leaf = next(iter(starts.values()))
         restarts = len(leaf)
         return cls(
@@ -66,7 +65,8 @@ class FitState(eqx.Module):
         )
 
     def judged(self, values: Float[np.ndarray, "restarts"]) -> "FitState":
-        """With the objective at the current rotations, which are kept where they are the best of their restart."""
+        """Add a check: `values` is the objective at the current rotations. They become `best` where they are the lowest
+        of their restart."""
         step, checks = int(self.step), int(self.checks)
         checked_at, checked = self.checked_at.copy(), self.checked.copy()
         checked_at[checks], checked[:, checks] = step, values
@@ -89,7 +89,7 @@ class FitState(eqx.Module):
 
     @property
     def lowest(self) -> float:
-        """The lowest restart's objective at the last check."""
+        """The lowest objective of all restarts at the last check; infinite if all are NaN."""
         return float(np.nanmin(self.last_check, initial=np.inf))
 
     @property
@@ -98,6 +98,6 @@ class FitState(eqx.Module):
         return worst_error(self.bases)
 
     def unsound(self) -> str:
-        """What is wrong with a state that cannot be a fit's, or an empty text."""
+        """What is wrong with the state; an empty text if nothing is."""
         error = max(worst_error(self.bases), worst_error(self.best))
         return "" if error < NOT_ORTHOGONAL else f"its rotations are not orthogonal: |RRᵀ - I| = {error:.1e}"

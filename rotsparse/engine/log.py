@@ -1,4 +1,4 @@
-"""The log of a fit, written as it runs: one JSON object a line, and the same for TensorBoard."""
+"""The log of a running fit: one JSON object per line, and optionally events for TensorBoard."""
 
 import contextlib
 import json
@@ -18,13 +18,13 @@ TENSORBOARD = "tensorboard"
 
 
 class LogWriter:
-    """Writes `log.jsonl` in a folder, and with `tensorboard` event files to `tensorboard/`: begins (`step` 0) or
-    continues behind `step` steps.
+    """Write `log.jsonl` in a folder and, with `tensorboard`, event files in `tensorboard/`. With `step` 0 the log
+    begins anew; otherwise it continues after that step.
 
-    Every second or two the log gets a line with `step` (how many are done), `objective` (of each restart, the mean
-    since the line before), `checked` (where the objective was checked at this step, that of each restart),
-    `orthogonality_error` (the largest `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that continues from a
-    checkpoint continues its log: what was written after that checkpoint is dropped.
+    Every second or two a line is added with `step` (steps done), `objective` (of each restart, the mean since the last
+    line), `checked` (the checked objective of each restart, if there was a check), `orthogonality_error` (the largest
+    `|RRᵀ - I|`) and `seconds` (since the fit began). A fit that resumes from a checkpoint drops the lines that were
+    written after it.
 
     Raises `ValueError` if the folder cannot be written to, `ImportError` if the extra is missing.
     """
@@ -35,14 +35,14 @@ class LogWriter:
             self._events = _event_writer(folder / TENSORBOARD, step) if tensorboard else None
             kept = [line for line in read_log(folder) if line["step"] <= step] if step else []
             files.write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            # A line at a time: who reads along sees whole lines.
+            # Line buffered, so that readers of a running log see whole lines.
             self._file = open(folder / LOG, "a", buffering=1, opener=lambda path, _: files.appending(path))
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
     def write(self, step: int, **values: Any) -> None:
-        """Add a line; `None` is left out, arrays hold one number a restart. Where it cannot be written (the disk is
-        full), that is a warning, and the log ends there."""
+        """Add a line. `None` is left out; arrays hold one number per restart. If the line cannot be written (the disk
+        is full), this gives a warning, and the log ends there."""
         line = {name: _plain(value) for name, value in values.items() if value is not None}
         try:
             self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -58,15 +58,15 @@ class LogWriter:
                     self._events.add_scalar(tag, math.nan if number is None else number, step)
 
     def close(self) -> None:
-        """End the log."""
-        with contextlib.suppress(OSError):  # the line that could not be written before cannot be now
+        """Close the log."""
+        with contextlib.suppress(OSError):  # a line that could not be written is still buffered
             self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a log; none where there is none. The last line of a process that was killed may be cut off, and is
+    """The lines of a log; an empty list if there is no log. A last line that was cut off when the process was killed is
     left out."""
     try:
         text = regular_file(Path(folder) / LOG).read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def _event_writer(folder: Path, step: int):
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as JSON has them: NaN and infinity become null."""
+    """Convert numbers to JSON; NaN and infinity become null."""
     if isinstance(value, np.ndarray):
         return [_plain(number) for number in value.tolist()]
     value = float(value)

@@ -1,4 +1,4 @@
-"""What a method is: it maps an objective and starts to a `Solution`."""
+"""`Method`: maps an objective and starts to a `Solution`."""
 
 import abc
 import dataclasses
@@ -16,42 +16,44 @@ from rotsparse.objectives.base import Bases, Objective
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is minimised. `validation` is the same objective on held-out examples; with it, the best rotations are
-    chosen on those."""
+    """The objective to minimise. `validation`: the same objective on held-out examples; if given, the best rotations
+    are chosen on it."""
 
     objective: Objective
     validation: Objective | None = None
 
     @property
     def judge(self) -> Objective:
-        """The objective that rotations are chosen by."""
+        """The objective by which rotations are chosen."""
         return self.objective if self.validation is None else self.validation
 
     def judged(self, candidates: Iterable[Bases]) -> Float[np.ndarray, "candidates"]:
-        """What each is chosen by, all computed by one program, so that equal rotations have equal values; infinite
-        instead of NaN."""
+        """The judged objective of each candidate, with infinity for NaN. One program computes all values, so that equal
+        rotations have equal values."""
         values = np.array([judged_value(self.judge, bases) for bases in candidates])
         return np.where(np.isnan(values), np.inf, values)
 
 
 class Method(eqx.Module):
-    """A way to minimise an objective over the rotations of its spaces. Methods know nothing of layers or models."""
+    """A way to minimise an objective over the rotations of its spaces. Subclass it for a method of your own."""
 
     @abc.abstractmethod
     def run(self, problem: Problem, starts: tuple[Bases, ...], *, key: PRNGKeyArray, run: Run) -> Solution:
-        """Minimise from every start. Returns a solution with one candidate for each; if the method `descends`, never
-        one with a higher judged objective than its start. With the same arguments, the same bits.
+        """Minimise from every start. Returns a solution with one candidate for each start. If the method `descends`,
+        its judged objective never exceeds the start's. The same arguments give the same bits.
 
-        Raises `ValueError` where the method does not fit the objective.
+        Raises `ValueError` if the method does not apply to the objective.
         """
 
     @property
     def descends(self) -> bool:
-        """Whether `run` never returns anything worse than its start; if not, `Then` compares the two at its end."""
+        """Whether `run` never returns anything worse than its start. If not, `Then` compares its result with the
+        start."""
         return True
 
     def after(self, problem: Problem, solution: Solution, *, key: PRNGKeyArray, run: Run) -> Solution:
-        """Continue as a later stage: from the best candidate, and replace it if that lowers the judged objective."""
+        """Run as a later stage: continue from the best candidate, and replace it if that lowers the judged
+        objective."""
         found = self.run(problem, (solution.bases,), key=jax.random.fold_in(key, 2), run=run)
         improved = solution.improved(found.bases, problem.objective, problem.validation)
         better = improved is not solution and solution.result is Result.NO_IMPROVEMENT
@@ -66,7 +68,8 @@ class Method(eqx.Module):
 
 
 def start_if_better(problem: Problem, solution: Solution, start: Bases) -> Solution:
-    """The solution of several stages, with the result of the whole: `start` where nothing better was found."""
+    """Replace the best rotations by `start` if they are not better, and set the result of the whole method
+    accordingly."""
     reached, begun = problem.judged([solution.bases, start])
     if not reached < begun:
         solution = solution.replaced(start, float(begun), problem.objective, problem.validation)

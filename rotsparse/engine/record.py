@@ -1,4 +1,4 @@
-"""The record of a running stage: its checkpoints, its log, its bar."""
+"""The record of a running stage: checkpoints, log and progress bar."""
 
 import contextlib
 import time
@@ -14,11 +14,12 @@ from rotsparse.engine.run import Run
 
 
 class Record:
-    """Opened by every loop of a method: `with Record(run, ...) as record: state = record.restored or state; ...`.
+    """Used by every loop of a method: `with Record(run, ...) as record: state = record.restored or state; ...`.
 
-    - `config`: all that the stage depends on, for the fingerprint in its checkpoints.
-    - `state`: its first state, a pytree of arrays; `sound`: what is wrong with a state, in words, or an empty text.
-    - `total`, `label`: of the bar. `step_of`: how many steps are done in a state.
+    - `config`: everything that the stage depends on, for the fingerprint in its checkpoints.
+    - `state`: the first state, a pytree of arrays. `sound`: says what is wrong with a state; an empty text if nothing
+      is.
+    - `total`, `label`: number of steps and name on the progress bar. `step_of`: the number of steps done in a state.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class Record:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user was told about checkpoints."""
+        """The warnings about checkpoints that were given."""
         return [] if self._session is None else self._session.warnings
 
     def due(self, step: int) -> bool:
-        """Whether it is time to save."""
+        """Whether the state should be saved now."""
         return self._session is not None and self._session.due(step)
 
     def steps_left(self, step: int) -> int | None:
-        """How many steps may follow until a save by number of steps; `None` without such saves."""
+        """The number of steps to the next save by number of steps; `None` if there are no such saves."""
         return None if self._session is None else self._session.steps_left(step)
 
     def save(self, step: int, state: Any, value: float) -> None:

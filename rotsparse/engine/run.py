@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rotsparse._core.interrupt import StopSignals
 
-# The folder of checkpoints within that of a run.
+# Name of the folder of checkpoints within the folder of a run.
 CHECKPOINTS = "checkpoints"
 
 
@@ -19,16 +19,16 @@ class Run:
     """How a fit is run, as opposed to what it computes: `find_rotations(..., run=rs.Run("runs/mlp"))`.
 
     - `folder`: where the fit saves its state (`checkpoints/`) and writes its log (`log.jsonl`); `None`: nowhere. A fit
-      whose folder holds checkpoints continues from the latest intact one and ends with the same bits as if it had never
-      stopped; if they belong to other settings or data it refuses and shows the difference. On SIGINT and SIGTERM it
-      saves and returns `Result.INTERRUPTED`. (Without a folder only SIGINT, which is Ctrl-C, does that; SIGTERM ends
-      the process as usual.) The latest two checkpoints and the best are kept.
+      whose folder holds checkpoints resumes from the latest intact one, and ends with the same bits as if it had never
+      stopped. If the checkpoints belong to other settings or data, it raises `ValueError` and shows the difference. On
+      SIGINT (Ctrl-C) and SIGTERM it saves and returns `Result.INTERRUPTED`; without a folder only on SIGINT, and
+      SIGTERM ends the process. The latest two checkpoints and the best one are kept.
     - `every_minutes`, `every_steps`: how often the state is saved, besides at an interruption and at the end of every
-      stage; `None`: never by the clock, never by the number of steps.
-    - `progress`: show a bar. `tensorboard`: write event files to `tensorboard/` as well (needs the extra
+      stage. `None`: never by the clock, or never by the number of steps.
+    - `progress`: show a progress bar. `tensorboard`: also write event files to `tensorboard/` (needs the extra
       `tensorboard`).
     - `mesh`: `device_mesh()` spreads the examples over all devices of all hosts, `device_mesh(restarts=2)` the restarts
-      as well. The same examples are drawn as without.
+      as well. The examples that are drawn do not depend on it.
 
     Raises `ValueError` for intervals that are not positive.
     """
@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def of(cls, run: "Run | str | os.PathLike | None") -> "Run":
-        """A folder stands for a run there with the usual settings."""
+        """The run itself; for a path, `Run(path)`."""
         return run if isinstance(run, Run) else cls(run)
 
     def part(self, name: str) -> "Run":
@@ -57,7 +57,7 @@ class Run:
         return self if self.folder is None else dataclasses.replace(self, folder=Path(self.folder) / name)
 
     def quiet(self) -> "Run":
-        """The same without a progress bar."""
+        """The same run without a progress bar."""
         return dataclasses.replace(self, progress=False)
 
     @property
@@ -71,13 +71,14 @@ class Run:
         return self._stop is not None and self._stop.requested
 
     def stop(self) -> None:
-        """Ask all that this run has left to do to stop, within a block of `listening`."""
+        """Ask the rest of the run to stop. Has an effect only within a block of `listening`."""
         if self._stop is not None:
             self._stop.requested = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Run"]:
-        """This run, with SIGINT (and SIGTERM, where there is a folder) noted in `stopped` for the length of a block."""
+        """Give this run, and note SIGINT (and SIGTERM, if there is a folder) in its `stopped` for the length of a
+        block."""
         if self._stop is not None:
             yield self
             return

@@ -21,7 +21,7 @@ from rotsparse.engine.history import History
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.base import Bases, Objective
 
-# A direction counts as the same where its match has a larger |cos|.
+# Two directions count as the same if their |cos| is larger.
 SAME = 0.99
 
 
@@ -42,7 +42,7 @@ class Result(enum.Enum):
 
     @property
     def broken_off(self) -> bool:
-        """Whether the fit ended before its time, so that no further stage runs."""
+        """Whether the fit ended early, so that no further stage runs."""
         return self in (Result.INTERRUPTED, Result.NON_FINITE)
 
     @property
@@ -74,8 +74,8 @@ class Certificate:
 
 
 class Stage(NamedTuple):
-    """What one stage of a fit reached: the lowest objective that rotations are chosen by, how the stage ended, how long
-    it took, and what else there is to say."""
+    """What one stage of a fit reached: the lowest judged objective, the name of its `Result`, the time, and a
+    remark."""
 
     name: str
     value: float
@@ -92,11 +92,11 @@ class Stage(NamedTuple):
 class Solution:
     """The best rotations of a fit, and the evidence.
 
-    `value` and `start_value` are the objective on all training examples, of the result and of the start it came from;
-    `validation_value` is the objective on held-out examples, where there were any. `candidates` are the best
-    rotations of every restart, `candidate_values` what they were chosen by. `free`: for every space, which directions
-    the fit could turn (the others were held, or lie outside the active subspace). `stages`: what each stage of the
-    method reached. `certificate`: what pair searches left, if the method had any. `stats`: counts, times and errors.
+    `value` and `start_value`: the objective on all training examples, of the result and of the start that it came from.
+    `validation_value`: the objective on held-out examples, if there were any. `candidates`: the best rotations of each
+    restart. `candidate_values`: their judged objectives. `free`: for every space, which directions the fit could turn
+    (the others were held, or lie outside the active subspace). `stages`: what each stage of the method reached.
+    `certificate`: that of the last pair search, if the method had one. `stats`: counts, times and errors.
     """
 
     bases: Bases
@@ -115,8 +115,8 @@ class Solution:
 
     @property
     def rotations(self) -> Rotations:
-        """The rotations of the layer that `find_rotations` fitted. A tied fit has one space for both sides. Raises
-        `ValueError` for other fits: those of activations have one rotation, those of chains many."""
+        """The rotations of a layer from `find_rotations`; a tied fit has the same one on both sides. Raises
+        `ValueError` for other fits: activations have one rotation, chains have many."""
         if "in" not in self.bases:
             raise ValueError(
                 f"this fit is not one of a layer: its rotations are solution.bases[{next(iter(self.bases))!r}], ... To "
@@ -131,9 +131,9 @@ class Solution:
         return self
 
     def lifted(self, lift: Callable[[Bases], Bases], free: dict[str, Bool[np.ndarray, "d"]]) -> "Solution":
-        """The solution of a part of a problem (some spaces, some directions) with the rotations of the whole, which
-        `lift` makes of those of the part; `free` says which directions of the whole the part could turn. All values
-        stay those of the part."""
+        """Extend the solution of a restricted problem (some spaces, or some directions) to the whole one: `lift`
+        extends the rotations, and `free` says which directions of the whole could be turned. Values stay those of the
+        restricted problem."""
         return dataclasses.replace(
             self, bases=lift(self.bases), candidates=tuple(map(lift, self.candidates)), free=free
         )
@@ -177,7 +177,7 @@ class Solution:
         }
 
     def reproduced(self) -> dict[str, np.ndarray] | None:
-        """For every space, which of its `free` directions every other restart found again (`|cos| > SAME`); `None`
+        """For every space, which of its `free` directions every other restart found again (`|cos| > SAME`). `None`
         after a single restart."""
         if len(self.candidates) == 1:
             return None
@@ -206,7 +206,7 @@ class Solution:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Solution":
-        """What `save` wrote. Raises `ValueError` where the file is missing or damaged."""
+        """Read what `save` wrote. Raises `ValueError` if the file is missing or damaged."""
         try:
             arrays = load_npz(path)
             scalars = json.loads(str(arrays["scalars"]))
@@ -230,7 +230,7 @@ class Solution:
             raise ValueError(f"cannot read a solution from {path}: {error}") from None
 
     def summary(self) -> str:
-        """A few lines for a person."""
+        """A summary in a few lines of text."""
         lines = [
             f"{self.result.name}: {self.result.value}" + (f" ({self.detail})" if self.detail else ""),
             f"objective {self.start_value:.4f} -> {self.value:.4f}"
@@ -242,7 +242,7 @@ class Solution:
 
 
 def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float]]:
-    """The objective of rotations, and how near they are to a stationary point and to orthogonal."""
+    """The objective of rotations, the norm of its gradient, and the orthogonality error."""
     value, grads = _value_and_grad(objective, bases)
     return float(value), {
         "gradient_norm": float(optax.tree.norm(grads)),
@@ -251,7 +251,7 @@ def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float
 
 
 def judged_value(objective: Objective, bases: Bases) -> float:
-    """The objective, by a program that is compiled once for each kind of objective."""
+    """The objective, computed by a program that is compiled once for each kind of objective."""
     return float(_value(objective, bases))
 
 

@@ -1,12 +1,13 @@
-"""`Stepwise`: methods that take steps, and the loop that takes them.
+"""`Stepwise`: methods that take steps, and their loop.
 
-The loop takes steps, all starts at once (vmapped), in slices of a second or two, each a jitted loop. Between them, in
-plain Python, it saves checkpoints, writes the log, shows the progress and listens to signals. Every few slices, at the
-end of a *stretch*, it looks at the objective, keeps the best rotations of every start, and decides whether to stop.
+Steps of all starts are taken together (vmapped), in slices of a second or two, each of which is a jitted loop. Between
+slices plain Python saves checkpoints, writes the log, shows the progress and looks for signals. Every few slices, at
+the end of a *stretch*, the objective is checked on all examples, the best rotations of each start are kept, and the
+loop decides whether to stop.
 
-Everything that the course of a fit depends on is in `FitState`; which examples step t draws follows from
-`fold_in(key, t)`. Chunks end at steps that are known beforehand, and where slices end makes no difference to any bit of
-the state. So a fit that is stopped after any slice, saved, loaded and continued is the same fit.
+Everything that the course of a fit depends on is in `FitState`; `fold_in(key, t)` determines the examples of step t.
+Stretches end at steps that are known in advance, and the ends of slices change no bit of the state. So a fit that is
+stopped after any slice, saved, loaded and continued gives the same bits as a fit that is never stopped.
 """
 
 import abc
@@ -33,48 +34,48 @@ from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result, Solution, Stage, evidence
 from rotsparse.objectives.base import Bases, Objective, spread
 
-# A schedule maps the share of the steps that is done (0 to 1) to a factor or a value.
+# A schedule maps the share of steps that are done (0 to 1) to a factor or a value.
 Schedule = Callable[[Array], Array]
 
 # A run is cut into about this many stretches, of at least MIN_STRETCH steps.
 STRETCHES = 40
 MIN_STRETCH = 20
 
-# Looking at all examples may cost this share of what the steps cost.
+# Checks of the objective on all examples may cost this share of the cost of the steps.
 CHECKING = 0.25
 
-# Examples that are not in memory are fetched in blocks of at most so many bytes.
+# Examples that are not in memory are fetched in blocks of at most this many bytes.
 FETCHED_BYTES = 128 * 2**20
 
-# How long a slice takes: how long a signal may have to wait.
+# Duration of a slice, and so the longest wait of a signal.
 SLICE_SECONDS = 1.5
 
 
 class Stepwise(Method):
-    """A method that improves the rotations step by step. `init` and `step` are pure and are traced under jit and vmap.
+    """A method that improves rotations step by step. `init` and `step` are pure, and are traced under jit and vmap.
 
-    The properties are fields of the methods that have them (`Anneal(steps=8000)`).
+    Methods override the properties with fields (`Anneal(steps=8000)`).
     """
 
     @property
     @abc.abstractmethod
     def steps(self) -> int:
-        """How many steps to take."""
+        """Number of steps."""
 
     @property
     def batch_size(self) -> int | None:
-        """The examples of a step; `None`: all."""
+        """Number of examples in a step; `None`: all."""
         return None
 
     @property
     def submatrix(self) -> tuple[int, int] | None:
-        """How many rows and columns of each Jacobian a step sees, for layers so wide that a step on one example takes
-        too long; `None`: all."""
+        """Number of rows and columns of each Jacobian that a step sees, for layers so wide that a step on one example
+        takes too long; `None`: all."""
         return None
 
     @property
     def patience(self) -> int | None:
-        """Stop after so many steps without improvement; `None`: never."""
+        """Stop after this many steps without improvement; `None`: never."""
         return None
 
     @abc.abstractmethod
@@ -85,7 +86,7 @@ class Stepwise(Method):
     def step(
         self, objective: Objective, bases: Bases, state: Any, step: Int[Array, ""]
     ) -> tuple[Bases, Any, Float[Array, ""]]:
-        """One step, number `step`: the new rotations, the new state, and the objective *before* the step."""
+        """Take step number `step`. Returns the new rotations, the new state, and the objective *before* the step."""
 
     def run(self, problem: Problem, starts: tuple[Bases, ...], *, key: PRNGKeyArray, run: Run) -> Solution:
         with run.listening() as listening:
@@ -142,7 +143,7 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
         )
         compile_seconds = time.perf_counter() - begun
         state, result, detail = _loop(fit, state, check_every, method.patience, record, run)
-    # The last look is not saved: a run that goes on has to be like one that never stopped.
+    # This check is not saved: a run that is resumed must be equal to one that never stopped.
     if result is not Result.NON_FINITE and state.checked_at[state.checks - 1] != state.step:
         state = fit.judge(state)
     stats: dict[str, Any] = {"compile_seconds": compile_seconds}
@@ -154,8 +155,9 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
 
 
 def _check_every(method: Stepwise, stretch: int, objective: Objective, judge: Objective) -> int:
-    """Steps from one check to the next, in whole stretches: few enough that one falls into each window of `patience`,
-    and as many as keep the cost of checks down (a value costs half of a value with its gradient)."""
+    """The number of steps from one check to the next, in whole stretches: small enough that every window of `patience`
+    contains a check, and otherwise large enough to limit the cost of checks (a value costs half as much as a value with
+    its gradient)."""
     examples = objective.examples
     rows = sum(len(e.x) for e in examples)
     share = sum(e.share(method.batch_size) for e in examples) / max(1, len(examples))
@@ -170,7 +172,7 @@ def _check_every(method: Stepwise, stretch: int, objective: Objective, judge: Ob
 def _loop(
     fit: CompiledFit, state: FitState, check_every: int, patience: int | None, record: Record, run: Run
 ) -> tuple[FitState, Result, str]:
-    """Take steps until the end, or a reason to stop: the state, the result, and the detail."""
+    """Take steps until the end or until there is a reason to stop. Returns the state, the result, and details."""
     begun = record.begun - float(state.seconds)
     per_step = math.inf  # seconds
     try:
@@ -179,7 +181,7 @@ def _loop(
         while True:
             done = int(state.step)
             finished = done == fit.steps
-            # As many steps as fit in a slice, but not beyond the end of a stretch or the next save.
+            # As many steps as fit into a slice, up to the end of the stretch or the next save.
             count = min(fit.stretch - done % fit.stretch, fit.steps - done, max(1, int(SLICE_SECONDS / per_step)))
             if left := record.steps_left(done):
                 count = min(count, left)
@@ -215,13 +217,13 @@ def _loop(
             )
             if check and not np.isfinite(state.last_check).all():
                 return state, Result.NON_FINITE, f"the objective on all examples, after step {done}"
-    except ValueError:  # examples that cannot be read: what was done until then is kept
+    except ValueError:  # examples cannot be read: keep the steps that were taken
         if jax.process_count() == 1:
             record.save(int(state.step), state, state.lowest)
         raise
-    except Interrupted:  # SIGTERM, where `run` does not listen to it: there is nowhere to save, and no time to go on
+    except Interrupted:  # SIGTERM without a folder: there is nowhere to save
         raise
-    except KeyboardInterrupt:  # where `run` could not note it, or a second one
+    except KeyboardInterrupt:  # a second Ctrl-C, or one that `run` did not note
         run.stop()
         record.save(int(state.step), state, state.lowest)
         return state, Result.INTERRUPTED, ""
@@ -230,10 +232,11 @@ def _loop(
 def _before_failure(
     fit: CompiledFit, state: FitState, moved: FitState, values: Float[np.ndarray, "restarts count"]
 ) -> tuple[FitState, Result, str]:
-    """What `_loop` returns where the steps of a slice, from `state` to `moved`, led to NaN: the last sound rotations,
-    looked at. They are those before the objective was not finite, or one step earlier: wherever the slice began."""
+    """What `_loop` returns if a slice of steps, from `state` to `moved`, led to NaN: the last finite rotations, with a
+    check. These are the rotations before the objective was not finite, or those one step earlier; they do not depend
+    on where the slice began."""
     begun, finite = int(state.step), np.isfinite(values)
-    if finite.all():  # the rotations after the last step are not
+    if finite.all():  # but the rotations after the last step are not
         failed = int(moved.step)
         every = [np.asarray(r).reshape(len(values), -1) for r in fit.gather(moved.bases).values()]
         sound = np.isfinite(np.concatenate(every, axis=1)).all(axis=1)
@@ -259,8 +262,8 @@ def _solution(
     detail: str,
     stats: dict[str, Any],
 ) -> Solution:
-    """What the state of a fit that has ended amounts to."""
-    # A start that is itself not finite cannot be chosen; if no candidate is finite, there is nothing to return.
+    """The solution from the last state of a fit."""
+    # A candidate whose value is not finite is chosen only if all are.
     best_values = state.best_values
     chosen = int(np.nanargmin(best_values)) if np.isfinite(best_values).any() else 0
     if result in (Result.ALL_STEPS, Result.CONVERGED) and state.best_step[chosen] == 0:
@@ -297,7 +300,7 @@ def _solution(
 
 
 def _agreed(count: int, save: bool, stop: bool) -> tuple[int, bool, bool]:
-    """The same decisions in every process: clocks and signals differ, and the steps of all have to match."""
+    """Agree on the decisions of all processes: clocks and signals differ, but all must take the same steps."""
     if jax.process_count() == 1:
         return count, save, stop
     everyones = np.asarray(multihost_utils.process_allgather(np.asarray([count, save, stop])))

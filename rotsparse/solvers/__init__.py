@@ -1,4 +1,5 @@
-"""Methods, one file each. A method sees rotations and an objective with relative gradients, and nothing of layers."""
+"""Methods, one per file. A method sees rotations and an objective with its relative gradient; it knows nothing of
+layers."""
 
 from rotsparse.solvers.anneal import Anneal as Anneal
 from rotsparse.solvers.combine import BestOf as BestOf

@@ -1,8 +1,8 @@
-"""The best angle of every screened pair of rows, and by how much it improves the objective.
+"""The best angle of every screened pair of rows, and the improvement of the objective at that angle.
 
-A rotation of two rows of R by one angle changes two rows of Z (two columns, on the input side) and nothing else, so the
-objective along it is a function of one number that can be searched as a whole: on a grid, then finer around the best
-point.
+A rotation of two rows of R by one angle changes two rows of Z (on the input side, two columns) and nothing else. The
+objective along it is a function of one number, which is searched globally: on a grid, then on finer grids around the
+best point.
 """
 
 import math
@@ -19,7 +19,8 @@ from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.combined import Held
 from rotsparse.objectives.jacobian import JacobianSparsity
 
-# All angles modulo exchange and sign of the two rows, zero among them, and how often the step is divided by four.
+# Grid of all angles modulo exchange and sign of the two rows (it contains zero), and the number of finer grids, each
+# with a quarter of the step.
 GRID = np.arange(-16, 16) * (math.pi / 64)
 ZOOMS = 3
 
@@ -28,33 +29,34 @@ NODES = 13
 
 
 def obstacle(objective: Objective) -> str | None:
-    """Why pairs cannot be searched for this objective, if they cannot."""
+    """Why pair search does not apply to this objective; `None` if it does."""
     while isinstance(objective, Held):
         objective = objective.objective
     if not isinstance(objective, JacobianSparsity | ActivationSparsity):
-        return f"pairs can be searched for JacobianSparsity and ActivationSparsity, got {type(objective).__name__}"
+        return f"pair search needs a JacobianSparsity or an ActivationSparsity, got {type(objective).__name__}"
     if isinstance(objective, JacobianSparsity) and objective.space_in == objective.space_out:
-        return "pairs cannot be searched for a tied fit: a rotation changes rows and columns at once"
+        return "pair search does not apply to a tied fit: a rotation changes rows and columns at once"
     if not objective.measure.elementwise:
-        return f"pairs can be searched for elementwise measures, and {type(objective.measure).__name__} is none"
+        return f"pair search needs an elementwise measure; {type(objective.measure).__name__} is not"
     return None
 
 
 def row_entries(objective: Objective) -> int:
-    """How many entries an example has in one row: in one column, if those are shorter. Raises where `certify` does."""
+    """The number of entries of one row (or of one column, if that is shorter) of an example. Raises `ValueError` where
+    `certify` does."""
     rows = sides(objective, {})[0][0].objective
     return min(rows.spaces.values()) if isinstance(rows, JacobianSparsity) else 1
 
 
 def jacobian_entries(objective: Objective) -> int:
-    """How many entries an example has: d_out · d_in, or d."""
+    """The number of entries of an example: d_out · d_in, or d."""
     while isinstance(objective, Held):
         objective = objective.objective
     return math.prod(objective.spaces.values())
 
 
 class Side(eqx.Module):
-    """One space of an objective, as rows whose entries add up: the objective is `E mean_k mean S(rows_k)`."""
+    """One space of an objective, seen as rows: the objective is `E mean_k mean S(rows_k)` over the directions k."""
 
     objective: JacobianSparsity | ActivationSparsity
     space: str = eqx.field(static=True)
@@ -66,11 +68,11 @@ class Side(eqx.Module):
 
     @property
     def coupled(self) -> bool:
-        """Whether a rotation changes the scale of its two rows and, by the root mean square, of all others."""
+        """Whether a rotation rescales its two rows and, through the root mean square, all other rows."""
         return self.inputs and isinstance(self.objective, JacobianSparsity) and self.objective.covariance is not None
 
     def rows(self, bases: Bases, x: Float[Array, "n k"]) -> Float[Array, "d n m"]:
-        """The entries that belong to each direction of the space; before scaling where rotations change the scale."""
+        """The entries that belong to each direction of the space; not scaled yet, if the side is `coupled`."""
         if isinstance(self.objective, ActivationSparsity):
             return (x @ (bases[self.space] / self.objective.rms).T).T[:, :, None]
         r_in, r_out = bases[self.objective.space_in], bases[self.objective.space_out]
@@ -80,15 +82,15 @@ class Side(eqx.Module):
         return jnp.moveaxis(z, 2 if self.inputs else 1, 0)
 
     def scales(self, bases: Bases) -> Float[Array, "d"]:
-        """What `rows` must still be multiplied by."""
+        """The factors by which `rows` must still be multiplied."""
         if not self.coupled:
             return jnp.ones(self.size, self.objective.x.dtype)
         assert isinstance(self.objective, JacobianSparsity)
         return self.objective._scale(bases[self.space])[0]
 
     def turned_scales(self, bases: Bases, i, j, cos, sin):
-        """The scales of rows i and j after a rotation, and the logarithm of the factor by which that of all other rows
-        changes. From `Σ` and `E[JᵀJ]`, restricted to the two rows."""
+        """The scales of rows i and j after a rotation, and the logarithm of the factor by which the scales of all other
+        rows change. Computed from `Σ` and `E[JᵀJ]`, restricted to the two rows."""
         if not self.coupled:
             return jnp.ones_like(cos), jnp.ones_like(cos), jnp.zeros_like(cos)
         assert isinstance(self.objective, JacobianSparsity)
@@ -106,7 +108,7 @@ class Side(eqx.Module):
         return unit * jnp.sqrt(var_i), unit * jnp.sqrt(var_j), log_factor
 
     def mean(self, chunk_sum):
-        """Sums over chunks of examples, divided by the number of all entries."""
+        """The sum of `chunk_sum` over all examples, divided by the number of entries."""
         objective = self.objective
         with jax.default_matmul_precision(objective.precision):
             total = objective.data.sum(chunk_sum, objective.chunk)
@@ -114,7 +116,8 @@ class Side(eqx.Module):
 
 
 def sides(objective: Objective, bases: Bases) -> tuple[list[Side], Bases]:
-    """The spaces that may be rotated, and the rotations of all spaces."""
+    """The spaces that may be rotated, and the rotations of all spaces. Raises `ValueError` if there is an
+    `obstacle`."""
     free = list(objective.spaces)
     while isinstance(objective, Held):
         objective, bases = objective.objective, bases | objective.held
@@ -127,12 +130,12 @@ def sides(objective: Objective, bases: Bases) -> tuple[list[Side], Bases]:
 
 
 def gains(side: Side, bases: Bases, screen: int | None, rows: np.ndarray | None = None):
-    """Screened pairs `[N, 2]` (with at least one of `rows`, a mask), the best angle of each, and by how much it
-    improves the objective."""
+    """The screened pairs `[N, 2]`, the best angle of each, and its improvement of the objective. With the mask `rows`,
+    only pairs that contain one of these rows."""
     pairs = _screened(None if screen is None else np.array(_overlap(side, bases)), side.size, screen)
     pairs = pairs if rows is None else pairs[rows[pairs].any(axis=1)]
     rest = _others(side, bases) if side.coupled else None
-    block = max(1, side.size // 2)  # as many rows as the space has: the memory of one Jacobian
+    block = max(1, side.size // 2)  # a block touches as many rows as the space has: the memory of one Jacobian
     angles, gains = [], []
     for begin in range(0, len(pairs), block):
         at = np.minimum(np.arange(begin, begin + block), len(pairs) - 1)  # the last block repeats its last pair
@@ -145,7 +148,7 @@ def gains(side: Side, bases: Bases, screen: int | None, rows: np.ndarray | None 
 
 
 def _screened(overlap, d: int, screen: int | None) -> Int[np.ndarray, "N 2"]:
-    """All pairs, or those in which one is among the `screen` rows that overlap most with the other."""
+    """All pairs, or those in which one row is among the `screen` rows that overlap most with the other."""
     wanted = np.ones((d, d), bool)
     if screen is not None and screen < d - 1:
         np.fill_diagonal(overlap, -np.inf)
@@ -157,7 +160,7 @@ def _screened(overlap, d: int, screen: int | None) -> Int[np.ndarray, "N 2"]:
 
 @eqx.filter_jit
 def _overlap(side: Side, bases: Bases) -> Float[Array, "d d"]:
-    """Cosine between the rows' active patterns, `z²/(z² + ε²)`: near one where an entry is large, near zero else."""
+    """Cosine between the activity patterns of rows, `z²/(z² + ε²)`: near one for large entries, near zero otherwise."""
     scales = side.scales(bases)[:, None, None]
 
     def chunk_sum(x, weights):
@@ -173,11 +176,11 @@ def _overlap(side: Side, bases: Bases) -> Float[Array, "d d"]:
 
 @eqx.filter_jit
 def _search(side: Side, bases: Bases, pairs: Int[Array, "p 2"], rest):
-    """The best angle of every pair, and by how much it lowers the objective."""
+    """The best angle of every pair, and the decrease of the objective there."""
     i, j = pairs[:, :1], pairs[:, 1:]
 
     def objective_at(angles):
-        """The part of the objective that depends on the angle, for angles [p, a] of each pair."""
+        """The part of the objective that depends on the angle, for angles `[p, a]` of each pair."""
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         scale_i, scale_j, log_factor = side.turned_scales(bases, i, j, cos, sin)
 
@@ -214,8 +217,8 @@ def _search(side: Side, bases: Bases, pairs: Int[Array, "p 2"], rest):
 
 
 class _Others(eqx.Module):
-    """How the objective's part of all rows but two changes when all entries are multiplied by one factor: a polynomial
-    in the factor's logarithm, by Chebyshev interpolation on `[-reach, reach]` of each row's part."""
+    """The change of the objective over all rows but two if their entries are multiplied by one factor: for each row a
+    polynomial in the logarithm of the factor, by Chebyshev interpolation on `[-reach, reach]`."""
 
     coefficients: Float[Array, "d nodes"]
     reach: Float[Array, ""]
@@ -238,7 +241,7 @@ def _others(side: Side, bases: Bases) -> _Others:
         log_factor = side.turned_scales(bases, i, j, jnp.cos(angle), jnp.sin(angle))[2]
         return jnp.max(jnp.where(i == j, 0, jnp.abs(log_factor)))
 
-    # 1.1 and 0.001: for angles between the grid's, and where nothing changes.
+    # The margins 1.1 and 0.001 cover angles between grid points, and scales that do not change at all.
     reach = 1.1 * jnp.max(jax.lax.map(largest, jnp.asarray(GRID, dtype))) + 1e-3
     nodes = np.cos(np.pi * (np.arange(NODES) + 0.5) / NODES)
     factors = jnp.exp(reach * jnp.asarray(nodes, dtype))

@@ -1,10 +1,11 @@
-"""Annealing on the orthogonal group: large steps of a prescribed angle that shrinks to zero, along noisy gradients.
+"""Annealing on the orthogonal group: large steps of a given angle that shrinks to zero, along noisy gradients.
 
-Sparse bases are separated by barriers, and what a descent reaches depends on where it started. Two things get across
-them. Steps that turn their fastest plane by a fixed, large angle overshoot every narrow minimum: the angle acts as a
-temperature, and the minima that survive its slow decay are wide and deep. And minibatches of very few examples make a
-step so cheap that the same time buys ten times as many: the noise they add does no harm while the angle is large, and
-averages out as it falls. Only directions of gradients count, so nothing has to be tuned to the scale of an objective.
+Sparse bases are separated by barriers, and the result of a descent depends on its start. Two things help across the
+barriers. First, steps that turn their fastest plane by a fixed, large angle overshoot every narrow minimum: the angle
+acts as a temperature, and the minima that survive its slow decay are wide and deep. Second, minibatches of very few
+examples make a step so cheap that the same time buys ten times as many; their noise does no harm while the angle is
+large, and averages out as it falls. Only the directions of gradients matter, so nothing has to be tuned to the scale of
+an objective.
 """
 
 import equinox as eqx
@@ -18,17 +19,17 @@ from rotsparse.engine.steps import Stepwise, check_counts
 class Anneal(Stepwise):
     """`R <- polar((I - U min(1, θ_t/‖U‖₂)) R)`, `θ_t = angle · (1 - t)`, with t from 0 to 1 over the run.
 
-    U is the relative gradient's running mean divided by the root of its running mean square, entry by entry (the
-    direction of Adam: Kingma & Ba 2015). Its entries are of size one, so `‖U‖₂` is all but always above `θ_t` and a
-    step turns its fastest plane by nearly `θ_t` radians (an upper bound stands for `‖U‖₂`, so by no more).
+    U is the running mean of the relative gradient divided by the root of its running mean square, entry by entry (the
+    direction of Adam: Kingma & Ba 2015). Its entries are of order one, so `‖U‖₂` almost always exceeds `θ_t`, and a
+    step turns its fastest plane by nearly `θ_t` radians (never by more, because an upper bound is used for `‖U‖₂`).
 
-    Meant for minibatches of about 16 Jacobians (256 rows of activations). Most of the objective falls while `θ_t` is
-    between 0.3 and 0.1: for better optima take more `steps`, and to improve on a good start without leaving it take an
-    `angle` below that. `decay_mean` and `decay_square` are what the running means keep from one step to the next.
-    There is no `patience`: annealing improves most near its end.
+    Meant for minibatches of about 16 Jacobians, or 256 rows of activations. The objective falls most while `θ_t` is
+    between 0.3 and 0.1: take more `steps` for better optima; take a smaller `angle` to improve a good start without
+    leaving its basin. `decay_mean` and `decay_square`: the share of a running mean that is kept at each step. There is
+    no `patience`, because annealing improves most near its end.
 
-    Raises `ValueError` for an angle outside (0, 0.5]: up to there the retraction's three Newton-Schulz steps end at
-    float32's accuracy.
+    Raises `ValueError` for an angle outside (0, 0.5], within which the three Newton-Schulz steps of the retraction
+    reach the accuracy of float32, for decays outside [0, 1), and for counts below one.
     """
 
     steps: int = eqx.field(static=True, default=4000)
@@ -58,7 +59,8 @@ class Anneal(Stepwise):
         angle = self.angle * (1 - step / self.steps)
 
         def turn(r, mean, square):
-            # The floor is relative: gradients of wide spaces are small, and an entry that is always zero stays zero.
+            # The floor is relative, because gradients of wide spaces are small; an entry that is always zero stays
+            # zero.
             floor = 1e-12 * jnp.mean(square) + jnp.finfo(r.dtype).tiny
             direction = skew(mean * jax.lax.rsqrt(square + floor))
             return newton_schulz(r - matmul(bound_step(direction, angle.astype(r.dtype)), r), 3)

@@ -1,4 +1,4 @@
-"""Methods made of methods."""
+"""Methods that combine other methods."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ from rotsparse.objectives.measures import Measure
 
 
 class Then(Method):
-    """One method after the other. Every later one continues from the best candidate so far, or, inside `Each`, from
-    every candidate by itself; what does not lower the judged objective is dropped. A stage that is interrupted or meets
-    NaN is the last one."""
+    """Run methods one after another. Each later stage continues from the best candidate so far, or, if it is an `Each`,
+    from every candidate separately; a result that does not lower the judged objective is dropped. No stage runs after
+    one that was interrupted or met NaN."""
 
     stages: tuple[Method, ...]
 
@@ -40,7 +40,7 @@ class Then(Method):
 
 
 class BestOf(Method):
-    """Several methods from the same starts; the lowest judged objective wins."""
+    """Run several methods from the same starts and return the result with the lowest judged objective."""
 
     methods: tuple[Method, ...]
 
@@ -66,8 +66,8 @@ class BestOf(Method):
 
 
 class Each(Method):
-    """A method from every start by itself, one after the other: each chooses its own best step, and memory does not
-    grow with their number."""
+    """Run a method from each start separately, one after another: each start has its own best step, and memory does not
+    grow with the number of starts."""
 
     method: Method
 
@@ -100,8 +100,8 @@ class Each(Method):
 
 
 class WithMeasure(Method):
-    """A method on the same objective with another measure, such as a smooth one to begin with. What it finds is judged
-    by the objective itself."""
+    """Run a method on the objective with another measure, for instance a smooth one at first. The result is judged by
+    the objective itself."""
 
     measure: Measure
     method: Method
@@ -132,12 +132,12 @@ class WithMeasure(Method):
         )
 
     def _of(self, measure: Measure) -> Measure:
-        # An array at the same precision, as an objective keeps its scale.
+        # Objectives keep the scale as an array in their own precision.
         return eqx.tree_at(lambda m: m.eps, self.measure, jnp.asarray(self.measure.eps, jnp.asarray(measure.eps).dtype))
 
 
 def _joined(problem: Problem, found: list[Solution], starts: int) -> Solution:
-    """The solutions from single starts as one."""
+    """Join the solutions from single starts."""
     candidates: tuple[Bases, ...] = tuple(solution.bases for solution in found)
     values = problem.judged(candidates)
     best = int(np.argmin(values))

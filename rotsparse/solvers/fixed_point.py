@@ -1,19 +1,19 @@
 """Fixed-point iteration for activation sparsity: `R <- polar(E[ψ(z) xᵀ])`, `z = R x / rms(x)`.
 
-One template, told apart by the response ψ. Each step turns R to the rotation whose activations lie nearest to the
-responses (the orthogonal Procrustes problem), so it makes large moves where a gradient method makes small ones:
+Each step sets R to the rotation whose activations are nearest to the responses ψ(z) (the orthogonal Procrustes
+problem), and so takes larger steps than a gradient method. The response ψ is one of:
 
-- the objective's own measure, `ψ(z_i) = s_i z_i - S'(z_i)`, the default. With the shift `s_i = E[S''(z_i)]` it is the
-  symmetric FastICA step (Hyvärinen 1999), which converges quadratically near a sparse basis. The shift is raised where
-  it is too small for `E[ψ(z_i) z_i]` to be positive: that makes bases of *dense* activations, which are fixed points of
-  FastICA too, repel. The best initialiser measured is `Log(eps=1)`.
+- `ψ(z_i) = s_i z_i - S'(z_i)` with the objective's measure S (the default). With the shift `s_i = E[S''(z_i)]` this is
+  the symmetric FastICA step (Hyvärinen 1999), which converges quadratically near a sparse basis. The shift is raised
+  where it is too small for `E[ψ(z_i) z_i]` to be positive; this makes bases of *dense* activations, which are also
+  fixed points of FastICA, repelling. The best initialiser measured is `Log(eps=1)`.
 - `cube`: matching, stretching and projection (Zhai et al. 2020), for L4.
-- `soft_threshold(τ)`: the activations are matched to their soft-thresholded selves; minimises a Huber function of z.
-- `top_k(k)`: ... to their k largest entries, as in dictionary learning with exactly k atoms an example. The energy of
-  these entries is convex in R (a maximum over choices of entries), so it lies above its linearisation and no step
-  lowers it: the generalised power method (Journée et al. 2010), and the descent for `measures.TopK`.
+- `soft_threshold(τ)`: match the activations to their soft-thresholded values; minimises a Huber function of z.
+- `top_k(k)`: match them to their k largest entries, as in dictionary learning with exactly k atoms per example. The
+  energy of these entries is convex in R (a maximum over choices of entries), so it lies above its linearisation and no
+  step lowers it: the generalised power method (Journée et al. 2010), a descent method for `measures.TopK`.
 
-Matrix products only: the polar factor is taken by Newton-Schulz.
+Only matrix products are used: Newton-Schulz steps give the polar factor.
 """
 
 from collections.abc import Callable
@@ -27,28 +27,29 @@ from rotsparse.engine.steps import Stepwise, check_counts
 from rotsparse.objectives.measures import outside_largest
 from rotsparse.solvers._moments import Moments, check_objective, moments
 
-# A response maps rotated activations [d, n] (directions first) to the activations that they should have been.
+# A response maps rotated activations [d, n] (directions first) to the activations that R should produce instead.
 Response = Callable[[Float[Array, "d n"]], Float[Array, "d n"]]
 
-# The least diagonal of E[ψ(z) zᵀ] relative to E[S'(z_i) z_i]. A larger one is slower, a smaller one lets steps explode
-# where the two halves of the FastICA shift cancel.
+# The least diagonal entry of E[ψ(z) zᵀ], relative to E[S'(z_i) z_i]. Larger values converge more slowly; with smaller
+# ones steps diverge where the two terms of the FastICA shift cancel.
 MARGIN = 0.3
 
 
 def cube(z: Float[Array, "d n"]) -> Float[Array, "d n"]:
-    """`z³`: "stretching" of the L4 norm's matching-stretching-projection."""
+    """`z³`: the stretching of matching, stretching and projection."""
     return z * jnp.square(z)
 
 
 def soft_threshold(threshold: float) -> Response:
-    """`sign(z) max(|z| - τ, 0)`; τ in units of the activations' rms."""
+    """`sign(z) max(|z| - τ, 0)`, with τ in units of the activations' rms. Raises `ValueError` for τ < 0."""
     if threshold < 0:
         raise ValueError(f"a threshold cannot be negative, got {threshold}")
     return lambda z: z - jnp.clip(z, -threshold, threshold)
 
 
 def top_k(k: int) -> Response:
-    """Each example's k entries of largest magnitude; the others zero."""
+    """Keep the k entries of largest magnitude of each example and set the others to zero. Raises `ValueError` for k <
+    1."""
     if k < 1:
         raise ValueError(f"top_k keeps at least one entry of each example, got {k}")
 
@@ -59,16 +60,16 @@ def top_k(k: int) -> Response:
 
 
 def shifted(m: Moments) -> Float[Array, "d d"]:
-    """`E[ψ(z) zᵀ]` of the measure's own response, to first order in the covariance of different directions."""
+    """`E[ψ(z) zᵀ]` for the response of the measure, to first order in the covariance of different directions."""
     along = jnp.diagonal(m.pull)
     shift = jnp.maximum(m.curvature * m.power, along + MARGIN * jnp.abs(along))
     return jnp.diag(shift) - m.pull
 
 
 class FixedPoint(Stepwise):
-    """`R <- polar(E[ψ(R x) xᵀ])`; with `response=None` ψ comes from the objective's measure. No line search: the
-    objective may rise for a step; the lowest look counts. Raises `ValueError` for other objectives than
-    `ActivationSparsity`."""
+    """`R <- polar(E[ψ(R x) xᵀ])`, with ψ from the objective's measure if `response=None`. There is no line search: the
+    objective may rise for a step, and the best rotation at a check is returned. Raises `ValueError` for objectives
+    other than `ActivationSparsity`."""
 
     response: Response | None = eqx.field(static=True, default=None)
     steps: int = eqx.field(static=True, default=60)
@@ -90,11 +91,11 @@ class FixedPoint(Stepwise):
 
 
 def project(target: Float[Array, "d d"], r: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """`polar(target · R)`, kept away from singular where no data reach (directions that never vary); R itself where the
-    polar factor cannot be had."""
+    """`polar(target · R)`, with a small ridge for directions in which the data do not vary; R itself if the polar
+    factor cannot be computed."""
     d = len(r)
     ridge = 1e-3 * jnp.maximum(jnp.linalg.norm(target), jnp.finfo(r.dtype).tiny) / d
     new = polar(matmul(target + ridge * jnp.eye(d, dtype=r.dtype), r))
-    # Newton-Schulz leaves no singular value above one, so the sum of their squares shows one that stayed behind.
-    # Written so that NaN keeps R too.
+    # Newton-Schulz leaves no singular value above one, so the sum of their squares shows whether one has not converged.
+    # The comparison is written so that NaN keeps R too.
     return jnp.where(jnp.sum(jnp.square(new)) > d - 0.01, new, r)

@@ -1,17 +1,16 @@
 """Sparse activations, fast: fixed-point steps, then quasi-Newton steps while ε falls.
 
-1. The fixed point (`fixed_point.py`) at ε = 1 on a random subsample, 25·d and then 100·d examples: from any start to
-   near a sparse basis in 10 to 40 steps. A quasi-Newton step or two (`quasi_newton.py`) where it is not quite there.
-2. Quasi-Newton on the 100·d examples while ε falls to its final value: one or two steps at each.
+1. Fixed-point steps (`fixed_point.py`) at ε = 1 on a random subsample of 25·d and then 100·d examples: 10 to 40 steps
+   lead from any start to near a sparse basis. One or two quasi-Newton steps (`quasi_newton.py`) follow.
+2. Quasi-Newton steps on the 100·d examples while ε falls to its final value, one or two at each ε.
 3. A few quasi-Newton steps on all examples at the final ε.
 
-Where quasi-Newton settles on the subsample, the exact curvature of every pair of directions is looked at once, and
-pairs on a saddle are turned by 45°, or less if that does not help. Without that about one fit in five keeps a mixed
-pair. With validation data stage 3 follows ε down a ladder, and the rung that does best on them is returned: a small ε
-fits noise.
+When quasi-Newton has converged on the subsample, the exact curvature of every pair of directions is computed once, and
+pairs at a saddle are turned by 45°, or by less if that does not help. Without this about one fit in five keeps a mixed
+pair. With validation data, stage 3 lowers ε in rungs and returns the rung that is best on them: a small ε fits noise.
 
-All stages are calls of one compiled function, a while loop around one evaluation of the moments. The examples lie in
-equal blocks, and a stage says how many of them it looks at.
+All stages call one compiled function, a while loop around one evaluation of the moments. Examples are stored in equal
+blocks, and each stage uses the first so many blocks.
 """
 
 import time
@@ -36,18 +35,19 @@ from rotsparse.solvers._moments import block_sums, check_objective
 from rotsparse.solvers.fixed_point import project, shifted
 from rotsparse.solvers.quasi_newton import Search
 
-BLOCK = 2048  # examples a block: keeps matrix products busy and their results near the cache
+BLOCK = 2048  # examples per block: keeps matrix products busy and their results in the cache
 SUBSAMPLES = (25, 100)  # examples per dimension in the first stages
-STEPS = 60  # at most, in a stage
+STEPS = 60  # at most, per stage
 START_EPS = 1.0
 FALL = 0.3  # ε falls by this factor ...
 SETTLED = 0.3  # ... once a step moves no direction's activations by more than this multiple of ε
 LADDER = 3.0, 0.7  # first rung of the ladder of ε, and the ratio of neighbours
-PATIENCE = 2  # rungs that do worse on held-out data than the best so far, and the ladder ends
+PATIENCE = 2  # the ladder ends after so many rungs that are worse on held-out data than the best so far
 
 
 class _Blocks(NamedTuple):
-    """Examples in random order and of rms one, in equal blocks, filled up with zeros of weight zero."""
+    """Examples in random order, scaled to rms one, in equal blocks. The last ones are padded with zeros of weight
+    zero."""
 
     x: Float[Array, "k m d"]
     weights: Float[Array, "k m"]
@@ -57,29 +57,30 @@ class _Run(NamedTuple):
     search: Search
     trial: Float[Array, "d d"]
     eps: Float[Array, ""]
-    fresh: Array  # whether the objective is a new one since the last step
+    fresh: Array  # whether ε has changed since the last step
     steps: int | Int[Array, ""]
     done: Array
 
     @property
     def end(self) -> Float[Array, "d d"]:
-        """Where the next stage begins: one step on, unless the steps ran out on a way that may lead nowhere."""
+        """Start of the next stage: the trial point if the stage converged, otherwise the best accepted point."""
         return self.trial if self.done else self.search.anchor
 
 
 class FixedPointNewton(Method):
-    """The rotation R that makes `z = R x / rms(x)` sparse: fixed-point steps at ε = 1, then quasi-Newton steps while ε
-    falls to that of the measure. Where the activations hide one sharp basis it finds it from anywhere, in a fraction
-    of the time of other methods.
+    """Find the rotation R that makes `z = R x / rms(x)` sparse: fixed-point steps at ε = 1, then quasi-Newton steps
+    while ε falls to that of the measure. If the activations have one sharp basis, it finds that basis from any start,
+    in a fraction of the time of other methods.
 
-    With held-out examples the basis is fitted at a ladder of ε from 3 down to a fifth of the measure's, and the one
-    returned whose value *at the measure's ε* is lowest on them. Besides the start it begins at `random_starts`
-    Haar-random rotations; the best one counts. With fewer than about 20·d examples more of them pay.
+    With held-out examples the basis is fitted at several ε, from 3 down to a fifth of the measure's, and the one whose
+    value *at the measure's ε* is lowest on them is returned. `random_starts`: number of Haar-random starts besides the
+    given ones; the best result is returned. With fewer than about 20·d examples, more of them pay.
 
-    Cost: about 40 evaluations on 25·d examples, 6 on 100·d and 2 on all, `4·d²` flops an example each. Memory: one copy
-    of the examples. It takes fractions of a second, so it is not checkpointed; interrupted, it returns its start.
+    Cost: about 40 evaluations on 25·d examples, 6 on 100·d and 2 on all, each `4·d²` flops per example. Memory: one
+    copy of the examples. It takes fractions of a second and saves no checkpoints; if interrupted, it returns its start.
 
-    Raises `ValueError` for other objectives than `ActivationSparsity`, and for examples that are not in memory.
+    Raises `ValueError` for objectives other than `ActivationSparsity`, for examples that are not in memory, and for a
+    negative `random_starts`.
     """
 
     random_starts: int = eqx.field(static=True, default=0)
@@ -109,7 +110,7 @@ class FixedPointNewton(Method):
             runs, result = [], Result.INTERRUPTED
         start = {objective.space: r[0]}
         candidates = [{objective.space: run.search.anchor} for run in runs]
-        # One program judges and gives the evidence: compiling a second takes longer than a small fit.
+        # `evidence` also gives the values: compiling a second program takes longer than a small fit.
         evidences = [evidence(objective, bases) for bases in [*candidates, start]]
         values = np.array([value for value, _ in evidences])
         values = np.where(np.isnan(values), np.inf, values)
@@ -117,7 +118,7 @@ class FixedPointNewton(Method):
         if validation is not None:
             values = problem.judged([*candidates, start])
         improved = int(np.argmin(values)) < len(runs)
-        if not improved:  # nothing is better than the start, which takes the first one's place
+        if not improved:  # nothing is better than the start, which replaces the first candidate
             candidates, values = [start, *candidates[1:]], np.array([values[-1], *values[1:]])
             evidences[0] = evidences[-1]
             result = Result.NO_IMPROVEMENT if result is Result.ALL_STEPS else result
@@ -152,10 +153,11 @@ def _fit(
     key: PRNGKeyArray,
     stopped: Callable[[], bool],
 ) -> list[_Run]:
-    """Where every start ends."""
+    """The end of the run from every start. Raises `KeyboardInterrupt` if the fit is stopped."""
     x, measure = objective.x, objective.measure
     d = x.shape[1]
-    # NumPy draws the order and the starts: JAX's permutation and QR take longer to compile than a small fit to run.
+    # The order and the starts are drawn by NumPy: JAX's permutation and QR take longer to compile than a small fit
+    # runs.
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     with jax.default_matmul_precision("highest"):
         blocks = _shuffled(x, rng)
@@ -174,7 +176,8 @@ def _fit(
 
 
 def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
-    """Stage 1: the fixed point on growing subsamples, then off the saddles near which it dawdles."""
+    """Stage 1: fixed-point steps on growing subsamples, then quasi-Newton steps away from saddles, where these are
+    slow."""
     steps, sizes = 0, _subsamples(blocks)
     for used, matching, tolerance in [*((size, True, 0.1) for size in sizes), (sizes[-1], False, 0.03)]:
         run = _descend(blocks, used, r, measure, START_EPS, START_EPS, matching, tolerance, STEPS, True)
@@ -183,7 +186,7 @@ def _match(blocks: _Blocks, r, measure: Measure) -> _Run:
 
 
 def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
-    """All stages: the run at the final ε."""
+    """All stages; returns the run at the final ε."""
     final = float(measure.eps)
     matched = _match(blocks, r, measure)
     largest = _subsamples(blocks)[-1]
@@ -193,8 +196,8 @@ def _fall(blocks: _Blocks, r, measure: Measure) -> _Run:
 
 
 def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run], float]) -> _Run:
-    """Stage 1, and then stage 3 down the ladder until `held_out` has risen for some rungs, and at the vertex of the
-    parabola through the best rung and its neighbours: the run that does best by `held_out`."""
+    """Stage 1, then stage 3 at each rung of the ladder until `held_out` has risen for `PATIENCE` rungs, then stage 3 at
+    the vertex of the parabola through the best rung and its neighbours. Returns the run with the lowest `held_out`."""
     first, ratio = LADDER
     last = float(measure.eps) / 5
     rungs = 1 + max(0, round(np.log(last / first) / np.log(ratio)))
@@ -214,7 +217,7 @@ def _climb_down(blocks: _Blocks, r, measure: Measure, held_out: Callable[[_Run],
 
 
 def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
-    """Quasi-Newton steps on all examples until no direction moves by 0.3% of ε, nor by 0.003."""
+    """Quasi-Newton steps on all examples until no direction moves by more than 0.3% of min(ε, 1)."""
     tolerance = 0.003 * min(1.0, 1.0 / eps)
     return _descend(blocks, len(blocks.x), r, measure, eps, eps, False, tolerance, STEPS, False)
 
@@ -222,22 +225,22 @@ def _finish(blocks: _Blocks, r, measure: Measure, eps: float) -> _Run:
 @jax.jit
 def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, tolerance, max_steps, look) -> _Run:
     """One stage on the first `used` blocks from `r`: fixed-point steps at ε if `matching`, else quasi-Newton steps
-    while ε falls to `final`; until a step is shorter than `tolerance` times ε (in matching: than `tolerance`), and,
-    with `look`, no pair of directions lies on a saddle. (No argument has a default: one left out would be compiled in,
-    and the whole program twice.)"""
+    while ε falls to `final`. It ends when a step is shorter than `tolerance` times ε (if `matching`: than `tolerance`)
+    and, with `look`, no pair of directions is at a saddle. No argument has a default, because a default would be
+    compiled in as a constant, and the program compiled twice."""
     d = r.shape[0]
     eye, zero = jnp.eye(d, dtype=r.dtype), jnp.zeros((), jnp.int32)
     eps, final = jnp.asarray(eps, r.dtype), jnp.asarray(final, r.dtype)
 
     def body(run: _Run) -> _Run:
-        # Not `with_eps`, which would make float32 activations float64 where double precision is switched on.
+        # Not `with_eps`, which would turn float32 activations into float64 if double precision is on.
         scaled = eqx.tree_at(lambda m: m.eps, measure, run.eps)
         m = _over_blocks(blocks, used, lambda x, w: block_sums(x, w, run.trial, scaled))
         search = quasi_newton.advance(run.search, run.trial, m, run.fresh | matching)
         target = jnp.where(matching, shifted(m), eye + quasi_newton.tangent(search))
         trial = project(target, search.anchor)
 
-        # The longest way that any direction goes, in multiples of ε.
+        # The longest step of any direction, in multiples of ε (if `matching`: as it is).
         moved = jnp.max(jnp.linalg.norm(trial - search.anchor, axis=1)) / jnp.where(matching, 1, run.eps)
         accepted = search.failures == 0
         stuck = search.failures > quasi_newton.MAX_FAILURES
@@ -249,11 +252,11 @@ def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, t
             pairs = _over_blocks(blocks, used, lambda x, w: quasi_newton.pair_sums(x, w, search.anchor, scaled))
             return quasi_newton.escape(m, pairs)
 
-        # Only right after a step was accepted are these moments those of the anchor.
+        # These are the moments of the anchor only right after a step was accepted.
         away = jax.lax.cond(done & accepted & look & ~matching, exact, lambda: jnp.zeros_like(r))
         saddle = jnp.any(away != 0)
         search = search._replace(newton=jnp.where(saddle, away, search.newton))
-        # Disjoint pairs: the rows of (I + Ω) R are orthogonal, and only too long.
+        # The pairs are disjoint, so the rows of (I + Ω) R are orthogonal and need only be normalised.
         turned = search.anchor + matmul(away, search.anchor)
         trial = jnp.where(saddle, turned / jnp.linalg.norm(turned, axis=1, keepdims=True), trial)
         eps = jnp.where(fall, jnp.maximum(run.eps * FALL, final), run.eps)
@@ -264,7 +267,7 @@ def _descend(blocks: _Blocks, used, r, measure: Measure, eps, final, matching, t
 
 
 def _over_blocks(blocks: _Blocks, used, sums):
-    """The mean over the examples of the first `used` blocks, from each block's sums."""
+    """The mean over the examples of the first `used` blocks, from the sums over each block."""
     parts = jax.eval_shape(sums, blocks.x[0], blocks.weights[0])
     zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), parts)
 
@@ -277,7 +280,7 @@ def _over_blocks(blocks: _Blocks, used, sums):
 
 
 def _subsamples(blocks: _Blocks) -> list[int]:
-    """How many blocks hold the examples of the first stages."""
+    """How many blocks each of the first stages uses."""
     count, rows, d = blocks.x.shape
     return sorted({min(count, -(-examples * d // rows)) for examples in SUBSAMPLES})
 

@@ -1,11 +1,11 @@
-"""Pair search: the best rotation of every screened pair of rows, found globally, and the certificate that it leaves.
+"""Pair search: rotate pairs of rows by their globally best angles, and certify the result.
 
-A rotation of two rows of R by one angle changes two rows of Z (two columns, on the input side) and nothing else, so the
-objective along it is a function of one number that can be searched as a whole (`_pair_angles`). That sees minima behind
-barriers, which no gradient does. Where no pair has a better angle, the value of δ below which all improvements lie is a
-certificate: a local minimum in every one of these planes, globally.
+A rotation of two rows of R by one angle changes two rows of Z (on the input side, two columns) and nothing else, so the
+objective along it is a function of one number that can be searched globally (`_pair_angles`). Unlike a gradient, this
+search finds minima behind barriers. At the end, the largest improvement δ of any tested pair is a certificate: up to δ,
+the result is a global minimum within each of the tested planes.
 
-Pairs worth trying are those that share their large entries: two directions that were mixed up are active together.
+The pairs worth testing share their large entries: two directions that are mixed with each other are active together.
 """
 
 import math
@@ -27,19 +27,20 @@ from rotsparse.objectives.base import Bases, Objective
 from rotsparse.solvers._pair_angles import Side, gains, sides
 from rotsparse.solvers.combine import Each
 
-# Partners of each row that are tested unless told otherwise.
+# Number of partners of each row that are tested by default.
 SCREEN = 4
 
 
 def certify(objective: Objective, bases: Bases, *, screen: int | None = SCREEN) -> Certificate:
-    """What the best rotation of any two rows would still improve.
+    """Compute how much the best rotation of any two rows would still improve the objective.
 
-    `screen`: how many partners of each row are tested, those whose large entries coincide with its own most (None: all
-    pairs). Every tested pair costs as much as 53 evaluations of the measure on two rows of all examples: the default up
-    to 430 evaluations on all rows, a full test of d rows 53·d. For large data, certify on fewer: `objective.on(x)`.
+    `screen`: the number of partners tested for each row, those whose large entries coincide most with its own (`None`:
+    all pairs). Each tested pair costs 53 evaluations of the measure on two rows of all examples: up to 430 evaluations
+    on all rows by default, and 53·d for all pairs of d rows. For large data, certify on fewer examples:
+    `objective.on(x)`.
 
-    Raises `ValueError` for objectives that are not a plain sum over rows: a tied fit, a weighted sum, or a measure that
-    is not elementwise.
+    Raises `ValueError` for objectives that are not a sum over rows: a tied fit, a weighted sum, or a measure that is
+    not elementwise.
     """
     searched, bases = sides(objective, bases)
     found = {side.space: gains(side, bases, screen) for side in searched}
@@ -47,13 +48,13 @@ def certify(objective: Objective, bases: Bases, *, screen: int | None = SCREEN) 
 
 
 class PairSearch(Method):
-    """Rotate pairs of rows by the angles that improve the objective most, until none improves it any more.
+    """Rotate pairs of rows by the angles that improve the objective most, until no pair improves it.
 
-    Each sweep takes each space in turn: it finds the best angle of every screened pair, picks disjoint pairs in the
-    order of their gains, and rotates these at once. The next sweep looks only at pairs with a row that was rotated;
-    when they have no gain above `tolerance` times the objective it looks at all, and when these have none, or after
-    `sweeps`, it ends, and leaves a `Certificate`. `screen`, cost and errors are those of `certify`. From a random start
-    pair searches are useless: run them after another method.
+    Each sweep takes the spaces in turn: it finds the best angle of every screened pair, picks disjoint pairs in the
+    order of their gains, and rotates these at once. The next sweep tests only pairs with a row that was rotated. When
+    they have no gain above `tolerance` times the objective, it tests all pairs; when these have none, or after `sweeps`
+    sweeps, the search ends with a `Certificate`. `screen`, cost and errors are those of `certify`. Pair search does
+    nothing useful from a random start: run it after another method.
     """
 
     sweeps: int = eqx.field(static=True, default=20)
@@ -69,8 +70,8 @@ class PairSearch(Method):
         return solution_of(problem, starts[0], bases, certificate, time.perf_counter() - begun)
 
     def search(self, objective: Objective, start: Bases, run: Run) -> tuple[Bases, Certificate | None]:
-        """The bases that the search ends with, never worse than `start` by this objective, and the certificate (`None`
-        where it was interrupted)."""
+        """Search from `start`. Returns bases whose objective does not exceed the start's, and the certificate, `None`
+        if the search was interrupted."""
         searched, whole = sides(objective, start)
         state = _Sweep.first(start, judged_value(objective, start), searched)
         config = {"objective": objective, "method": self, "start": start}
@@ -102,7 +103,7 @@ class PairSearch(Method):
         return state.bases, Certificate(float(state.delta), float(state.value), tested, pairs)
 
     def _sweep(self, state: "_Sweep", objective: Objective, searched: list[Side], whole: Bases) -> "_Sweep":
-        """One sweep over all spaces; at the end of the search with the certificate."""
+        """The state after one sweep over all spaces; after the last one it holds the certificate."""
         bases, value, found, turned = state.bases, float(state.value), {}, {}
         for side in searched:
             every = whole | bases
@@ -118,7 +119,7 @@ class PairSearch(Method):
                     bases, value = candidate, after
                     turned[side.space][pairs[chosen]] = True
                     break
-                # Gains of disjoint pairs add up, except where they share the root mean square (scaled inputs).
+                # Gains of disjoint pairs add up, unless the pairs share a root mean square (scaled inputs).
                 chosen = chosen[: len(chosen) // 2]
         sweep, everything = np.asarray(int(state.sweep) + 1), all(rows.all() for rows in state.fresh.values())
         if any(rows.any() for rows in turned.values()):
@@ -134,9 +135,9 @@ class PairSearch(Method):
 
 
 class _Sweep(eqx.Module):
-    """Where a pair search is: all that determines how it continues.
+    """The state of a pair search: everything that its continuation depends on.
 
-    `fresh`: the rows whose pairs the next sweep looks at. `delta`, `tested`: for the certificate, once it is `done`.
+    `fresh`: the rows whose pairs the next sweep tests. `delta`, `tested`: the certificate, once the search is `done`.
     """
 
     bases: Bases
@@ -162,7 +163,8 @@ class _Sweep(eqx.Module):
 def solution_of(
     problem: Problem, start: Bases, bases: Bases, certificate: Certificate | None, seconds: float
 ) -> Solution:
-    """What a search for pairs amounts to, judged as `problem` says: its start, if it found nothing better."""
+    """The solution of a pair search: its bases, or its start if they are not better on the judged objective. Without a
+    certificate the result is `INTERRUPTED`."""
     judged, begun = problem.judged([bases, start])
     if not judged < begun:
         bases, judged = start, begun
@@ -187,7 +189,7 @@ def solution_of(
 
 
 def _matching(pairs, improvements, threshold: float) -> Int[np.ndarray, "K"]:
-    """Disjoint pairs with gains above the threshold, largest first."""
+    """Indices of disjoint pairs with improvements above the threshold, largest first."""
     chosen, used = [], set()
     for k in np.argsort(-improvements, kind="stable"):
         if not improvements[k] > threshold:  # also for NaN
@@ -202,11 +204,11 @@ def _rotated(r: Float[Array, "d d"], pairs, angles) -> Float[Array, "d d"]:
     i, j = pairs.T
     cos, sin = jnp.cos(angles)[:, None].astype(r.dtype), jnp.sin(angles)[:, None].astype(r.dtype)
     turned = r.at[i].set(cos * r[i] + sin * r[j]).at[j].set(cos * r[j] - sin * r[i])
-    return newton_schulz(turned, 1)  # or rounding errors would pile up
+    return newton_schulz(turned, 1)  # keeps rounding errors from accumulating
 
 
 def _largest_gain(found) -> float:
-    """What the best of all tested rotations would improve; 0 if none would."""
+    """The largest improvement among the tested pairs; 0 if none improves."""
     return max([0.0, *(float(improvements.max()) for _, _, improvements in found.values() if len(improvements))])
 
 

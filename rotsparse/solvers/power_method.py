@@ -1,4 +1,4 @@
-"""The generalised power method for `TopK`: steps that can only raise the energy of the largest coordinates."""
+"""The generalised power method for `TopK`: no step lowers the energy of the largest coordinates."""
 
 import dataclasses
 from typing import cast
@@ -16,11 +16,11 @@ from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
 
 class PowerMethod(Method):
-    """`FixedPoint(top_k(k))` from the start, and from the uncentred principal components, where few directions hold
-    most of the energy; the lower one counts (Journée et al. 2010).
+    """`FixedPoint(top_k(k))` from the start and from the uncentred principal components, in which few directions hold
+    most of the energy; the result with the lower objective is returned (Journée et al. 2010).
 
-    Meant to follow annealing, whose minibatches leave it a little above the optimum. Raises `ValueError` for other
-    objectives than `ActivationSparsity` with `TopK`.
+    Meant to follow annealing, which ends a little above the optimum because of its minibatches. Raises `ValueError` for
+    objectives other than `ActivationSparsity` with `TopK`.
     """
 
     steps: int = eqx.field(static=True, default=60)

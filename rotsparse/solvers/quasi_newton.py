@@ -4,13 +4,13 @@ Turning the pair of directions (i, j) by ω changes the objective by `Γ_ij ω +
 
     h_ij = E[S''(z_i)] E[z_j²] + E[S''(z_j)] E[z_i²] - E[S'(z_i) z_i] - E[S'(z_j) z_j],
 
-exact when `z_i` and `z_j` are independent, and nothing else couples pairs: the Hessian's approximation is diagonal in Ω
-and costs no more than the gradient. (The Hessian of Picard-O: Ablin, Cardoso & Gramfort, "Faster ICA under orthogonal
-constraint", 2018.) The step is `Ω_ij = -Γ_ij d / h_ij`, with h floored and no entry above tan 45°.
+exact if `z_i` and `z_j` are independent. This approximation of the Hessian is diagonal in Ω and costs no more than the
+gradient. (It is the Hessian of Picard-O: Ablin, Cardoso & Gramfort, "Faster ICA under orthogonal constraint", 2018.)
+The step is `Ω_ij = -Γ_ij d / h_ij`, with h floored and no entry above tan 45°.
 
-Every step evaluates the objective once: the trial point. If the objective is no lower there, the next trial goes back
-to the last good point and half as far; after a few such failures, along the gradient instead. So the good points only
-ever descend.
+Each step evaluates the objective once, at the trial point. If the objective is not lower there, the next trial is half
+a step from the last accepted point; after a few such failures, a step along the gradient. The objective of accepted
+points never rises.
 """
 
 from typing import NamedTuple
@@ -24,25 +24,24 @@ from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 from rotsparse.objectives.measures import Measure
 from rotsparse.solvers._moments import Moments, check_objective, moments
 
-# The curvature of a pair is at least this share of the mean of |E[S'(z_i) z_i]|: flat pairs take long steps, not
-# endless ones.
+# Floor of the curvature of a pair, as a share of the mean of |E[S'(z_i) z_i]|: it bounds the steps of flat pairs.
 CURVATURE_FLOOR = 0.02
 PATIENCE = 3  # halvings of a Newton step before the gradient is tried
-MAX_FAILURES = 8  # in a row: nothing better is left along the gradient
+MAX_FAILURES = 8  # consecutive failures after which the search is stuck
 
 
 class Search(NamedTuple):
-    """Where the search stands between two evaluations of the objective."""
+    """The state of the search between two evaluations of the objective."""
 
-    anchor: Float[Array, "d d"]  # the best point so far
-    value: Float[Array, ""]  # and the objective there
+    anchor: Float[Array, "d d"]  # the last accepted point
+    value: Float[Array, ""]  # the objective there
     gradient: Float[Array, "d d"]
-    newton: Float[Array, "d d"]  # the step from there
+    newton: Float[Array, "d d"]  # the Newton step from there
     failures: Int[Array, ""]  # trials refused since
 
 
 def start(r: Float[Array, "d d"]) -> Search:
-    """Before the first evaluation: any value is better than infinity."""
+    """The state before the first evaluation; its value is infinite, so the first trial is accepted."""
     zero = jnp.zeros_like(r)
     return Search(r, jnp.full((), jnp.inf, r.dtype), zero, zero, jnp.zeros((), jnp.int32))
 
@@ -53,7 +52,7 @@ def gradient(m: Moments) -> Float[Array, "d d"]:
 
 
 def pair_curvature(m: Moments) -> Float[Array, "d d"]:
-    """`h_ij/2` of the module's formula, floored. (Half, because Ω holds every pair twice.)"""
+    """`h_ij/2` of the module's formula, floored. (Half, because Ω contains every pair twice.)"""
     along = jnp.diagonal(m.pull)
     one_sided = m.curvature[:, None] * m.power - along[:, None]
     floor = CURVATURE_FLOOR * jnp.mean(jnp.abs(along))
@@ -67,16 +66,16 @@ def pair_sums(x: Float[Array, "m d"], weights: Float[Array, "m"], r: Float[Array
 
 
 def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """A step that turns disjoint pairs of directions of negative curvature by 45°; zero where there are none.
+    """A step that turns disjoint pairs of directions with negative curvature by 45°; zero if there are none.
 
     `pairs` is `E[S''(z_i) z_j²]`, which makes h exact. Halfway between a basis and the same basis with two directions
-    exchanged the gradient vanishes on a saddle, and `pair_curvature` cannot tell: the two activations are as
-    *dependent* there as they can be, and it takes them for independent.
+    exchanged there is a saddle, where the gradient vanishes. `pair_curvature` does not show it, because it assumes that
+    the two activations are independent, and there they are as *dependent* as possible.
     """
     along = jnp.diagonal(m.pull)
     h = (pairs + pairs.T) - (along[:, None] + along)  # symmetric to the last bit, which `mutual` needs
     h = jnp.where(jnp.eye(len(h), dtype=bool), jnp.inf, h)
-    # Each direction with its most curved partner, where that is mutual.
+    # Pair each direction with its partner of most negative curvature, if the choice is mutual.
     least = jnp.min(h, axis=1)
     mutual = (h < 0) & (h <= least[:, None]) & (h <= least)
     upper = jnp.triu(jnp.where(mutual, jnp.where(gradient(m) > 0, -1, 1), 0))
@@ -84,12 +83,12 @@ def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 def advance(search: Search, trial: Float[Array, "d d"], m: Moments, fresh: Bool[Array, ""]) -> Search:
-    """The search after its trial point was evaluated. `fresh`: earlier values do not compare with this one (the
-    objective changed), so take the trial as it is."""
+    """Update the search after its trial point was evaluated. `fresh`: the objective has changed, so earlier values are
+    not comparable and the trial is accepted."""
     noise = 8 * jnp.finfo(m.value.dtype).eps * jnp.abs(m.value)
     accept = jnp.isfinite(m.value) & (fresh | (m.value <= search.value + noise))
     slope = gradient(m)
-    # A sparse basis is never more than 45° away, and polar() retracts a step of any length.
+    # No sparse basis is more than 45° away, and polar() retracts a step of any length.
     newton = jnp.clip(-slope / pair_curvature(m), -1, 1)
     accepted = Search(trial, m.value, slope, newton, jnp.zeros((), jnp.int32))
     refused = search._replace(failures=search.failures + 1)
@@ -97,10 +96,10 @@ def advance(search: Search, trial: Float[Array, "d d"], m: Moments, fresh: Bool[
 
 
 def tangent(search: Search) -> Float[Array, "d d"]:
-    """The step from the anchor to try next."""
+    """The next step to try from the anchor."""
     failures = search.failures.astype(search.newton.dtype)
     newton = search.newton * 0.5**failures
-    # The gradient, as long as the Newton step and shrinking four times as fast.
+    # The gradient, scaled to the length of the Newton step and divided by four at every failure.
     norm = jnp.maximum(jnp.linalg.norm(search.gradient), jnp.finfo(newton.dtype).tiny)
     length = jnp.linalg.norm(search.newton) / norm
     downhill = -search.gradient * length * 0.25 ** (failures - PATIENCE + 1)
@@ -113,11 +112,11 @@ def trial_point(search: Search) -> Float[Array, "d d"]:
 
 
 class QuasiNewton(Stepwise):
-    """Pair-preconditioned descent with backtracking; `eps`, when given, replaces the measure's scale over the run.
+    """Pair-preconditioned descent with backtracking; a schedule `eps` replaces the measure's scale during the run.
 
-    The rotations between steps are trial points; the lowest look counts. Every step sees all examples: on minibatches
-    the descent check would compare different functions. Raises `ValueError` for other objectives than
-    `ActivationSparsity`.
+    The rotations between steps are trial points; the best rotation at a check is returned. Every step sees all
+    examples, because on minibatches the descent check would compare different functions. Raises `ValueError` for
+    objectives other than `ActivationSparsity`.
     """
 
     eps: Schedule | None = eqx.field(static=True, default=None)

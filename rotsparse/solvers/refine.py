@@ -1,9 +1,9 @@
-"""What comes after annealing: pair searches and short polishes in turn, for as long as they pay.
+"""The stage after annealing: pair searches and short polishes in turn, for as long as they pay.
 
-Annealing ends in one of two states. In layers that hide a sharp basis (planted networks, and what resembles them) a few
-rows are still mixtures of two directions, with a barrier between them and the better angle: pair searches get them out,
-a short annealing at small angles lets all other rows settle, and that may free the next pair. In most trained layers
-the residue is spread over many rows at once, and pairs gain next to nothing. One sweep tells the two apart.
+Annealing ends in one of two states. In layers with a sharp basis (planted networks, and similar layers) a few rows are
+still mixtures of two directions, with a barrier between them and the better angle. A pair search finds that angle, a
+short annealing at small angles then adjusts all other rows, and this may make the next pair searchable. In most trained
+layers the remaining error is spread over many rows at once, and pairs gain next to nothing. One sweep tells which.
 """
 
 import dataclasses
@@ -21,14 +21,16 @@ from rotsparse.solvers.pair_search import SCREEN, PairSearch, solution_of
 
 
 class Refine(Method):
-    """Pair searches, and `polish` after each for as long as the two together gain.
+    """Run pair searches, and `polish` after each, for as long as the two together gain.
 
-    `polish` improves rotations without leaving their basin; what it makes worse is dropped. Where one sweep of pair
-    rotations gains less than the share `worth` of the objective, nothing more is tried; otherwise there are up to
-    `rounds` polishes. At most `examples` examples are looked at, evenly spaced; all searches but the last one look at
-    so few of them that a row has `entries` entries (half of the default still finds all pairs of planted networks of
-    n = 128); the last one, and its certificate, at all. Raises `ValueError` where `PairSearch` does; as a later stage
-    it is skipped there, and for Jacobians of more than `largest` entries, where the searches would take too long.
+    `polish` improves rotations without leaving their basin; a polish that makes them worse is dropped. If the first
+    sweep of pair rotations gains less than the share `worth` of the objective, only the final search follows; otherwise
+    there are up to `rounds` polishes. Searches use at most `examples` evenly spaced examples. All but the final search
+    use fewer of these, so that a row has about `entries` entries (half of the default still finds all pairs of planted
+    networks of n = 128); the final search, with its certificate, uses all of them.
+
+    Raises `ValueError` where `PairSearch` does. As a later stage it is skipped instead, and also for Jacobians of more
+    than `largest` entries, for which the searches would take too long.
     """
 
     polish: Method = Anneal(steps=1000, angle=0.1)
@@ -54,7 +56,7 @@ class Refine(Method):
         start = {space: starts[0][space] for space in searched.spaces}
         at_start, first = judged_value(searched, start), judged_value(few, start)
         with run.listening() as run:
-            certificate = None  # until the last search has left one
+            certificate = None  # until the final search is complete
             bases, _ = look.search(few, start, run.part("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
@@ -78,7 +80,7 @@ class Refine(Method):
                         bases, reached = candidate, after
                     if before - reached < 1e-4 * abs(before):
                         break
-                # What the few examples gain may be a loss on all of them.
+                # A gain on the few examples may be a loss on all of them.
                 bases = bases if reached < at_start else start
                 if not run.stopped:
                     bases, certificate = whole.search(searched, bases, run.part("last"))

@@ -1,12 +1,12 @@
 """Gradient descent on the orthogonal group with any optax optimiser.
 
-The relative gradient Γ (skew-symmetric) goes through the optimiser as if it were an ordinary gradient; the update Ω,
-made skew-symmetric again, is the tangent step `R <- retract(R, Ω)`. Because Ω always refers to the current point,
-moment estimates need no parallel transport. The step's spectral norm (the largest angle that it turns) is bounded, so
-no learning rate can leave the region where the retraction is accurate, and none can produce a NaN.
+The relative gradient Γ (skew-symmetric) is passed to the optimiser like an ordinary gradient; the update Ω, made
+skew-symmetric again, is the tangent step `R <- retract(R, Ω)`. Because Ω always refers to the current point, moment
+estimates need no parallel transport. The spectral norm of the step (its largest angle) is bounded, so that no learning
+rate leaves the region in which the retraction is accurate or produces NaN.
 
-Large bounded steps that decay are not a safety net but the method: the early, hot phase is what gets out of the local
-minima of sharp measures on trained layers.
+The bound is part of the method: large bounded steps that decay escape the local minima that sharp measures have on
+trained layers.
 """
 
 import equinox as eqx
@@ -24,7 +24,7 @@ def cosine(share: jax.Array) -> jax.Array:
 
 
 def constant(share: jax.Array) -> jax.Array:
-    """One throughout: for optimisers that carry their own schedule."""
+    """Always one: for optimisers with their own schedule."""
     return jnp.ones_like(share)
 
 
@@ -36,12 +36,13 @@ def geometric(start: float, end: float) -> Schedule:
 class Riemannian(Stepwise):
     """`R <- retract(R, bounded(optimizer(Γ)))`.
 
-    `optimizer` is any optax transformation; its updates are multiplied by `decay` of the share of the run that is done.
-    `max_step` bounds the spectral norm of a step, in radians. `eps`, when given, replaces the measure's scale over the
-    run (see `geometric`). By default a step sees all examples. `patience` stops the run after so many steps without
-    improvement.
+    `optimizer` is any optax transformation; its updates are multiplied by `decay(t)`, where t is the share of the steps
+    that are done. `max_step` bounds the spectral norm of a step, in radians. A schedule `eps` replaces the measure's
+    scale during the run (see `geometric`). By default a step sees all examples. `patience` stops the run after so many
+    steps without improvement.
 
-    Raises `ValueError` for a `max_step` outside (0, 0.5]: beyond, the retraction loses accuracy.
+    Raises `ValueError` for a `max_step` outside (0, 0.5], beyond which the retraction loses accuracy, and for counts
+    below one.
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True, default=optax.adam(0.2))
@@ -70,7 +71,7 @@ class Riemannian(Stepwise):
         updates, state = self.optimizer.update(grads, state, bases)
 
         def move(r, update):
-            # An absurd learning rate may overflow: a very long step in the same direction, which the bound shortens.
+            # Clip updates that a huge learning rate makes overflow; the bound then shortens the step.
             omega = skew(jnp.clip(update * self.decay(share).astype(r.dtype), -1e15, 1e15))
             return self.retraction(r, bound_step(omega, self.max_step))
 
