@@ -191,7 +191,7 @@ def fold(command: "opt.Fold") -> int:
         )
     _check_layer(command.rotations, command.layer.layer)
     layer, rotations = _layer(command.layer), _rotations(command.rotations)
-    x = _part(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
+    x = _sample(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
     files.check_new_file(command.out, command.overwrite)
     folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
@@ -212,9 +212,9 @@ def redraw(command: "opt.Report") -> int:
         case "fit-model" if "layer_number" in config:
             _redraw(command.run, config)
         case "fit-model":
-            for part in model_commands.parts(command.run):
-                console.rule(part.name)
-                _redraw(part, folders.read_json(part / folders.CONFIG))
+            for folder in model_commands.layer_folders(command.run):
+                console.rule(folder.name)
+                _redraw(folder, folders.read_json(folder / folders.CONFIG))
         case "benchmark":
             raise ValueError(f"a benchmark has no page to draw: its table is {command.run / layer_run.TABLE}")
         case _:
@@ -252,9 +252,9 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
 def _rotations(path: Path) -> Rotations:
     """Read rotations from a file or a run folder. Raises `ValueError` if there are none."""
     if path.is_dir() and not (path / layer_run.ROTATIONS).exists():
-        parts = model_commands.parts(path)
-        advice = f": choose one of its layers, such as {parts[0]}" if parts else ": is it the folder of a complete run?"
-        raise ValueError(f"{path} holds no {layer_run.ROTATIONS}{advice}")
+        layers = model_commands.layer_folders(path)
+        advice = f"choose one of its layers, such as {layers[0]}" if layers else "is it the folder of a complete run?"
+        raise ValueError(f"{path} holds no {layer_run.ROTATIONS}: {advice}")
     return Rotations.load(path / layer_run.ROTATIONS if path.is_dir() else path)[0]
 
 
@@ -304,7 +304,7 @@ def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Sourc
     layer = _layer(options)
     x = open_activations(options.activations, layer.d_in)
     if options.test_activations is not None:
-        return layer, x, _part(options.test_activations, open_activations(options.test_activations, layer.d_in))
+        return layer, x, _sample(options.test_activations, open_activations(options.test_activations, layer.d_in))
     if len(x) < 10:
         raise ValueError(
             f"{options.activations} holds {len(x)} examples, too few to hold a fifth of them out: give at least 10, or "
@@ -313,12 +313,12 @@ def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Sourc
     held_out = len(x) // 5
     if isinstance(x, Source):
         border = len(x) - held_out
-        test = _part(options.activations, RowRange(x, range(border, len(x))))
+        test = _sample(options.activations, RowRange(x, range(border, len(x))))
         return layer, RowRange(x, range(border)), test
     order = np.random.default_rng(options.seed).permutation(len(x))
     return layer, x[order[held_out:]], x[order[:held_out]]
 
 
-def _part(path: Path, x: np.ndarray | Source) -> np.ndarray:
+def _sample(path: Path, x: np.ndarray | Source) -> np.ndarray:
     """The sample of activations that is kept in memory. Raises `ValueError` if it is not finite."""
     return np.asarray(checks.activations(str(path), x.resident(), x.shape[1])) if isinstance(x, Source) else x

@@ -125,22 +125,22 @@ def fit(command: "options.FitModel", console: Console) -> int:
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
-            part = folder / f"layer-{i}"
-            if (part / layer_run.METRICS).exists():  # its last file: this layer was completed before an interruption
-                results[i] = folders.read_json(part / layer_run.METRICS)
+            of_layer = folder / f"layer-{i}"
+            if (of_layer / layer_run.METRICS).exists():  # its last file: this layer is complete
+                results[i] = folders.read_json(of_layer / layer_run.METRICS)
                 continue
-            make_folder(part)
+            make_folder(of_layer)
             # The inputs that `rotsparse report` needs, and `rotsparse fit` to repeat this layer alone.
-            save_layer(part / layer_config["layer"], layer)
-            save_array(part / layer_config["activations"], train)
-            save_array(part / layer_config["test_activations"], test)
+            save_layer(of_layer / layer_config["layer"], layer)
+            save_array(of_layer / layer_config["activations"], train)
+            save_array(of_layer / layer_config["test_activations"], test)
             written = inputs.hashes(
-                **{name: part / layer_config[name] for name in ("layer", "activations", "test_activations")}
+                **{name: of_layer / layer_config[name] for name in ("layer", "activations", "test_activations")}
             )
             own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
-            fit = recorded(arguments, run, part)
-            layer_run.run(part, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
-            results[i] = folders.read_json(part / layer_run.METRICS)
+            fit = recorded(arguments, run, of_layer)
+            layer_run.run(of_layer, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
+            results[i] = folders.read_json(of_layer / layer_run.METRICS)
         folders.write_json(
             folder / folders.CONFIG, config | {"versions": folders.versions(), "model": str(command.model)}
         )
@@ -158,7 +158,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
 
 
-def parts(run: Path) -> list[Path]:
+def layer_folders(run: Path) -> list[Path]:
     """The folders of a fit-model run's layers, in their order."""
     numbers = (path.parent.name.removeprefix("layer-") for path in run.glob(f"layer-*/{layer_run.METRICS}"))
     return [run / f"layer-{i}" for i in sorted(int(number) for number in numbers if number.isdecimal())]

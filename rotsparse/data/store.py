@@ -16,6 +16,7 @@ import numpy as np
 
 from rotsparse._core import files
 from rotsparse._core.confined import confined
+from rotsparse._core.differences import differences
 from rotsparse._core.errors import CheckError
 from rotsparse._core.files import write_atomically
 from rotsparse.data.sources import NpyFile, Shards, Source
@@ -196,14 +197,12 @@ class StoreWriter:
         found = {name: value for name, value in begun.items() if name not in _PROGRESS}
         if wanted["model"] != found["model"]:
             raise ValueError(f"{self.folder} holds activations of another model: choose another folder")
-        # Report what the user set before what is derived from it.
-        (before, now), derived = map(_flat, (found, wanted)), "sequences_per_shard"
-        for name in sorted(before.keys() | now.keys(), key=lambda name: (name == derived, name)):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{self.folder} was begun with {name} = {before.get(name)!r}, not {now.get(name)!r}: choose "
-                    "another folder, or the same settings to go on"
-                )
+        if lines := differences(_flat(found), _flat(wanted)):
+            shown = "".join(f"\n  {line}" for line in lines)
+            raise ValueError(
+                f"{self.folder} was begun with other settings:{shown}\nGive the same ones to go on with it, or choose "
+                "another folder"
+            )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rotsparse._core import files
+from rotsparse._core.differences import differences
 from rotsparse._core.errors import CheckError
 from rotsparse._core.lock import FolderLock
 from rotsparse.data.devices import is_first_process
 from rotsparse.engine._checkpoint_files import Damaged, first_line, read_arrays, read_manifest, saved, write_checkpoint
-from rotsparse.engine._fingerprint import devices, difference
+from rotsparse.engine._fingerprint import devices
 
 # Number of latest checkpoints that are kept, besides the one with the best value.
 KEEP = 2
@@ -146,7 +147,7 @@ class Session:
         warnings.warn(message, stacklevel=4)
 
     def _check_config(self, manifest: dict[str, Any]) -> None:
-        lines = difference(manifest["config"], self._config)
+        lines = differences(manifest["config"], self._config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines[:20]) + ("\n  ..." if len(lines) > 20 else "")
             raise ValueError(

@@ -45,17 +45,6 @@ def fingerprint(**parts: Any) -> dict[str, str]:
     return described | versions | settings
 
 
-def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What two fingerprints do not agree on, one line each."""
-    absent = "nothing"
-    names = [*before, *(name for name in now if name not in before)]
-    return [
-        f"{name}: {before.get(name, absent)} then, {now.get(name, absent)} now"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
 def devices() -> str:
     """The devices of this process. Results on different devices agree to rounding, not to the bit."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

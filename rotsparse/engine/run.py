@@ -52,8 +52,8 @@ class Run:
         """The run itself; for a path, `Run(path)`."""
         return run if isinstance(run, Run) else cls(run)
 
-    def part(self, name: str) -> "Run":
-        """The same for one stage or layer of a larger fit, in a folder of its own."""
+    def subrun(self, name: str) -> "Run":
+        """The same run for one stage or layer of a larger fit, in its own folder."""
         return self if self.folder is None else dataclasses.replace(self, folder=Path(self.folder) / name)
 
     def quiet(self) -> "Run":

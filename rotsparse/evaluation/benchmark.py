@@ -130,7 +130,7 @@ def benchmark(
 
     def learn(layer, part):
         # Each fit has checkpoints and a log of its own.
-        own: dict[str, Any] = {"run": Run.of(fit.get("run")).part(part)}
+        own: dict[str, Any] = {"run": Run.of(fit.get("run")).subrun(part)}
         return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | own).completed()
 
     begun = time.perf_counter()

@@ -93,7 +93,7 @@ def fit_chain(
                     method=method,
                     key=jax.random.fold_in(key_fit, i),
                     restarts=restarts,
-                    run=listening.part(f"{i}"),
+                    run=listening.subrun(f"{i}"),
                 )
             )
             if solutions[-1].result is Result.INTERRUPTED:

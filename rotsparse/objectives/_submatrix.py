@@ -1,4 +1,4 @@
-"""A random submatrix of each Jacobian: an unbiased estimate of the whole objective from some rows and columns."""
+"""A random submatrix of each Jacobian, which gives an unbiased estimate of the objective."""
 
 import equinox as eqx
 import jax
@@ -9,13 +9,13 @@ from rotsparse.objectives.measures import Measure
 
 
 class Submatrix(eqx.Module):
-    """Some rows and columns of Z, drawn uniformly without replacement: an unbiased view of an elementwise objective.
+    """Some rows and columns of Z, drawn uniformly without replacement: an unbiased estimate for elementwise measures.
 
     The value is the mean over fewer entries. The relative gradient needs `E[G Zᵀ]` at pairs of rows (o, p), which are
-    both drawn with probability `s(s-1)/(d(d-1))`, and `E[Gᵀ Z]` likewise at pairs of columns (the diagonal, with
-    probability t/d, counts where inputs are scaled): every entry is divided by its probability, and those of rows or
-    columns that were not drawn are zero. A step therefore turns the drawn directions among each other only, and needs
-    nothing else of Z: the cost falls with the number of entries drawn.
+    both drawn with probability `s(s-1)/(d(d-1))`, and `E[Gᵀ Z]` at pairs of columns likewise (also on the diagonal,
+    with probability t/d, if inputs are scaled). Each entry is divided by its probability; entries of rows or columns
+    that were not drawn are zero. So a step turns only the drawn directions among each other, and its cost falls with
+    the number of entries drawn.
     """
 
     rows: Int[Array, "s"]
@@ -23,7 +23,7 @@ class Submatrix(eqx.Module):
 
     @classmethod
     def draw(cls, key: PRNGKeyArray, size: tuple[int, int], shape: tuple[int, int], measure: Measure) -> "Submatrix":
-        """So many rows and columns of Jacobians of that shape, or all where it has fewer. Raises `ValueError` for sizes
+        """Draw `size` rows and columns of Jacobians of this shape (all, if it has fewer). Raises `ValueError` for sizes
         below two, and for a measure that is not elementwise."""
         if len(size) != 2 or not all(n >= 2 for n in size):
             raise ValueError(f"submatrix is how many rows and columns a step sees, at least two of each, got {size}")
@@ -38,11 +38,11 @@ class Submatrix(eqx.Module):
         return r_in[self.columns], r_out[self.rows], column_scale[self.columns]
 
     def spread(self, h_out, h_in, shape: tuple[int, int]):
-        """`E[G Zᵀ]` and `E[Gᵀ Z]` of the drawn submatrix, both over its own number of entries, as unbiased estimates of
-        the whole ones."""
+        """Unbiased estimates of `E[G Zᵀ]` and `E[Gᵀ Z]` from those of the drawn submatrix, which are divided by its own
+        number of entries."""
 
         def spread(h, at, d):
-            # Its entries' mean over the other side is unbiased already; what is left is the chance of a pair.
+            # The mean over the other side is unbiased already; only the probability of the pair remains.
             drawn = len(at)
             chance = jnp.full_like(h, (drawn - 1) / (d - 1))
             chance = jnp.where(jnp.eye(drawn, dtype=bool), 1.0, chance)

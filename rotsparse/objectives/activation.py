@@ -18,7 +18,9 @@ class ActivationSparsity(MeasuredObjective):
     """`E_x mean_i S(z_i)`, `z = R x / rms(x)`: a basis in which the activations themselves are sparse.
 
     `x` is `[n, d]`: a layer's inputs, or `layer(x)` for its outputs; or a source, as for `JacobianSparsity`. The rms is
-    over all entries and does not depend on the rotation. One value and gradient cost `4·n·d²` flops.
+    taken over all entries and does not depend on the rotation. One value with its gradient costs `4·n·d²` flops.
+
+    Raises `ValueError` for activations that are not finite floats `[n, d]`.
     """
 
     data: Examples
@@ -53,7 +55,7 @@ class ActivationSparsity(MeasuredObjective):
         return {self.space: self.x.shape[1]}
 
     def on(self, x: Float[Data, "n d"] | Source) -> "ActivationSparsity":
-        """The same objective on other examples; of a source, on the part that is kept in memory."""
+        """The same objective on other examples (of a source, on the sample that is kept in memory)."""
         return ActivationSparsity(in_memory(x)[0], self.measure, space=self.space, precision=self.precision)
 
     def value(self, bases):

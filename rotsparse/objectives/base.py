@@ -1,7 +1,7 @@
-"""What an objective is: a function of the rotations of some spaces, with its relative gradient.
+"""`Objective`: a function of the rotations of some spaces, with its relative gradient.
 
-An objective is mathematics. Where its examples lie and how they are drawn is the business of `data.examples.Examples`,
-of which it holds one for every term.
+An objective is mathematics only. `data.examples.Examples` stores its examples and draws minibatches; an objective has
+one of these for each term.
 """
 
 import abc
@@ -19,19 +19,19 @@ from rotsparse.objectives.measures import Measure, with_eps
 
 Bases = dict[str, Float[Array, "d d"]]
 
-# Memory for the per-example arrays of one chunk. Larger chunks are no faster: this keeps a core's matrix products busy
-# and the intermediate results near the cache.
+# Memory for the per-example arrays of one chunk. Larger chunks are not faster: this size keeps the matrix products of a
+# core busy and their results in the cache.
 CHUNK_BYTES = 8 * 2**20
 
 
 class Objective(eqx.Module):
-    """A function of the rotations of some spaces, with its relative gradient. An objective of your own needs the three
-    abstract methods only; the others matter for minibatches, several devices and schedules of ε."""
+    """A function of the rotations of some spaces, with its relative gradient. An objective of your own needs only the
+    three abstract methods; the others serve minibatches, several devices and schedules of ε."""
 
     @property
     @abc.abstractmethod
     def spaces(self) -> dict[str, int]:
-        """Name and dimension of every space whose rotation this objective depends on."""
+        """Name and dimension of every space on whose rotation the objective depends."""
 
     @abc.abstractmethod
     def value(self, bases: Bases) -> Float[Array, ""]:
@@ -39,7 +39,7 @@ class Objective(eqx.Module):
 
     @abc.abstractmethod
     def value_and_grad(self, bases: Bases) -> tuple[Float[Array, ""], Bases]:
-        """The objective and the relative gradient (one skew-symmetric matrix for every space)."""
+        """The objective and its relative gradient (a skew-symmetric matrix for every space)."""
 
     @property
     def examples(self) -> tuple[Examples, ...]:
@@ -47,7 +47,7 @@ class Objective(eqx.Module):
         return ()
 
     def with_examples(self, examples: tuple[Examples, ...]) -> "Objective":
-        """The same objective on other examples, normalised as before."""
+        """The same objective on other examples, with the same normalisation."""
         return self
 
     def split_key(self, key: PRNGKeyArray) -> tuple[PRNGKeyArray, ...]:
@@ -55,23 +55,23 @@ class Objective(eqx.Module):
         return (key,) * len(self.examples)
 
     def subsampled(self, key: PRNGKeyArray, submatrix: tuple[int, int]) -> "Objective":
-        """An unbiased estimate of the objective from so many random rows and columns of each Jacobian. Raises
-        `ValueError` for objectives that have none."""
+        """An unbiased estimate of the objective from random rows and columns of each Jacobian; `submatrix` says how
+        many. Raises `ValueError` for objectives without Jacobians."""
         raise ValueError(f"a submatrix is drawn from Jacobians, and {type(self).__name__} has none: leave it out")
 
     def map_measures(self, function: Callable[[Measure], Measure]) -> "Objective":
-        """The same objective with the measure of every term replaced. Raises `ValueError` for objectives that have
-        none."""
+        """The same objective with the measure of every term replaced. Raises `ValueError` for objectives without a
+        measure."""
         raise ValueError(f"{type(self).__name__} has no measure that could be replaced")
 
     def with_eps(self, eps: float | Array) -> "Objective":
-        """The same objective with the measure's scale replaced."""
+        """The same objective with the scale of every measure replaced."""
         dtype = self.examples[0].x.dtype
         return self.map_measures(lambda measure: with_eps(measure, eps, dtype))
 
 
 class MeasuredObjective(Objective):
-    """One measure on one set of examples: what `JacobianSparsity` and `ActivationSparsity` have in common."""
+    """One measure on one set of examples: the common base of `JacobianSparsity` and `ActivationSparsity`."""
 
     data: eqx.AbstractVar[Examples]
     measure: eqx.AbstractVar[Measure]
@@ -100,7 +100,7 @@ class MeasuredObjective(Objective):
 
     @property
     def count(self) -> int:
-        """How many examples `sum` adds up."""
+        """The number of examples in `sum`."""
         return self.data.count
 
 
@@ -114,7 +114,7 @@ def sampled(
     submatrix: tuple[int, int] | None = None,
     fetched: tuple[Any, ...] | None = None,
 ) -> Objective:
-    """The objective on a random minibatch of its examples. `fetched` is what `reading` has read for this key."""
+    """The objective on a random minibatch. `fetched`: the examples that `reading` has read for this key."""
     examples, keys = objective.examples, objective.split_key(key)
     rows = (None,) * len(examples) if fetched is None else fetched
     drawn = tuple(e.draw(k, batch_size, r) for e, k, r in zip(examples, keys, rows, strict=True))
@@ -125,21 +125,21 @@ def sampled(
 def reading(
     objective: Objective, keys: PRNGKeyArray, batch_size: int | None, devices: Devices
 ) -> Callable[[], tuple[Any, ...]]:
-    """A function that reads the examples that `sampled` takes with each of these keys, `[restarts, steps]`."""
+    """A function that reads the examples that `sampled` draws with each of these keys `[restarts, steps]`."""
     split = jax.vmap(jax.vmap(objective.split_key))(keys)
     reads = [e.reading(k, batch_size, devices) for e, k in zip(objective.examples, split, strict=True)]
     return lambda: tuple(read() for read in reads)
 
 
 def spread(objective: Objective, devices: Devices, batch_size: int | None) -> Objective:
-    """The same objective with its examples spread over the devices of a mesh, to be used within `devices.map`."""
+    """The same objective with its examples spread over the devices of a mesh, for use within `devices.map`."""
     if devices.mesh is None:
         return objective
     return objective.with_examples(tuple(e.spread(devices, batch_size) for e in objective.examples))
 
 
 def thinned(objective: Objective, examples: int) -> Objective:
-    """The same objective on at most so many examples of each term, evenly spaced, normalised as on all of them."""
+    """The same objective on at most `examples` evenly spaced examples of each term, with the same normalisation."""
     return objective.with_examples(tuple(e.thinned(examples) for e in objective.examples))
 
 

@@ -1,4 +1,4 @@
-"""Objectives made of objectives: weighted sums, and some rotations held fixed."""
+"""Objectives that combine others: weighted sums, and objectives with some rotations held fixed."""
 
 import equinox as eqx
 import jax
@@ -9,7 +9,10 @@ from rotsparse.objectives.base import Bases, Objective, add_grads
 
 
 class WeightedSum(Objective):
-    """`Σ_k w_k F_k`, each term on its own spaces; terms that name the same space share its rotation."""
+    """`Σ_k w_k F_k`. Each term has its own spaces; terms that name the same space share its rotation.
+
+    Raises `ValueError` for no terms, another number of weights, or a space of two dimensions.
+    """
 
     terms: tuple[Objective, ...]
     weights: tuple[float, ...] = eqx.field(static=True)
@@ -70,7 +73,7 @@ class WeightedSum(Objective):
 
 
 class Held(Objective):
-    """An objective with the rotations of some spaces held fixed: methods do not see them."""
+    """An objective with the rotations of some spaces held fixed; methods do not see these spaces."""
 
     objective: Objective
     held: Bases

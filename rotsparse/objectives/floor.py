@@ -1,4 +1,4 @@
-"""The floor: how sparse any rotation could possibly make a layer.
+"""The floor: a lower bound of the objective of a layer over all rotations.
 
 The squared entries of a rotated matrix are majorised by its squared singular values (a mask of k entries has rank at
 most k, so by von Neumann's trace inequality it holds at most the k largest of them). For every measure S that is
@@ -6,9 +6,9 @@ concave in z² with S(0) = 0, hence,
 
     E_x mean_{o,i} S(z_oi) ≥ E_x (1/(d_out d_in)) Σ_i S(σ_i(z(x)))        for any R_in, R_out.
 
-It is reached only if one rotation pair diagonalises every example's Jacobian, so the gap to it is an upper bound of
-what is left to gain, not an estimate. It holds for unscaled inputs; with inputs scaled, the columns' scales depend on
-the rotation.
+It is reached only if one pair of rotations diagonalises the Jacobian of every example, so the gap to it is an upper
+bound of what can still be gained, not an estimate. It holds for unscaled inputs only, because the scales of columns
+depend on the rotation.
 """
 
 import equinox as eqx
@@ -26,7 +26,7 @@ from rotsparse.objectives.measures import Measure
 def floor(layer: Layer, x: Float[Data, "n d_in"], measure: Measure) -> float:
     """Lower bound of `JacobianSparsity(layer, x, measure, scale_inputs=False)` over all rotations.
 
-    Costs one singular value decomposition an example: use a few hundred examples of a wide layer.
+    Costs one singular value decomposition per example: use a few hundred examples of a wide layer.
     """
     rms = jnp.sqrt(jnp.trace(jnp.asarray(jacobian_gram(layer, x), x.dtype)) / (layer.d_in * layer.d_out))
     return float(_floor(layer, jnp.asarray(x), measure, rms))

@@ -20,7 +20,7 @@ from rotsparse.objectives._submatrix import Submatrix
 from rotsparse.objectives.base import CHUNK_BYTES, MeasuredObjective, add_grads
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
-# Variances below this fraction of the mean variance count as this much: the square root of zero has no gradient.
+# This fraction of the mean variance is added to every variance, because the square root of zero has no gradient.
 VARIANCE_FLOOR = 1e-6
 
 
@@ -29,18 +29,18 @@ class JacobianSparsity(MeasuredObjective):
 
     Column i of Z is multiplied by `sd_i = √(r_i Σ r_iᵀ)`, the standard deviation of rotated input i, unless
     `scale_inputs=False`: a unit change along a direction that never varies is not a local change. The root mean
-    square is that of all entries over all examples of `x` at the current rotations (exactly, from Σ and `E[JᵀJ]`,
-    also when the examples are sampled), so the objective does not reward making Z small.
+    square is over all entries and all examples of `x`, at the current rotations (computed exactly from Σ and `E[JᵀJ]`,
+    also on minibatches), so that the objective does not reward small Z.
 
-    `x` is `[n, d_in]`, or a source, of which a part is kept in memory: on that the objective is valued and `E[JᵀJ]` is
-    taken, while Σ is that of the whole source (`moments`, if they are known). `precision` is that of the large matrix
-    products: "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
+    `x` is `[n, d_in]`, or a source, of which a sample is kept in memory: the objective and `E[JᵀJ]` are computed on
+    the sample, and Σ on the whole source (or taken from `moments`). `precision` is that of the large matrix products:
+    "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
 
-    One value and gradient cost `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in, or the size of a drawn
-    submatrix.
+    One value with its gradient costs `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in, or the size of a
+    drawn submatrix, and h = d_hidden.
 
-    Raises `ValueError` for inputs that do not fit the layer or are not finite, and a tied fit of a layer with
-    d_in ≠ d_out.
+    Raises `ValueError` for inputs that do not fit the layer or are not finite, for a Jacobian that is zero or overflows
+    on all examples, and for a tied fit of a layer with d_in ≠ d_out.
     """
 
     layer: Layer
@@ -68,7 +68,7 @@ class JacobianSparsity(MeasuredObjective):
     ):
         kept, source = in_memory(x)
         self.data = Examples(checks.activations("x", kept, layer.d_in), source)
-        # Of examples that are not in memory some may activate more neurons than any of these.
+        # Examples that are not in memory may activate more neurons than any of these.
         self.layer = layer = layer.gathered(self.x) if source is None else layer
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.gram = _checked_gram(layer, self.x)
@@ -88,7 +88,7 @@ class JacobianSparsity(MeasuredObjective):
         return {self.space_in: self.layer.d_in, self.space_out: self.layer.d_out}
 
     def within(self, subspace: Subspace) -> "JacobianSparsity":
-        """The same objective on some directions of the layer's inputs and outputs only."""
+        """The same objective restricted to some directions of the layer's inputs and outputs."""
         subspace = subspace.gathered(self.x) if self.data.source is None else subspace
         frame = subspace.frame_in
         return replace_fields(
@@ -100,8 +100,8 @@ class JacobianSparsity(MeasuredObjective):
         )
 
     def on(self, x: Float[Data, "n d_in"] | Source) -> "JacobianSparsity":
-        """The same objective on other examples (held-out ones, say; of a source, the part that is kept in memory), with
-        everything that normalises it computed anew from them."""
+        """The same objective on other examples, such as held-out ones (of a source, on the sample that is kept in
+        memory). Its normalisation is computed from them."""
         return JacobianSparsity(
             self.layer,
             in_memory(x)[0],
@@ -151,16 +151,16 @@ class JacobianSparsity(MeasuredObjective):
         if sigma is not None:
             sd = jnp.sqrt(variance)
             grad_in = sd[:, None] * h_in / sd
-            # through sd_i, whose derivative along δr_i is (δr_i Σ r_iᵀ)/sd_i ...
+            # The derivative through sd_i, which is (δr_i Σ r_iᵀ)/sd_i along δr_i ...
             pull = jnp.diagonal(h_in)
             grad_in += (pull / variance)[:, None] * sigma
-            # ... and through ρ² = mean_i(sd_i² ‖J r_i‖²), which all entries share.
+            # ... and that through ρ² = mean_i(sd_i² ‖J r_i‖²), which all entries share.
             share = jnp.sum(pull) / jnp.sum(variance * gain)
             grad_in -= share * (gain[:, None] * sigma + variance[:, None] * gram)
         return value, add_grads({self.space_in: skew(grad_in)}, {self.space_out: skew(h_out)})
 
     def _scale(self, r_in):
-        """`sd_i / ρ` for every column, and what the gradient needs: `sd²`, `E‖J r_i‖²`, `R Σ Rᵀ` and `R E[JᵀJ] Rᵀ`."""
+        """`sd_i / ρ` of every column, and for the gradient `sd²`, `E‖J r_i‖²`, `R Σ Rᵀ` and `R E[JᵀJ] Rᵀ`."""
         gram = matmul(matmul(r_in, self.gram), r_in.T)
         gain = jnp.diagonal(gram)
         entries = r_in.shape[0] * self.layer.d_out
@@ -173,7 +173,7 @@ class JacobianSparsity(MeasuredObjective):
 
 
 def _checked_gram(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "d_in d_in"]:
-    """`E[JᵀJ]`. Raises `ValueError` where no Jacobian could be divided by its root mean square."""
+    """`E[JᵀJ]`. Raises `ValueError` if the root mean square of the Jacobian is zero or overflows."""
     gram = jacobian_gram(layer, x)
     mean = np.trace(gram)
     if mean == 0:

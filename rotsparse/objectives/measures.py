@@ -1,11 +1,11 @@
-"""Sparsity measures: differentiable functions that prefer zeros, and are minimised.
+"""Sparsity measures: differentiable functions that are lowest for sparse arrays, and are minimised.
 
-A measure sees `z = Z / rms(Z)`, numbers whose typical size is one, and its scale `eps` says what counts as zero:
-entries well below `eps` are nearly free, entries well above all cost about the same. The smaller `eps`, the closer
-the measure is to counting non-zeros, and the more local minima it has.
+A measure is applied to `z = Z / rms(Z)`, numbers of order one. Its scale `eps` says what counts as zero: entries well
+below `eps` cost almost nothing, and entries well above it cost about the same. The smaller `eps`, the closer the
+measure is to the number of non-zeros, and the more local minima it has.
 
-All measures here are concave in `z²` (Hoyer's for a fixed norm of the example), which is what makes the floor of
-`rotsparse.floor` a bound: no rotation can do better than the singular values of each example.
+All measures here are concave in `z²` (Hoyer's at a fixed norm of the example). Therefore `rotsparse.floor` is a bound:
+no rotation gives a lower value than the singular values of each example.
 
 Each elementwise measure has `__call__` (the value of each entry), `slope` (its derivative, in closed form: the gradient
 of every objective needs nothing else) and `curvature` (its second derivative, for the quasi-Newton solver). Which of
@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 class Measure(eqx.Module):
     """A sparsity measure `S`. Smaller is sparser, and `S(0) = 0`.
 
-    Raises `ValueError` where the scale is not a positive number.
+    Raises `ValueError` if the scale is not a positive number.
     """
 
     eps: eqx.AbstractVar[float | Array]
@@ -50,8 +50,8 @@ class Measure(eqx.Module):
 
     @property
     def elementwise(self) -> bool:
-        """Whether the value of an example is the mean of `S` over its entries, so that it is a plain sum over any parts
-        of it. Measures that look at an example as a whole override `example_value`."""
+        """Whether the value of an example is the mean of `S` over its entries, and so a sum over any of its parts.
+        Measures of an example as a whole override `example_value`."""
         return type(self).example_value is Measure.example_value
 
     def example_value(self, z: Float[Array, "n *s"]) -> Float[Array, "n"]:
@@ -63,8 +63,8 @@ class Measure(eqx.Module):
         return self.slope(z)
 
     def example_curvature(self, z: Float[Array, "n *s"]) -> Float[Array, "n *s"]:
-        """Second derivative of (number of entries × `example_value`) by every entry, the norm of the example held
-        fixed: what rotations feel."""
+        """Second derivative of (number of entries × `example_value`) with respect to every entry, at a fixed norm of
+        the example, because rotations do not change it."""
         return self.curvature(z)
 
 
@@ -87,8 +87,8 @@ class Log(Measure):
 
 
 class SmoothedPower(Measure):
-    """`(z² + ε²)^(p/2) - ε^p`, a smoothed `|z|^p`: with p ≪ 1 nearly a count of non-zeros. From p = 2 on it would
-    reward equal entries: that is a `ValueError`."""
+    """`(z² + ε²)^(p/2) - ε^p`, a smoothed `|z|^p`; with p ≪ 1 nearly the number of non-zeros. Raises `ValueError` for
+    p ≥ 2, which would reward equal entries."""
 
     eps: float | Array = 0.1
     p: float = 0.5
@@ -157,7 +157,7 @@ class Welsch(Measure):
 
 
 class Tanh(Measure):
-    """`tanh(|z|/ε)`: bounded, with a corner at zero, so its pull on small entries does not vanish."""
+    """`tanh(|z|/ε)`: bounded, with a kink at zero, so that its slope does not vanish for small entries."""
 
     eps: float | Array = 0.1
 
@@ -190,7 +190,7 @@ class L4(Measure):
 
 class Hoyer(Measure):
     """`‖z‖₁ / (√N ‖z‖₂)` of each example, with a smoothed absolute value: between `1/√N` (one entry) and 1 (all
-    equal). Unlike the others it looks at one example at a time and does not see how large that example is.
+    equal). Unlike the others it normalises every example by its own norm.
     (Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", 2004: his measure is
     `(√N - ‖z‖₁/‖z‖₂)/(√N - 1)`.)"""
 
@@ -232,12 +232,12 @@ class Hoyer(Measure):
 
 class TopK(Measure):
     """The mean of the squared entries outside the largest `keep · N` of each example: for activations of unit rms, the
-    share of the energy that is lost when only the largest coordinates are kept. Not a general measure of sparsity but
-    what inference with sparse activations loses, so minimise it for that.
+    share of the energy that is lost if only the largest coordinates are kept. It is the loss of inference with sparse
+    activations, not a general measure of sparsity.
 
-    Concave in the squares, as a minimum of linear functions of them; it has no scale (`eps` is ignored). The threshold
-    is found by bisection, to `2⁻³⁰` of the example's largest square: entries that close to it count as outside.
-    Raises `ValueError` for a share that is not between 0 and 1.
+    It is concave in the squares, as a minimum of linear functions of them, and has no scale (`eps` is ignored). The
+    threshold is found by bisection to `2⁻³⁰` of the largest square of the example; entries that close to it count as
+    outside. Raises `ValueError` unless `keep` is between 0 and 1.
     """
 
     keep: float = eqx.field(static=True, default=0.5)
@@ -257,7 +257,7 @@ class TopK(Measure):
         return jnp.full_like(z, 2)
 
     def count(self, entries: int) -> int:
-        """How many of so many entries are kept: at least one."""
+        """The number of entries that are kept, at least one."""
         return max(1, round(self.keep * entries))
 
     def _outside(self, z):
@@ -269,7 +269,7 @@ class TopK(Measure):
         count = self.count(square.shape[1])
         threshold = _threshold(square, count)
         outside = square <= threshold
-        # Of entries that are all as large as the threshold, some are kept.
+        # If several entries equal the threshold, some of them are kept.
         kept = threshold[:, 0] * (count - jnp.sum(~outside, axis=1)).astype(z.dtype)
         return (jnp.sum(jnp.where(outside, square, 0), axis=1) - kept) / square.shape[1]
 
@@ -281,14 +281,14 @@ class TopK(Measure):
 
 
 def outside_largest(square: Float[Array, "n k"], count: int) -> Bool[Array, "n k"]:
-    """Which entries are not among the `count` largest of their row (of numbers that are not negative). All that are as
-    large as the last of these count as outside, where there is no room for every one."""
+    """Which entries are not among the `count` largest of their row (of non-negative numbers). If several entries tie
+    for the last place and not all of them fit, all of them count as outside."""
     return square <= _threshold(square, count)
 
 
 def _threshold(square: Float[Array, "n k"], count: int) -> Float[Array, "n 1"]:
-    """What no more than `count` entries of each row are above, to `2⁻³⁰` of the row's maximum, by bisection: a tenth of
-    the time of sorting."""
+    """The smallest threshold that at most `count` entries of each row exceed, to `2⁻³⁰` of the row's maximum. Bisection
+    takes a tenth of the time of sorting."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -301,9 +301,9 @@ def _threshold(square: Float[Array, "n k"], count: int) -> Float[Array, "n 1"]:
 
 
 def by_name(name: str, eps: float | None = None) -> Measure:
-    """The measure called `name` on the command line, with the scale `eps` where it is given.
+    """The measure called `name` on the command line, with the scale `eps` if it is given.
 
-    Raises `ValueError` that lists the known names.
+    Raises `ValueError`, with the known names, for an unknown name.
     """
     if name not in MEASURES:
         raise ValueError(f"unknown measure {name!r}: expected one of {', '.join(sorted(MEASURES))}")
@@ -324,13 +324,13 @@ MEASURES: dict[str, Callable[..., Measure]] = {
 
 
 def checked(measure: Any) -> Measure:
-    """The measure, if it is one. Raises `ValueError`."""
+    """Return the measure. Raises `ValueError` for anything else."""
     if isinstance(measure, Measure):
         return measure
     raise ValueError(f"measure should be one such as rs.Log(0.1) or rs.TopK(0.5), got {measure!r}")
 
 
 def with_eps(measure: Measure, eps: float | Array, dtype: DTypeLike | None = None) -> Measure:
-    """The same measure at another scale, as an array of that type (default: JAX's own float), so that no new scale
-    traces anew."""
+    """The same measure with another scale, as an array of this dtype (default: JAX's default float), so that a new
+    scale does not cause a retrace."""
     return eqx.tree_at(lambda m: m.eps, measure, jnp.asarray(eps, dtype or jax.dtypes.canonicalize_dtype(float)))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rotsparse._core import files
+from rotsparse._core.differences import differences
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.lock import LOCK, FolderLock
 from rotsparse._core.reading import regular_file
@@ -153,8 +154,7 @@ def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) ->
         status = read_json(work / STATUS)
         before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
                        for c in (status["config"], config))  # fmt: skip
-        lines = [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
-        lines += _changed(status["config"], config)
+        lines = differences(before, now) + _changed(status["config"], config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines)
             raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")

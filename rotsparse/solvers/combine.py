@@ -34,7 +34,7 @@ class Then(Method):
                 if run.stopped:
                     solution = dataclasses.replace(solution, result=Result.INTERRUPTED)
                     break
-                solution = stage.after(problem, solution, key=key, run=run.part(f"stage-{i}"))
+                solution = stage.after(problem, solution, key=key, run=run.subrun(f"stage-{i}"))
             descends = all(stage.descends for stage in self.stages)
             return solution if descends else start_if_better(problem, solution, starts[0])
 
@@ -53,7 +53,7 @@ class BestOf(Method):
         found = []
         with run.listening() as run:
             for i, method in enumerate(self.methods):
-                found.append(method.run(problem, starts, key=jax.random.fold_in(key, i), run=run.part(f"method-{i}")))
+                found.append(method.run(problem, starts, key=jax.random.fold_in(key, i), run=run.subrun(f"method-{i}")))
                 if found[-1].result is Result.INTERRUPTED:
                     break
             best = found[int(np.argmin(problem.judged(solution.bases for solution in found)))]
@@ -79,7 +79,7 @@ class Each(Method):
         found = []
         with run.listening() as run:
             for i, start in enumerate(starts):
-                found.append(self.method.run(problem, (start,), key=key, run=run.part(f"start-{i}")))
+                found.append(self.method.run(problem, (start,), key=key, run=run.subrun(f"start-{i}")))
                 if found[-1].result.broken_off:
                     break
             return _joined(problem, found, len(starts))

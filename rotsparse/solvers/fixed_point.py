@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from rotsparse._core.orthogonal import matmul, polar
 from rotsparse.engine.steps import Stepwise, check_counts
 from rotsparse.objectives.measures import outside_largest
-from rotsparse.solvers._moments import Moments, check_objective, moments
+from rotsparse.solvers._rotated_moments import RotatedMoments, check_objective, rotated_moments
 
 # A response maps rotated activations [d, n] (directions first) to the activations that R should produce instead.
 Response = Callable[[Float[Array, "d n"]], Float[Array, "d n"]]
@@ -59,7 +59,7 @@ def top_k(k: int) -> Response:
     return respond
 
 
-def shifted(m: Moments) -> Float[Array, "d d"]:
+def shifted(m: RotatedMoments) -> Float[Array, "d d"]:
     """`E[ψ(z) zᵀ]` for the response of the measure, to first order in the covariance of different directions."""
     along = jnp.diagonal(m.pull)
     shift = jnp.maximum(m.curvature * m.power, along + MARGIN * jnp.abs(along))
@@ -85,7 +85,7 @@ class FixedPoint(Stepwise):
     def step(self, objective, bases, state, step):
         objective = check_objective(objective)
         r = bases[objective.space]
-        m = moments(objective, r, self.response)
+        m = rotated_moments(objective, r, self.response)
         target = shifted(m) if self.response is None else m.pull
         return {objective.space: project(target, r)}, None, m.value
 

@@ -31,7 +31,7 @@ from rotsparse.engine.solution import Result, Solution, Stage, evidence, judged_
 from rotsparse.objectives.activation import ActivationSparsity
 from rotsparse.objectives.measures import Measure
 from rotsparse.solvers import quasi_newton
-from rotsparse.solvers._moments import block_sums, check_objective
+from rotsparse.solvers._rotated_moments import block_sums, check_objective
 from rotsparse.solvers.fixed_point import project, shifted
 from rotsparse.solvers.quasi_newton import Search
 

@@ -10,7 +10,7 @@ import numpy as np
 from rotsparse._core.orthogonal import matmul
 from rotsparse.engine.method import Method
 from rotsparse.objectives.measures import TopK
-from rotsparse.solvers._moments import check_objective
+from rotsparse.solvers._rotated_moments import check_objective
 from rotsparse.solvers.combine import Each
 from rotsparse.solvers.fixed_point import FixedPoint, top_k
 
@@ -36,10 +36,10 @@ class PowerMethod(Method):
         from_components = {objective.space: jnp.asarray(components.T[::-1], start[objective.space].dtype)}
         method = FixedPoint(response=top_k(cast(TopK, objective.measure).count(x.shape[1])), steps=self.steps)
         with run.listening() as run:
-            solution = method.run(problem, (start,), key=key, run=run.part("start"))
+            solution = method.run(problem, (start,), key=key, run=run.subrun("start"))
             stages = [solution.stages[0]._replace(name="PowerMethod")]
             if not solution.result.broken_off:
-                found = method.run(problem, (from_components,), key=key, run=run.part("components"))
+                found = method.run(problem, (from_components,), key=key, run=run.subrun("components"))
                 stages.append(found.stages[0]._replace(name="PowerMethod from principal components"))
                 best = solution.improved(found.bases, problem.objective, problem.validation)
                 result = found.result if found.result.broken_off else best.result

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rotsparse._core.orthogonal import matmul, polar
 from rotsparse.engine.steps import Schedule, Stepwise, check_counts
 from rotsparse.objectives.measures import Measure
-from rotsparse.solvers._moments import Moments, check_objective, moments
+from rotsparse.solvers._rotated_moments import RotatedMoments, check_objective, rotated_moments
 
 # Floor of the curvature of a pair, as a share of the mean of |E[S'(z_i) z_i]|: it bounds the steps of flat pairs.
 CURVATURE_FLOOR = 0.02
@@ -46,12 +46,12 @@ def start(r: Float[Array, "d d"]) -> Search:
     return Search(r, jnp.full((), jnp.inf, r.dtype), zero, zero, jnp.zeros((), jnp.int32))
 
 
-def gradient(m: Moments) -> Float[Array, "d d"]:
+def gradient(m: RotatedMoments) -> Float[Array, "d d"]:
     """d × the relative gradient: `Γ_ij d = (E[S'(z_i) z_j] - E[S'(z_j) z_i])/2`."""
     return 0.5 * (m.pull - m.pull.T)
 
 
-def pair_curvature(m: Moments) -> Float[Array, "d d"]:
+def pair_curvature(m: RotatedMoments) -> Float[Array, "d d"]:
     """`h_ij/2` of the module's formula, floored. (Half, because Ω contains every pair twice.)"""
     along = jnp.diagonal(m.pull)
     one_sided = m.curvature[:, None] * m.power - along[:, None]
@@ -65,7 +65,7 @@ def pair_sums(x: Float[Array, "m d"], weights: Float[Array, "m"], r: Float[Array
     return jnp.where(weights > 0, measure.example_curvature(z.T).T, 0) @ jnp.square(z).T
 
 
-def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
+def escape(m: RotatedMoments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """A step that turns disjoint pairs of directions with negative curvature by 45°; zero if there are none.
 
     `pairs` is `E[S''(z_i) z_j²]`, which makes h exact. Halfway between a basis and the same basis with two directions
@@ -82,7 +82,7 @@ def escape(m: Moments, pairs: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return (upper - upper.T).astype(m.pull.dtype)
 
 
-def advance(search: Search, trial: Float[Array, "d d"], m: Moments, fresh: Bool[Array, ""]) -> Search:
+def advance(search: Search, trial: Float[Array, "d d"], m: RotatedMoments, fresh: Bool[Array, ""]) -> Search:
     """Update the search after its trial point was evaluated. `fresh`: the objective has changed, so earlier values are
     not comparable and the trial is accepted."""
     noise = 8 * jnp.finfo(m.value.dtype).eps * jnp.abs(m.value)
@@ -136,7 +136,7 @@ class QuasiNewton(Stepwise):
             objective = objective.with_eps(self.eps(step / self.steps))
         objective = check_objective(objective)
         r = bases[objective.space]
-        m = moments(objective, r)
+        m = rotated_moments(objective, r)
         eps = jnp.asarray(objective.measure.eps, last_eps.dtype)
         search = advance(search, r, m, eps != last_eps)
         return {objective.space: trial_point(search)}, (search, eps), m.value

@@ -57,24 +57,24 @@ class Refine(Method):
         at_start, first = judged_value(searched, start), judged_value(few, start)
         with run.listening() as run:
             certificate = None  # until the final search is complete
-            bases, _ = look.search(few, start, run.part("look"))
+            bases, _ = look.search(few, start, run.subrun("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
                 if not run.stopped:
-                    bases, certificate = look.search(searched, start, run.part("last"))
+                    bases, certificate = look.search(searched, start, run.subrun("last"))
             else:
-                bases, _ = whole.search(few, bases, run.part("search"))
+                bases, _ = whole.search(few, bases, run.subrun("search"))
                 reached = judged_value(searched, bases)
                 for i in range(self.rounds):
                     if run.stopped:
                         break
                     before = reached
                     polished = self.polish.run(
-                        Problem(problem.objective), (bases,), key=key, run=run.part(f"polish-{i}").quiet()
+                        Problem(problem.objective), (bases,), key=key, run=run.subrun(f"polish-{i}").quiet()
                     )
                     if run.stopped:
                         break
-                    candidate, _ = whole.search(few, polished.bases, run.part(f"search-{i}"))
+                    candidate, _ = whole.search(few, polished.bases, run.subrun(f"search-{i}"))
                     after = judged_value(searched, candidate)
                     if after < before:
                         bases, reached = candidate, after
@@ -83,7 +83,7 @@ class Refine(Method):
                 # A gain on the few examples may be a loss on all of them.
                 bases = bases if reached < at_start else start
                 if not run.stopped:
-                    bases, certificate = whole.search(searched, bases, run.part("last"))
+                    bases, certificate = whole.search(searched, bases, run.subrun("last"))
         gain = (at_start - judged_value(searched, bases)) / abs(at_start) if at_start else 0.0
         looks = "one look, hardly anything to gain" if first_gain < self.worth else f"{first_gain:.2%} at first"
         solution = solution_of(problem, start, bases, certificate, time.perf_counter() - begun)

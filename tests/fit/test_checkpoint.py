@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from rotsparse._core.differences import differences
 from rotsparse._core.digests import array_digest
 from rotsparse._core.errors import CheckError
 from rotsparse._core.files import move
@@ -24,7 +25,7 @@ from rotsparse._core.lock import held
 from rotsparse._core.orthogonal import haar
 from rotsparse.engine import _checkpoint, _checkpoint_files
 from rotsparse.engine._checkpoint import Session
-from rotsparse.engine._fingerprint import difference, fingerprint
+from rotsparse.engine._fingerprint import fingerprint
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
 from rotsparse.fit.minimize import minimize
@@ -370,14 +371,14 @@ def test_fingerprints_see_what_closures_hold():
     of = lambda optimizer: fingerprint(solver=Riemannian(optimizer))  # noqa: E731
     assert of(optax.adam(0.1)) == of(optax.adam(0.1))
     for other in (optax.adam(0.2), optax.adam(0.1, b1=0.8), optax.sgd(0.1), optax.adam(optax.linear_schedule(1, 0, 9))):
-        assert difference(of(optax.adam(0.1)), of(other))
+        assert differences(of(optax.adam(0.1)), of(other))
     assert of(optax.adam(optax.linear_schedule(1, 0, 9))) != of(optax.adam(optax.linear_schedule(1, 0, 8)))
     same_code, other_code = (lambda share: share * 2), (lambda share: share * 3)
     assert fingerprint(f=same_code) != fingerprint(f=other_code)
     other_step = type("Anneal", (Anneal,), {"step": lambda self, *arguments: None, "__module__": "rotsparse"})
-    assert len(difference(fingerprint(solver=Anneal()), fingerprint(solver=other_step()))) == 1
+    assert len(differences(fingerprint(solver=Anneal()), fingerprint(solver=other_step()))) == 1
     x = np.arange(12.0)
-    assert difference(fingerprint(x=x), fingerprint(x=x + 1e-15 * (x == 3)))
+    assert differences(fingerprint(x=x), fingerprint(x=x + 1e-15 * (x == 3)))
     assert fingerprint(key=jax.random.key(1)) != fingerprint(key=jax.random.key(2))
 
 
@@ -404,10 +405,10 @@ def function(x):
         return fingerprint(method=method, function=names["function"])
 
     plain = described('"""A docstring."""')
-    assert difference(plain, described('"""Another,\n\n    longer one."""')) == difference(plain, described("")) == []
-    assert difference(plain, described("", module="rotsparse.elsewhere")) == []
-    assert len(difference(plain, described("", number=3))) == 2
-    assert len(difference(plain, described("", module="another_package.solvers.one"))) == 2
+    assert differences(plain, described('"""Another,\n\n    longer one."""')) == differences(plain, described("")) == []
+    assert differences(plain, described("", module="rotsparse.elsewhere")) == []
+    assert len(differences(plain, described("", number=3))) == 2
+    assert len(differences(plain, described("", module="another_package.solvers.one"))) == 2
 
 
 def test_fingerprints_are_the_same_in_every_process():
@@ -426,5 +427,5 @@ def test_fingerprints_are_the_same_in_every_process():
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
-    assert difference(*results) == []
+    assert differences(*results) == []
     assert not any("0x" in text for text in results[0].values())

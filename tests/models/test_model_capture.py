@@ -183,7 +183,7 @@ def test_foreign_and_different_stores_are_refused(model, tokens, tmp_path):
         open_store(tmp_path / "out/0.input", other.fingerprint())
     with pytest.raises(ValueError, match="holds activations of another model"):
         capture(other, tokens, POINTS, tmp_path / "out", **SMALL)
-    with pytest.raises(ValueError, match=r"was begun with seed = 0, not 1"):
+    with pytest.raises(ValueError, match=r"was begun with other settings:\n  seed: 0 then, 1 now\n"):
         capture(model, tokens, POINTS, tmp_path / "out", seed=1, **SMALL)
 
 

@@ -11,7 +11,7 @@ from rotsparse._core.orthogonal import haar, orthogonality_error
 from rotsparse.fit.minimize import minimize
 from rotsparse.objectives import ActivationSparsity, WeightedSum, measures
 from rotsparse.objectives.measures import L4, GemanMcClure, Hoyer, Log, SmoothedL1, SmoothedPower, Welsch
-from rotsparse.solvers._moments import Moments, moments
+from rotsparse.solvers._rotated_moments import RotatedMoments, rotated_moments
 from rotsparse.solvers.fixed_point import FixedPoint, cube, soft_threshold, top_k
 from rotsparse.solvers.fixed_point_newton import FixedPointNewton
 from rotsparse.solvers.quasi_newton import QuasiNewton, escape, gradient, pair_sums
@@ -140,7 +140,7 @@ def test_moments_agree_with_the_objective():
     r = haar(jax.random.key(0), D)
     for measure in (Log(0.1), Hoyer(0.1)):
         objective = ActivationSparsity(x, measure)
-        m = moments(objective, r)
+        m = rotated_moments(objective, r)
         value, grads = objective.value_and_grad({"in": r})
         np.testing.assert_allclose(m.value, value, rtol=1e-5)
         np.testing.assert_allclose(gradient(m) / D, grads["in"], atol=1e-6)
@@ -152,7 +152,7 @@ def test_escape_undoes_a_mixed_pair_that_the_gradient_does_not_see():
     mixed[:2] = np.array([[1, 1], [1, -1]]) / np.sqrt(2) @ mixed[:2]
     mixed = jnp.asarray(mixed, jnp.float32)
     objective = ActivationSparsity(x, Log(1.0))
-    m = moments(objective, mixed)
+    m = rotated_moments(objective, mixed)
     pairs = pair_sums(objective.x, jnp.ones(len(x)), mixed / objective.rms, objective.measure) / len(x)
     omega = escape(m, pairs)
     assert np.count_nonzero(omega) == 2 and abs(omega[0, 1]) == 1
@@ -165,7 +165,7 @@ def test_escape_takes_the_most_curved_pair_whatever_is_rounded(rng):
         h = np.asarray(pairs + pairs.T, np.float64) - np.add.outer(*[np.diagonal(np.asarray(pull, np.float64))] * 2)
         i, j = np.unravel_index(np.argmin(np.where(np.eye(D), np.inf, h)), h.shape)
         zero = jnp.zeros(D)
-        assert abs(escape(Moments(zero[0], pull, zero, zero), pairs)[i, j]) == 1
+        assert abs(escape(RotatedMoments(zero[0], pull, zero, zero), pairs)[i, j]) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

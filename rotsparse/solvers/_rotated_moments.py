@@ -1,8 +1,8 @@
-"""Moments of rotated activations: all that the solvers of activation sparsity need to know of the data.
+"""Moments of rotated activations: everything that the solvers of activation sparsity need from the data.
 
 For `z = R x / rms(x)` and a measure S: the objective, the pull `E[S'(z_i) z_j]` (whose skew-symmetric part is the
-gradient), the curvature `E[S''(z_i)]` and the power `E[z_j²]`. Together the last three give the second derivative along
-every rotation of a pair of directions, at the price of the gradient alone: `4·n·d²` flops.
+gradient), the curvature `E[S''(z_i)]` and the power `E[z_j²]`. The last three together give the second derivative along
+every rotation of a pair of directions, at the cost of the gradient alone: `4·n·d²` flops.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from rotsparse.objectives.base import Objective
 from rotsparse.objectives.measures import Measure
 
 
-class Moments(NamedTuple):
+class RotatedMoments(NamedTuple):
     value: Float[Array, ""]  # E mean_i S(z_i): the objective
     pull: Float[Array, "d d"]  # E[S'(z_i) z_j]
     curvature: Float[Array, "d"]  # E[S''(z_i)]
@@ -25,14 +25,14 @@ class Moments(NamedTuple):
 
 def block_sums(
     x: Float[Array, "m d"], weights: Float[Array, "m"], r: Float[Array, "d d"], measure: Measure, respond=None
-) -> Moments:
-    """The moments' sums over some examples, those with weight zero left out. `respond`, when given, takes the place of
-    S' in the pull."""
+) -> RotatedMoments:
+    """The sums of the moments over some examples, without those of weight zero. `respond`, if given, replaces S' in the
+    pull."""
     # Directions first, examples last: sums over examples run along contiguous memory.
     z = r @ x.T
     slope = measure.example_slope(z.T).T if respond is None else respond(z)
     counted = weights > 0
-    return Moments(
+    return RotatedMoments(
         jnp.sum(jnp.where(counted, measure.example_value(z.T), 0)),
         jnp.where(counted, slope, 0) @ z.T,
         jnp.sum(jnp.where(counted, measure.example_curvature(z.T).T, 0), axis=1),
@@ -40,8 +40,8 @@ def block_sums(
     )
 
 
-def moments(objective: ActivationSparsity, r: Float[Array, "d d"], respond=None) -> Moments:
-    """The moments over all examples of the objective, with its normalisation, chunking and precision."""
+def rotated_moments(objective: ActivationSparsity, r: Float[Array, "d d"], respond=None) -> RotatedMoments:
+    """The moments over all examples of an objective, with its normalisation, chunks and precision."""
 
     def sums(x, weights):
         return block_sums(x, weights, r / objective.rms, objective.measure, respond)
@@ -50,7 +50,7 @@ def moments(objective: ActivationSparsity, r: Float[Array, "d d"], respond=None)
 
 
 def check_objective(objective: Objective) -> ActivationSparsity:
-    """The objective, if it has these moments. Raises `ValueError` for any other than `ActivationSparsity`."""
+    """Return the objective. Raises `ValueError` unless it is an `ActivationSparsity`, which alone has these moments."""
     if not isinstance(objective, ActivationSparsity):
         raise ValueError(
             "this method needs the second derivatives of an ActivationSparsity objective, got "
