@@ -6,11 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import random_orthogonal
 from rotsparse._core.alignment import amari_distance, chance_cosine, match, mean_max_cosine
-
-
-def orthogonal(rng, d):
-    return np.linalg.qr(rng.standard_normal((d, d)))[0]
 
 
 def signed_permutation(rng, d):
@@ -23,7 +20,7 @@ dimensions_and_seeds = given(d=st.integers(1, 12), seed=st.integers(0, 2**32 - 1
 @dimensions_and_seeds
 def test_match_undoes_a_signed_permutation(d, seed):
     rng = np.random.default_rng(seed)
-    b = orthogonal(rng, d)
+    b = random_orthogonal(rng, d)
     a = signed_permutation(rng, d) @ b
     found = match(a, b)
     np.testing.assert_allclose(found.signs[:, None] * b[found.permutation], a, atol=1e-12)
@@ -34,7 +31,7 @@ def test_match_undoes_a_signed_permutation(d, seed):
 @dimensions_and_seeds
 def test_distances_ignore_sign_and_order_and_are_symmetric(d, seed):
     rng = np.random.default_rng(seed)
-    a, b = orthogonal(rng, d), orthogonal(rng, d)
+    a, b = random_orthogonal(rng, d), random_orthogonal(rng, d)
     moved = signed_permutation(rng, d) @ a
     for distance in (amari_distance, mean_max_cosine):
         assert distance(moved, b) == pytest.approx(distance(a, b), abs=1e-12)
@@ -45,7 +42,7 @@ def test_distances_ignore_sign_and_order_and_are_symmetric(d, seed):
 @dimensions_and_seeds
 def test_distances_see_only_the_relative_rotation(d, seed):
     rng = np.random.default_rng(seed)
-    a, b, both = orthogonal(rng, d), orthogonal(rng, d), orthogonal(rng, d)
+    a, b, both = random_orthogonal(rng, d), random_orthogonal(rng, d), random_orthogonal(rng, d)
     assert amari_distance(a @ both, b @ both) == pytest.approx(amari_distance(a, b), abs=1e-9)
     assert mean_max_cosine(a @ both, b @ both) == pytest.approx(mean_max_cosine(a, b), abs=1e-9)
 
@@ -68,7 +65,7 @@ def test_the_match_is_one_to_one_and_globally_best():
 
 
 def test_fewer_directions_find_themselves_in_a_larger_basis(rng):
-    b = orthogonal(rng, 6)
+    b = random_orthogonal(rng, 6)
     found = match(-3 * b[[4, 1]], b)
     np.testing.assert_array_equal(found.permutation, [4, 1])
     np.testing.assert_array_equal(found.signs, [-1, -1])
@@ -79,7 +76,8 @@ def test_chance_is_what_random_bases_reach_and_falls_with_dimension(rng):
     small, large = (chance_cosine(d, key=jax.random.key(0)) for d in (8, 64))
     assert small.low <= small.value <= small.high
     assert large.high < small.low
-    assert large.low - 0.02 < mean_max_cosine(orthogonal(rng, 64), orthogonal(rng, 64)) < large.high + 0.02
+    unrelated = mean_max_cosine(random_orthogonal(rng, 64), random_orthogonal(rng, 64))
+    assert large.low - 0.02 < unrelated < large.high + 0.02
     assert chance_cosine(8, key=jax.random.key(0)) == small
 
 

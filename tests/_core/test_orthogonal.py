@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers import random_orthogonal
 from rotsparse._core import orthogonal
 from rotsparse._core.orthogonal import bound_step, haar, orthogonality_error, polar, skew, spectral_norm_bound
 
@@ -96,7 +97,7 @@ def test_ten_thousand_random_steps_in_float32(retract):
 
 
 def test_polar_retraction_repairs_drift(rng):
-    r = jnp.asarray(np.linalg.qr(rng.standard_normal((20, 20)))[0] * 1.01, jnp.float32)
+    r = jnp.asarray(random_orthogonal(rng, 20) * 1.01, jnp.float32)
     assert error64(r) > 0.01
     assert error64(orthogonal.retract_polar(r, jnp.zeros_like(r))) < 2e-6
 
@@ -124,7 +125,7 @@ def test_spectral_norm_bound_is_a_bound_and_a_close_one(a, size):
 
 @pytest.mark.parametrize("d", [2, 100])
 def test_spectral_norm_bound_on_equal_and_on_lone_singular_values(d, rng):
-    q = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32)
+    q = random_orthogonal(rng, d).astype(np.float32)
     assert spectral_norm_bound(jnp.asarray(q)) == pytest.approx(d ** (1 / 16), rel=1e-4)  # the worst case
     assert spectral_norm_bound(jnp.asarray(np.outer(q[0], q[1]))) == pytest.approx(1.0, rel=1e-4)  # exact
 
@@ -172,7 +173,7 @@ def test_polar_in_float32_is_orthogonal_to_rounding(rng):
 
 def test_newton_schulz_squares_the_error(x64, rng):
     """One step turns an error e in the singular values into about 1.5 e²."""
-    q = jnp.asarray(np.linalg.qr(rng.standard_normal((10, 10)))[0])
+    q = jnp.asarray(random_orthogonal(rng, 10))
     for e in (1e-2, 1e-3, 1e-4):
         singular_values = jnp.linalg.svd(orthogonal.newton_schulz((1 + e) * q, 1), compute_uv=False)
         np.testing.assert_allclose(1 - singular_values, 1.5 * e**2, rtol=0.02)

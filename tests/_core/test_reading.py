@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import random_orthogonal
 from rotsparse._core import files
 from rotsparse._core.errors import CheckError
 from rotsparse._core.reading import load_npy, load_npz, load_safetensors, safetensors
@@ -24,7 +25,7 @@ from rotsparse.runs import folders, inputs, listing
 
 def rotations_file(path, rng):
     path = path / "rotations.safetensors"
-    q = [np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32) for d in (4, 3)]
+    q = [random_orthogonal(rng, d).astype(np.float32) for d in (4, 3)]
     Rotations(*q).save(path, {"seed": 0})
 
     def read():
@@ -49,7 +50,7 @@ def npz_file(path, rng):
 
 def solution_file(path, rng):
     path = path / "solution.npz"
-    bases: dict[str, Any] = {"in": np.linalg.qr(rng.standard_normal((4, 4)))[0]}
+    bases: dict[str, Any] = {"in": random_orthogonal(rng, 4)}
     history = History(np.ones((1, 3)), np.array([0, 2]), np.ones((1, 2)))
     free = {"in": np.ones(4, bool)}
     Solution(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import random_orthogonal
 from layer_kinds import D_IN, LAYERS
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
@@ -19,7 +20,7 @@ N = 3
 
 def a_subspace(rng):
     layer = LAYERS["mlp"](rng)
-    frames = (np.linalg.qr(rng.standard_normal((d, d)))[0][:k] for d, k in ((layer.d_in, 4), (layer.d_out, 3)))
+    frames = (random_orthogonal(rng, d)[:k] for d, k in ((layer.d_in, 4), (layer.d_out, 3)))
     return Subspace(layer, *(frame.astype(np.float32) for frame in frames))
 
 

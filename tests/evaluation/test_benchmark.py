@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from helpers import sparse_weights
+from planted_bases import hidden_block
 from rotsparse._core.orthogonal import haar
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
@@ -24,10 +24,8 @@ ANNEAL: dict[str, Any] = {"method": rs.Anneal(steps=600)}
 def planted(rng):
     """A block of neurons with two inputs and two outputs each, hidden by rotations; and its inputs."""
     n = 8
-    w_in, w_out = sparse_weights(rng, n, 3 * n)
     q_in, q_out = (np.asarray(haar(k, n)) for k in jax.random.split(KEY))
-    layer = rs.MLP((w_in @ q_in).astype(np.float32), None, (q_out.T @ w_out).astype(np.float32))
-    return layer, rng.standard_normal((300, n)).astype(np.float32)
+    return hidden_block(rng, q_in, q_out, hidden=3 * n), rng.standard_normal((300, n)).astype(np.float32)
 
 
 def test_structure_that_is_there_is_found_and_that_of_the_control_is_not(planted):

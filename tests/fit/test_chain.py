@@ -1,7 +1,6 @@
 """Several layers at once: what is shared, what is held, and whether neighbours' sparse directions are the same."""
 
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,25 +8,19 @@ import pytest
 from safetensors.numpy import load_file
 
 import rotsparse as rs
+from helpers import SHARED, random_orthogonal
+from planted_bases import hidden_block
 from rotsparse.data import sources
 from rotsparse.fit.chain import _connected
 from rotsparse.objectives import JacobianSparsity
 from signals import send
 
-MNIST = Path(__file__).parents[2] / "../shared/data"
 D = 8
 KEY = jax.random.key(0)
 
 
 def sparse_block(rng, turn_in, turn_out):
-    """An MLP block in which every hidden neuron reads two directions of `turn_in` and writes to two of `turn_out`."""
-    hidden = 3 * D
-    w_in, w_out = np.zeros((hidden, D)), np.zeros((D, hidden))
-    for h in range(hidden):
-        w_in[h, rng.choice(D, 2, replace=False)] = rng.normal(size=2)
-        w_out[rng.choice(D, 2, replace=False), h] = rng.normal(size=2)
-    w_in, w_out = (w_in @ turn_in).astype(np.float32), (turn_out.T @ w_out).astype(np.float32)
-    return rs.MLP(w_in, rng.normal(size=hidden).astype(np.float32), w_out, activation="relu")
+    return hidden_block(rng, turn_in, turn_out, hidden=3 * D, bias=lambda: rng.standard_normal(3 * D))
 
 
 @pytest.fixture
@@ -38,7 +31,7 @@ def rng():
 
 def planted(rng, *, same: bool):
     """Two blocks, whose sparse directions between them are the same, or independent."""
-    turns = [np.linalg.qr(rng.normal(size=(D, D)))[0] for _ in range(4)]
+    turns = [random_orthogonal(rng, D) for _ in range(4)]
     layers = sparse_block(rng, turns[0], turns[1]), sparse_block(rng, turns[1 if same else 2], turns[3])
     return layers, rng.normal(size=(400, D)).astype(np.float32), turns
 
@@ -187,15 +180,15 @@ def test_bad_input_is_explained(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (MNIST / "mlp_mnist").exists(), reason="the MNIST network is not at ../shared/data/mlp_mnist")
+@pytest.mark.skipif(not (SHARED / "mlp_mnist").exists(), reason="the MNIST network is not at ../shared/data/mlp_mnist")
 def test_the_mnist_network_joint_and_separate():
-    tensors = load_file(MNIST / "mlp_mnist/model.safetensors")  # row vectors: h = x @ W + b
+    tensors = load_file(SHARED / "mlp_mnist/model.safetensors")  # row vectors: h = x @ W + b
     kinds = ("relu", "relu", "identity")
     layers = [
         rs.Dense(np.ascontiguousarray(tensors[f"layers.{i}.W"].T), tensors[f"layers.{i}.b"], activation=kind)
         for i, kind in enumerate(kinds)
     ]
-    with np.load(MNIST / "mnist/mnist.npz") as images:
+    with np.load(SHARED / "mnist/mnist.npz") as images:
         x, test = (images[name].reshape(-1, 784)[:500].astype(np.float32) / 255 for name in ("train_x", "test_x"))
     options = {"key": KEY, "hold": (0,), "scale_inputs": False, "method": rs.Anneal(steps=1000)}
     fits = (rs.fit_chain(layers, x, joint=joint, **options) for joint in (False, True))

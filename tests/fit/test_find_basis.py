@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from helpers import random_orthogonal
+from planted_bases import sparse_activations
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
 from rotsparse.examples.digits import train
@@ -15,11 +17,11 @@ from rotsparse.solvers.fixed_point import FixedPoint, top_k
 KEY = jax.random.key(0)
 
 
-def planted(d=12, n=3000, theta=0.2):
+def planted():
+    """Activations, and the directions that they are sums of."""
     rng = np.random.default_rng(0)
-    dictionary = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    codes = rng.standard_normal((n, d)) * (rng.random((n, d)) < theta)
-    return (codes @ dictionary).astype(np.float32), dictionary  # rows of the dictionary are the directions
+    directions = random_orthogonal(rng, 12)
+    return sparse_activations(rng, 3000, directions, 0.2).astype(np.float32), directions
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_it_loses_less_energy_than_principal_components(activations):
 def half_zero(rng):
     """`x = Dᵀ s` with s half zeros: all energy lies in d/2 coordinates of the basis D."""
     d = 12
-    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    basis = random_orthogonal(rng, d)
     kept = np.argsort(rng.random((3000, d)), axis=1) < d // 2
     return (rng.standard_normal((3000, d)) * kept @ basis).astype(np.float32), basis
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import random_orthogonal
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.orthogonal import haar, retract_cayley, retract_expm, retract_qr
 from rotsparse.engine.solution import Result, Solution
@@ -32,7 +33,7 @@ D = 8
 def planted(n=400, d=D, seed=0):
     """`f(x) = Q_out φ(Q_inᵀ x)` with an elementwise φ: diagonal Jacobians in the rotated basis."""
     rng = np.random.default_rng(seed)
-    q_in, q_out = (np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32) for _ in range(2))
+    q_in, q_out = (random_orthogonal(rng, d).astype(np.float32) for _ in range(2))
     layer = Dense(q_in.T.copy(), activation="squared_relu").rotate(None, q_out)
     return layer, rng.standard_normal((n, d)).astype(np.float32), Rotations(q_in.T.copy(), q_out.T.copy())
 
@@ -130,7 +131,7 @@ def test_active_subspace_of_a_layer_with_few_directions():
     """Variance in 3 of 12 directions: only these are rotated, and what is found lies in them."""
     layer, x3, truth = planted(d=3)
     rng = np.random.default_rng(1)
-    frame = np.linalg.qr(rng.standard_normal((12, 12)))[0].astype(np.float32)
+    frame = random_orthogonal(rng, 12).astype(np.float32)
     wide = FunctionLayer(lambda x: frame[:3].T @ layer(frame[:3] @ x), 12, 12)
     x = x3 @ frame[:3] + 1e-4 * rng.standard_normal((len(x3), 12)).astype(np.float32)
     solution = quick(wide, x, active_subspace=0.999, restarts=2, validation=x[:50], steps=100)
@@ -265,7 +266,7 @@ def test_one_compilation_serves_the_whole_run(monkeypatch):
 
 def test_activations_and_sums_go_through_minimize(rng):
     codes = rng.standard_normal((2000, 6)) * (rng.random((2000, 6)) < 0.2)
-    q = np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    q = random_orthogonal(rng, 6)
     x = (codes @ q).astype(np.float32)
     objective = ActivationSparsity(x, measures.Log(0.3))
     start = {"in": haar(KEY, 6)}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import random_orthogonal
 from rotsparse._core.files import write_atomically
 from rotsparse.layers.rotations import Rotations
 
@@ -112,7 +113,7 @@ def test_the_message_names_the_side():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_round_trip_is_bitwise_with_metadata(dtype, tmp_path, rng):
-    r_in, r_out = (np.linalg.qr(rng.standard_normal((d, d)))[0].astype(dtype) for d in (5, 7))
+    r_in, r_out = (random_orthogonal(rng, d).astype(dtype) for d in (5, 7))
     rotations = Rotations(r_in, r_out)
     metadata = {"seed": 3, "measure": {"name": "log", "eps": 0.1}, "note": "naïve Σ", "losses": [0.5, None]}
     rotations.save(tmp_path / "rotations.safetensors", metadata)

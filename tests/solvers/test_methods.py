@@ -8,7 +8,8 @@ import optax
 import pytest
 
 import rotsparse as rs
-from helpers import sparse_activations
+from helpers import random_orthogonal
+from planted_bases import sparse_activations
 from rotsparse._core.orthogonal import haar, worst_error
 from rotsparse.engine.method import Problem
 from rotsparse.engine.run import Run
@@ -18,7 +19,7 @@ KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 LAYER = rs.MLP(*(RNG.standard_normal(s).astype(np.float32) for s in ((10, D), 10, (D, 10))), activation="gelu")
 X = RNG.standard_normal((80, D)).astype(np.float32)
-CODES = sparse_activations(RNG, 300, np.linalg.qr(RNG.standard_normal((D, D)))[0], 0.3).astype(np.float32)
+CODES = sparse_activations(RNG, 300, random_orthogonal(RNG, D), 0.3).astype(np.float32)
 JACOBIAN = rs.JacobianSparsity(LAYER, X, rs.Log(0.3))
 
 PROBLEMS = {

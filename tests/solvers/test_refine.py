@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import random_orthogonal
+from planted_bases import hidden_block
 from rotsparse.engine.method import Method
 from rotsparse.fit.minimize import minimize
-from rotsparse.layers.mlp import MLP, Dense
+from rotsparse.layers.mlp import Dense
 from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity
 from rotsparse.objectives.measures import Log, TopK
 from rotsparse.solvers import Anneal, PairSearch, Refine, Then
@@ -23,11 +25,9 @@ D = 12
 
 def sparse_block(rng, turn=None, examples=200):
     """Every neuron has two inputs and two outputs; `turn` mixes the inputs."""
-    w_in, w_out = np.zeros((2 * D, D), np.float32), np.zeros((D, 2 * D), np.float32)
-    for neuron in range(2 * D):
-        w_in[neuron, rng.choice(D, 2, replace=False)] = rng.choice([-1, 1], 2)
-        w_out[rng.choice(D, 2, replace=False), neuron] = rng.choice([-1, 1], 2)
-    layer = MLP(w_in if turn is None else w_in @ turn, None, w_out, activation="gelu")
+    turn = np.eye(D, dtype=np.float32) if turn is None else turn
+    signs = lambda: rng.choice([-1, 1], 2)  # noqa: E731
+    layer = hidden_block(rng, turn, np.eye(D), hidden=2 * D, values=signs, activation="gelu")
     return JacobianSparsity(layer, rng.standard_normal((examples, D)).astype(np.float32), Log(0.1), scale_inputs=False)
 
 
@@ -69,7 +69,7 @@ def test_mixed_pairs_are_found_without_any_polish(rng):
 
 def test_a_polish_that_harms_is_dropped(rng):
     objective = sparse_block(rng, turned_by(0.7, [(0, 1)]))
-    harmful = np.linalg.qr(rng.standard_normal((D, D)))[0].astype(np.float32)
+    harmful = random_orthogonal(rng, D).astype(np.float32)
     refined = refine(objective, identity(), lambda bases: bases | {"out": jnp.asarray(harmful)}, screen=None)
     assert refined.certificate.value < float(objective.value(identity()))
 

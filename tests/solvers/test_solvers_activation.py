@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import random_orthogonal
+from planted_bases import sparse_activations
 from rotsparse._core.orthogonal import haar, orthogonality_error
 from rotsparse.fit.minimize import minimize
 from rotsparse.objectives import ActivationSparsity, WeightedSum, measures
@@ -22,9 +24,8 @@ D = 12
 def planted(seed=0, n=3000, d=D, density=0.3, dtype=jnp.float32):
     """Bernoulli-Gaussian activations `x = A s`, and the orthogonal A."""
     rng = np.random.default_rng(seed)
-    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    sources = rng.standard_normal((n, d)) * (rng.random((n, d)) < density)
-    return jnp.asarray((sources @ basis.T).astype(dtype)), basis
+    basis = random_orthogonal(rng, d)
+    return jnp.asarray(sparse_activations(rng, n, basis.T, density).astype(dtype)), basis
 
 
 def recovery_error(r, basis):

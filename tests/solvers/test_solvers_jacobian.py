@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from planted_bases import hidden_block
 from rotsparse._core.orthogonal import haar, orthogonality_error
 from rotsparse.engine.solution import Result
 from rotsparse.fit.minimize import minimize
-from rotsparse.layers.mlp import MLP
 from rotsparse.objectives import JacobianSparsity, Objective, WeightedSum
 from rotsparse.objectives.measures import Log
 from rotsparse.solvers import Anneal, Riemannian
@@ -21,13 +21,16 @@ def planted(d, seed, activation="relu", n=256):
     """The objective of an MLP block that is sparse on both sides (every one of its 2d neurons has two inputs and two
     outputs), hidden by two Haar-random rotations; and the bases that undo them."""
     rng = np.random.default_rng(seed)
-    w_in, w_out = np.zeros((2 * d, d), np.float32), np.zeros((d, 2 * d), np.float32)
-    for neuron in range(2 * d):
-        w_in[neuron, rng.choice(d, 2, replace=False)] = rng.choice([-1, 1], 2) * rng.uniform(0.5, 1.5, 2)
-        w_out[rng.choice(d, 2, replace=False), neuron] = rng.choice([-1, 1], 2) * rng.uniform(0.5, 1.5, 2)
-    keys = jax.random.split(jax.random.key(seed))
-    q_in, q_out = (np.asarray(haar(key, d)) for key in keys)
-    layer = MLP(w_in @ q_in, rng.standard_normal(2 * d).astype(np.float32) / 10, q_out.T @ w_out, activation=activation)
+    q_in, q_out = (np.asarray(haar(key, d)) for key in jax.random.split(jax.random.key(seed)))
+    layer = hidden_block(
+        rng,
+        q_in,
+        q_out,
+        hidden=2 * d,
+        values=lambda: rng.choice([-1, 1], 2) * rng.uniform(0.5, 1.5, 2),
+        bias=lambda: rng.standard_normal(2 * d) / 10,
+        activation=activation,
+    )
     x = rng.standard_normal((n, d)).astype(np.float32)
     objective = JacobianSparsity(layer, x, Log(0.1), scale_inputs=False)
     return objective, {"in": jnp.asarray(q_in), "out": jnp.asarray(q_out)}
