@@ -31,7 +31,7 @@ def match(a: Directions, b: Directions) -> Match:
 
     `a` is `[k, d]`, `b` is `[m, d]` with `m ≥ k`; rows need not be orthogonal or of unit length. Cost O(k² m).
 
-    Raises `ValueError` where the widths differ, `b` has fewer rows than `a`, or a row is zero.
+    Raises `ValueError` if the widths differ, `b` has fewer rows than `a`, or a row is zero.
     """
     a, b = _unit_rows("a", a), _unit_rows("b", b)
     if a.shape[1] != b.shape[1] or len(a) > len(b):
@@ -62,7 +62,7 @@ def amari_distance(a: Directions, b: Directions) -> float:
     largest possible value `d - 1`. (Amari, Cichocki & Yang, "A New Learning Algorithm for Blind Signal Separation",
     1996.)
 
-    Raises `ValueError` where the matrices are not square, not of one size, or not orthogonal.
+    Raises `ValueError` if the matrices are not square, not of one size, or not orthogonal.
     """
     a, b = _unit_rows("a", a), _unit_rows("b", b)
     for name, m in (("a", a), ("b", b)):

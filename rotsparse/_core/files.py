@@ -81,7 +81,7 @@ def write_atomically(path: str | os.PathLike, payload: bytes) -> None:
 def writing(path: str | os.PathLike) -> Iterator[io.BufferedRandom]:
     """A file, open for writing and reading, that becomes `path` when the block ends well and vanishes when it does not.
 
-    The bytes reach the disk before the rename. Raises `ValueError` where `path` is something that rotsparse did not
+    The bytes reach the disk before the rename. Raises `ValueError` if `path` is something that rotsparse did not
     write, `OSError` where the folder is missing, read-only or full.
     """
     path = absolute(path)
@@ -122,7 +122,7 @@ def appending(path: str | os.PathLike) -> int:
 
 
 def check_new_file(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raise `ValueError` where `path` cannot be written: there is no such folder, something is there, or (with
+    """Raise `ValueError` if `path` cannot be written: there is no such folder, something is there, or (with
     `overwrite`) something that rotsparse did not write."""
     path = absolute(path)
     if path.is_dir():
@@ -135,7 +135,7 @@ def check_new_file(path: str | os.PathLike, overwrite: bool) -> None:
 
 
 def make_folder(path: str | os.PathLike, *, own: bool = False) -> None:
-    """Make a folder, and the folders above it, where there is none. Raises `ValueError` where something else is there,
+    """Make a folder, and the folders above it, where there is none. Raises `ValueError` if something else is there,
     a symbolic link too.
 
     Within what rotsparse made, the folder belongs to that; elsewhere (and always with `own`) it has a record of its
@@ -214,7 +214,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not. Everything that
     the block puts into it counts as made by rotsparse.
 
-    Raises `ValueError` where `path` already exists.
+    Raises `ValueError` if `path` already exists.
     """
     path = absolute(path)
     _check_absent(path)
@@ -241,7 +241,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def move(path: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Give a folder within a recorded one another name there. Raises `ValueError` where that name is taken."""
+    """Give a folder within a recorded one another name there. Raises `ValueError` if that name is taken."""
     path, target = absolute(path), absolute(target)
     record = covering(path)
     _check_absent(target)
@@ -257,7 +257,7 @@ def put(work: str | os.PathLike, path: str | os.PathLike, *, replace: bool = Fal
     """Move a folder that rotsparse made to `path` beside it. With `replace`, an earlier one that is there is moved
     aside first and removed last: two renames, and both folders are whole at every moment.
 
-    Raises `ValueError` where something is there that is not to be replaced.
+    Raises `ValueError` if something is there that is not to be replaced.
     """
     work, path = absolute(work), absolute(path)
     with parent_folder(path) as parent:
@@ -307,7 +307,7 @@ def npz(**arrays: Any) -> bytes:
 
 
 def _check_file(path: Path, folder: int) -> bool:
-    """Whether there is a file to replace. Raises `ValueError` where something is there that rotsparse did not write."""
+    """Whether there is a file to replace. Raises `ValueError` if something is there that rotsparse did not write."""
     try:
         mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
     except FileNotFoundError:

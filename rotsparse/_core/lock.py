@@ -24,7 +24,7 @@ class FolderLock:
     """An exclusive lock on a folder, held from `__init__` to `release`.
 
     The operating system holds it (`flock` on the file `lock`), so it ends with the process, however that ends: a lock
-    file that a killed process left behind locks nothing. A missing folder is made. Raises `ValueError` where another
+    file that a killed process left behind locks nothing. A missing folder is made. Raises `ValueError` if another
     process holds the lock, the folder cannot be written to, or a file or link called `lock` is in the way.
     """
 

@@ -126,7 +126,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def new_record(folder: int, *, made: bool) -> None:
-    """Begin a record in an open folder. Raises `FileExistsError` where something has its name."""
+    """Begin a record in an open folder. Raises `FileExistsError` if something has its name."""
     temporary = temporary_name()
     _write(temporary, folder, [_header(secrets.token_hex(16), made)])
     try:
@@ -157,7 +157,7 @@ def outermost(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def folder_below(top: Path, folder: Path | None = None) -> Iterator[int]:
-    """`folder`, opened from `top` on without following a symbolic link. Raises `ValueError` where there is one."""
+    """`folder`, opened from `top` on without following a symbolic link. Raises `ValueError` if there is one."""
     handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
     try:
         here = top
@@ -210,7 +210,7 @@ def parent_folder(path: Path) -> Iterator[int]:
 
 
 def appear(temporary: str, name: str, folder: int) -> None:
-    """Give a file in an open folder its name. Raises `FileExistsError` where something has it."""
+    """Give a file in an open folder its name. Raises `FileExistsError` if something has it."""
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:

@@ -1,1 +1,1 @@
-"""Examples in memory, on disk, and spread over devices; their moments."""
+"""Examples in memory, on disk and spread over devices, and their moments."""

@@ -1,9 +1,9 @@
-"""Many devices: examples are spread over one axis of a mesh and restarts over the other. Rotations are the same on
-every device along the first axis.
+"""Many devices: examples are spread over one axis of a mesh, restarts over the other. All devices along the first axis
+hold the same rotations.
 
 Every device runs the same program (`jax.shard_map`) on its own examples and its own restarts. The sums over all
 examples need one all-reduce of `d_in² + d_out²` numbers a step. Which examples a step sees does not depend on the
-number of devices; the result depends on it only through the rounding of sums taken in another order.
+number of devices; the result depends on it only through the rounding of sums in another order.
 
 With several processes (`jax.distributed`) the mesh holds the devices of all of them, every process runs the same Python
 program, and each reads only the examples of its own devices.
@@ -30,10 +30,10 @@ _EVERYWHERE = PartitionSpec()
 
 
 def device_mesh(*, restarts: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices of all processes (or of `devices`), in `restarts` groups: every group fits its share of the
-    restarts, and within a group every device has its share of the examples.
+    """A mesh of all devices of all processes (or of `devices`), in `restarts` groups: each group fits its share of the
+    restarts, and within a group each device has its share of the examples.
 
-    A single device is a mesh, too, so the same program runs on any number. Raises `ValueError` if the devices cannot
+    A single device is also a mesh, so the same program runs on any number. Raises `ValueError` if the devices cannot
     be divided into that many groups of equal size.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -44,7 +44,7 @@ def device_mesh(*, restarts: int = 1, devices: Sequence[Any] | None = None) -> M
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that reports progress and writes files."""
+    """Whether this process reports progress and writes files."""
     return jax.process_index() == 0
 
 
@@ -59,9 +59,9 @@ def of_all_processes(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where a fit runs: on a mesh, or on the default device (`mesh=None`), for which every method does nothing.
+    """The devices of a fit: a mesh, or the default device (`mesh=None`), for which most methods do nothing.
 
-    Raises `ValueError` for a mesh whose axes are not those of `device_mesh`.
+    Raises `ValueError` for a mesh with other axes than `device_mesh` makes.
     """
 
     mesh: Mesh | None
@@ -134,8 +134,8 @@ class Devices:
         return read
 
     def batches(self, read: Any) -> Any:
-        """Put what readers have read on the devices: `[restarts, steps, batch, width]`, each device with its part of
-        the batch."""
+        """Put what readers have read on the devices: `[restarts, steps, batch, width]`, to each device its part of the
+        batch."""
         return jax.tree.map(lambda leaf: leaf.spread() if isinstance(leaf, _Blocks) else jnp.asarray(leaf), read)
 
     # --- programs
@@ -158,7 +158,7 @@ class Devices:
             mesh=self.mesh,
             in_specs=(list(layout), PartitionSpec(RESTARTS), PartitionSpec(RESTARTS, None, EXAMPLES)),
             out_specs=PartitionSpec(RESTARTS),
-            check_vma=False,  # rotations are equal along the examples' axis because the sums are
+            check_vma=False,  # rotations are equal along the axis of examples, because the sums are
         )(leaves, restarts, batches)
 
     def _place(self, tree, spec):

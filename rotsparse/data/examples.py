@@ -1,6 +1,6 @@
-"""`Examples`: the examples of an objective, where they lie, and how minibatches of them are drawn.
+"""`Examples`: the examples of an objective, and how minibatches are drawn from them.
 
-Which rows step t sees follows from its key alone, wherever the rows are: in memory, on disk, or spread over devices.
+The key of a step alone determines its rows, whether they are in memory, on disk, or spread over devices.
 """
 
 import functools
@@ -20,9 +20,9 @@ from rotsparse.data.sources import ArrayRows, Source
 
 
 class Examples(eqx.Module):
-    """Rows `x` that are in memory and, where there are more, the `source` that minibatches are read from.
+    """Rows `x` in memory, and the `source` from which minibatches are read if it has more rows.
 
-    `total`: how many there are, where `x` is only this device's share of them.
+    `total`: the number of examples, if `x` is only this device's share of them.
     """
 
     x: Float[Array, "n d"]
@@ -31,7 +31,7 @@ class Examples(eqx.Module):
 
     @property
     def count(self) -> int:
-        """How many examples `sum` adds up."""
+        """The number of examples in `sum`."""
         return len(self.x) if self.total is None else self.total
 
     def moments(self) -> Moments:
@@ -49,9 +49,9 @@ class Examples(eqx.Module):
     # --- minibatches
 
     def draw(self, key: PRNGKeyArray, count: int | None, fetched: Any = None) -> "Examples":
-        """`count` random examples, drawn with replacement, so that means over them are unbiased; all of them where
-        `count` is `None` or no smaller than their number. `fetched` are the rows that belong to this key, where
-        `reading` has read them."""
+        """`count` random examples, drawn with replacement, so that means over them are unbiased; all examples if
+        `count` is `None` or not smaller than their number. `fetched`: the rows for this key, if `reading` has read
+        them."""
         if fetched is not None:
             return replace_fields(self, x=fetched, total=None if self.total is None else count)
         assert self.source is None, "the examples of this key are to be fetched first"
@@ -60,16 +60,16 @@ class Examples(eqx.Module):
         return replace_fields(self, x=self.x[_rows(key, count, len(self.x))])
 
     def share(self, count: int | None) -> float:
-        """The share of the examples in memory that `draw` returns: what a step costs, relative to all of them."""
+        """The share of the examples in memory that `draw` returns: the cost of a step relative to all of them."""
         return 1.0 if count is None else min(1.0, count / len(self.x))
 
     def fetched_bytes(self, count: int | None) -> int:
-        """What `reading` reads for one step of one restart."""
+        """The bytes that `reading` reads for one step of one restart."""
         rows = 0 if self.source is None or count is None else count
         return rows * self.x.shape[1] * self.x.dtype.itemsize
 
     def reading(self, keys: Key[Array, "restarts steps"], count: int | None, devices: Devices) -> Callable[[], Any]:
-        """A function that reads the examples that `draw` takes with each of these keys, `[restarts, steps]`. It may run
+        """A function that reads the examples that `draw` draws with each of these keys `[restarts, steps]`. It may run
         in any thread."""
         if self.source is None or count is None:
             return lambda: None
@@ -85,10 +85,10 @@ class Examples(eqx.Module):
 
 
 def chunked_sum(function: Callable, x: Float[Array, "n d"], chunk: int, total: int | None = None) -> Any:
-    """Sum of `function(x_chunk, weights)` over chunks of examples, one in memory at a time. The last chunk is filled up
+    """Sum of `function(x_chunk, weights)` over chunks of examples, one in memory at a time. The last chunk is padded
     with copies of weight zero.
 
-    With `total`, x is this device's share of so many examples, the last share filled up, and the sum is over all
+    With `total`, x is this device's share of so many examples (the last share is padded), and the sum is over all
     devices.
     """
     if total is None:
@@ -98,7 +98,7 @@ def chunked_sum(function: Callable, x: Float[Array, "n d"], chunk: int, total: i
 
 
 def _chunked_sum(function, x, chunk: int, count):
-    """The same on this device, where only the first `count` examples count."""
+    """The same on one device, with weight zero after the first `count` examples."""
     n = len(x)
     if n <= chunk:
         return function(x, (jnp.arange(n) < count).astype(x.dtype))

@@ -21,7 +21,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[AnyArray, "m ..."], int]]:
-    """`x` in chunks of `size` rows, each with the number of rows that count.
+    """Split `x` into chunks of `size` rows; each comes with the number of its rows that are not padding.
 
     The last chunk is padded by repeating its last row, so that a jitted function sees one shape only.
     """
@@ -33,7 +33,7 @@ def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[Any
 
 
 def evenly_spaced(x: Shaped[AnyArray, "n *row"], count: int) -> Shaped[AnyArray, "m *row"]:
-    """At most `count` of the rows, evenly spaced."""
+    """At most `count` rows, evenly spaced."""
     return x if count >= len(x) else x[np.arange(count) * len(x) // count]
 
 
@@ -110,20 +110,20 @@ def covariance(
 
 
 def stream_moments(source: Source, path: str | os.PathLike | None = None, *, save_seconds: float = 60.0) -> Moments:
-    """Mean and covariance of all rows of a source, in one pass over it; the next block is read meanwhile.
+    """Mean and covariance of all rows of a source, in one pass; each block is read while the one before is summed.
 
-    With `path` the sums are saved there every `save_seconds` and at the end. An interrupted pass continues from them
-    and gives the same bits, since the blocks are the same; a finished pass is not repeated. With several processes
-    each reads its share of the rows and has its own file.
+    With `path` the sums are saved there every `save_seconds` and at the end. An interrupted pass resumes from them with
+    the same blocks, and so with the same bits; a complete pass is not repeated. Of several processes each reads its
+    share of the rows and writes its own file.
 
-    Raises `ValueError` if rows cannot be read or are not finite, `path` belongs to other data, or a file is there that
-    rotsparse did not write.
+    Raises `ValueError` if rows cannot be read or are not finite, or if `path` belongs to other data or was not written
+    by rotsparse.
     """
     first, last = (len(source) * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
     if path is not None and jax.process_count() > 1:
         path = f"{os.fspath(path)}.{jax.process_index()}-of-{jax.process_count()}"
     if path is not None:
-        check_new_file(path, overwrite=True)  # now, and not after the pass
+        check_new_file(path, overwrite=True)  # before the pass
     ends = hashlib.sha256(source.read(np.array([first, last - 1])).tobytes()).hexdigest()[:16]
     size = block_rows(source.shape[1])
     about = f"rows {first} to {last} of {source.fingerprint()} ({ends}) in blocks of {size}"
@@ -144,7 +144,8 @@ def _save_moments(path: str | os.PathLike, about: str, moments: Moments) -> None
 
 
 def _load_moments(path: str | os.PathLike, about: str, width: int) -> Moments:
-    """What was saved of a pass; nothing where there is no file, or a damaged one: the pass is taken again."""
+    """The saved moments of a pass; those of no rows if the file is missing or damaged, so that the pass starts again.
+    Raises `ValueError` for moments of other data."""
     try:
         file = load_npz(path)
         found = str(file["about"])

@@ -1,4 +1,4 @@
-"""From paths to sources."""
+"""Open sources from paths."""
 
 import os
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
 """Sources: examples that stay on disk, of which only requested rows are read.
 
-A fit needs random minibatches, one pass for the covariance, and a part of bounded size to judge rotations on. So a
-source offers random access only. Which rows a step sees follows from the key and the number of the step; they are the
-rows that an array in memory would give. No position in the data has to be stored.
+A fit needs random minibatches, one pass for the covariance, and a sample of bounded size on which rotations are judged.
+So a source offers random access only. The rows of a step follow from the key and the number of the step, and are those
+that an array in memory would give; no position in the data has to be stored.
 
-Files are read, not mapped: the pages of a mapped file count as the process's memory while there is room, and a
-truncated file would end the process without a message.
+Files are read, not memory-mapped: the pages of a mapped file count as memory of the process, and a truncated file would
+end the process without a message.
 """
 
 import abc
@@ -23,11 +23,12 @@ from jaxtyping import Float, Int
 from rotsparse._core.reading import npy_header, regular_file
 from rotsparse._core.types import Data
 
-# How much of a source is kept in memory, for judging rotations, `E[JᵀJ]`, the outputs' covariance and pair searches.
+# Size of the sample of a source that is kept in memory: for judging rotations, `E[JᵀJ]`, the covariance of outputs, and
+# pair searches.
 RESIDENT_EXAMPLES = 8192
 RESIDENT_BYTES = 256 * 2**20
 
-# A step draws its rows as 32-bit numbers.
+# Rows are drawn as 32-bit numbers.
 MOST_ROWS = 2**31 - 1
 
 T = TypeVar("T")
@@ -41,15 +42,15 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def _rows(self, rows: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k width"]:
-        """These rows, in this order, as floating-point numbers. Indices are within the source and may repeat."""
+        """Read these rows, in this order, as floating-point numbers. Indices are within the source and may repeat."""
 
     @abc.abstractmethod
     def where(self, row: int) -> str:
-        """Where a row comes from, for error messages."""
+        """The origin of a row, for error messages."""
 
     def read(self, rows: Int[np.ndarray, "k"] | range) -> Float[np.ndarray, "k width"]:
-        """These rows, in this order, as float32 or float64. Raises `ValueError`, with the row and its file, if a row
-        is outside the source, cannot be read, differs in width, or is not finite."""
+        """Read these rows, in this order, as float32 or float64. Raises `ValueError`, with the row and its file, if a
+        row is outside the source, cannot be read, differs in width, or is not finite."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise ValueError(f"rows {rows.min()} to {rows.max()} are outside {self}, which has {len(self)}")
@@ -76,12 +77,12 @@ class Source(abc.ABC):
         return self.read(((np.arange(examples) + offsets) * (n / examples)).astype(np.int64))
 
     def resident(self) -> Float[np.ndarray, "k width"]:
-        """The part of the source that a fit keeps in memory."""
+        """The sample of the source that a fit keeps in memory."""
         return self.part(max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1]))))
 
     def fingerprint(self) -> str:
-        """What a checkpoint compares, beside a hash of the resident part. It has no path, so data may move to another
-        folder."""
+        """A description that checkpoints compare, besides a hash of the sample in memory. It contains no path, so data
+        may be moved to another folder."""
         return f"a source of {self.shape[0]} x {self.shape[1]}"
 
     def __len__(self) -> int:
@@ -97,8 +98,8 @@ class Source(abc.ABC):
 class NpyFile(Source):
     """The rows of a `.npy` file `[n, width]`, or of a part of it.
 
-    Raises `ValueError` if it holds no floating-point matrix in C order; when rows are read, if it has become shorter
-    or is gone.
+    Raises `ValueError` if it is not a floating-point matrix in C order, and, when rows are read, if the file has become
+    shorter or is gone.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -107,7 +108,7 @@ class NpyFile(Source):
             with regular_file(self.path).open("rb") as f:
                 shape, fortran_order, self.dtype = npy_header(f)
                 self.offset = f.tell()
-        except Exception as error:  # of a damaged header NumPy's parser raises many kinds
+        except Exception as error:  # NumPy's parser raises many kinds of error for a damaged header
             raise ValueError(f"cannot read {self.path}: {error}") from None
         if len(shape) != 2 or fortran_order or self.dtype.kind != "f":
             order = " in Fortran order" if fortran_order else ""
@@ -170,7 +171,7 @@ class NpyFile(Source):
 
 
 class Shards(Source):
-    """Several sources of one width, one after the other."""
+    """Several sources of equal width, one after another."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
@@ -192,7 +193,7 @@ class Shards(Source):
 
     def _rows(self, rows):
         shards = np.searchsorted(self._ends, rows, side="right")
-        out = np.zeros((len(rows), self.shape[1]), np.float32)  # and not empty: what lies there may be cast below
+        out = np.zeros((len(rows), self.shape[1]), np.float32)  # not np.empty: it may be cast before it is filled
         for shard in map(int, np.unique(shards)):
             here = shards == shard
             part = self.sources[shard]._rows(rows[here] - self._first(shard))
@@ -223,8 +224,8 @@ class RowRange(Source):
 
 
 class Mapped(Source):
-    """A function, such as a layer, applied to the rows of another source, `[k, width] -> [k, d]`, each time that rows
-    are read."""
+    """A function `[k, width] -> [k, d]`, such as a layer, applied to the rows of another source whenever rows are
+    read."""
 
     def __init__(self, source: Source, function: Callable[[Any], Any]):
         self.source, self.function = source, function
@@ -292,8 +293,8 @@ class Dataset(Source):
 
 
 def as_source(x: Any) -> Source | None:
-    """`x` as a source if it is a `Source`, a NumPy memory map, or a dataset with a length and elements; `None` for
-    arrays, which are kept in memory. Raises `ValueError` for a source that cannot be used."""
+    """`x` as a source, if it is a `Source`, a NumPy memory map, or a dataset with a length and elements; `None` for
+    arrays. Raises `ValueError` for a source that cannot be used."""
     if isinstance(x, np.memmap):
         x = NpyFile.of_map(x)
     elif not isinstance(x, Source):
@@ -306,7 +307,7 @@ def as_source(x: Any) -> Source | None:
 
 
 def whole(name: str, x: Any) -> Any:
-    """`x` as an array, for steps that need all examples at once; a memory map is read. Raises `ValueError` for other
+    """`x` as an array, for methods whose steps need all examples; a memory map is read. Raises `ValueError` for other
     sources."""
     if not isinstance(x, np.memmap) and as_source(x) is not None:
         raise ValueError(
@@ -317,8 +318,8 @@ def whole(name: str, x: Any) -> Any:
 
 
 def in_memory(x: Any) -> tuple[Any, Source | None]:
-    """The part of `x` that is kept in memory (all of an array, the resident part of a source), and the source if it
-    holds more. Raises `ValueError` for a source that cannot be used."""
+    """The rows of `x` that are kept in memory (all of an array, a sample of a source), and the source if it has more.
+    Raises `ValueError` for a source that cannot be used."""
     source = as_source(x)
     if source is None:
         return x, None
@@ -327,8 +328,8 @@ def in_memory(x: Any) -> tuple[Any, Source | None]:
 
 
 def read_ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """Yield what each function returns, while the next one runs in a background thread. The iterator itself advances
-    in the caller's thread, one function ahead of the result that is yielded."""
+    """Yield the result of each function while the next one runs in a background thread. The iterable advances in the
+    caller's thread, one function ahead of the result."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for read in reads:

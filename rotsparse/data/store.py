@@ -1,7 +1,7 @@
 """Activations on disk: a folder with `manifest.json` and the rows in `.npy` shards.
 
-The manifest says which model, layer, site and tokens they come from, and lists every finished shard with its rows and
-SHA-256. It is replaced after each shard, so every listed shard is complete, and a capture can continue from there.
+The manifest names the model, layer, site and tokens, and lists every complete shard with its number of rows and its
+SHA-256. It is rewritten after each shard, so every listed shard is complete, and a capture can resume from there.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _PROGRESS = ("rows", "shards", "complete", "heavy_rows")
 
 
 class ActivationStore(Source):
-    """A finished store: `rows x width` numbers, of which only requested rows are read (as float32).
+    """A complete store: `rows x width` numbers, of which only requested rows are read (as float32).
 
     Raises `ValueError` if a shard is missing or differs from the manifest.
     """
@@ -46,8 +46,8 @@ class ActivationStore(Source):
         return self._shards._rows(rows)
 
     def verify(self) -> None:
-        """Read everything once and compare it with the manifest's hashes. Raises `ValueError`, with the shard's name,
-        if they differ."""
+        """Compare every shard with its hash in the manifest. Raises `CheckError`, with the name of the shard, if they
+        differ."""
         for shard in self.manifest["shards"]:
             with (self.folder / shard["file"]).open("rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
@@ -61,9 +61,9 @@ class ActivationStore(Source):
 
 
 def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> ActivationStore:
-    """The store in a folder; with a model's `fingerprint()`, only if it was captured from that model.
+    """Open the store in a folder. `fingerprint`: that of the model from which it must have been captured.
 
-    Raises `ValueError` if there is no store, it is unfinished, a shard is missing, or another model wrote it.
+    Raises `ValueError` if there is no store, if it is incomplete or lacks a shard, or if it is from another model.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether everything that is read from a manifest is there and of its type."""
+    """Whether all entries of a manifest that are read exist and have the right type."""
     shards = manifest.get("shards")
     return (
         isinstance(manifest.get("model"), str)
@@ -119,9 +119,9 @@ def _count(number: Any) -> bool:
 
 
 class StoreWriter:
-    """Adds shards to a new store or to an unfinished one.
+    """Add shards to a new store or to an incomplete one.
 
-    `settings` is everything that determines the rows. Raises `ValueError` for a store that began with other settings.
+    `settings`: everything that determines the rows. Raises `ValueError` for a store that began with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -142,24 +142,23 @@ class StoreWriter:
 
     @property
     def shards(self) -> int:
-        """How many shards are finished."""
+        """Number of complete shards."""
         return len(self.manifest["shards"])
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Write the complete shard number `index`; does nothing if it exists."""
+        """Write shard number `index` as a whole. Does nothing if it exists."""
         self.append(index, rows)
         self.close(index)
 
     def append(self, index: int, rows: np.ndarray) -> None:
-        """Add rows to shard number `index`, the next one, which becomes visible with `close`. Does nothing if it
-        exists."""
+        """Add rows to shard number `index`, the next one; `close` then completes it. Does nothing if it exists."""
         if index < self.shards:
             return
         assert index == self.shards, "shards are written in order"
         if self._open is None:
             if index == 0:
                 files.adopt(self.folder)
-                self._save()  # from now on the folder is known as this store, also after an interruption
+                self._save()  # from now on the folder is recognised as this store, also after an interruption
             files.remove_leftovers(self.folder)
             self._open = _GrowingArray(self.folder / f"{index:05d}.npy")
         self._open.append(rows)
@@ -183,7 +182,7 @@ class StoreWriter:
             self._open = None
 
     def finish(self) -> ActivationStore:
-        """Mark the store as complete, and open it."""
+        """Mark the store as complete and open it."""
         if not self.complete:
             self.manifest["complete"] = True
             self._save()
@@ -206,16 +205,16 @@ class StoreWriter:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with those of `tokens` on the same level."""
+    """The settings, with those of `tokens` on the top level."""
     return {**settings, **settings.get("tokens", {}), "tokens": None}
 
 
 class _Abandoned(Exception):
-    """A shard is given up before it is whole."""
+    """Raised to discard a shard that is not complete."""
 
 
 class _GrowingArray:
-    """A `.npy` file that grows by rows, so that no shard has to fit into memory."""
+    """A `.npy` file to which rows are appended, so that a shard need not fit into memory."""
 
     def __init__(self, path: Path):
         self._rows, self._writing = 0, contextlib.ExitStack()
@@ -229,7 +228,7 @@ class _GrowingArray:
         self._rows += len(rows)
 
     def finish(self) -> tuple[int, str]:
-        """Move the complete array into its place. Returns the number of its rows and its SHA-256."""
+        """Complete the file under its final name. Returns the number of rows and the SHA-256."""
         with self._writing:
             self._file.seek(0)
             self._write_header()
@@ -243,7 +242,7 @@ class _GrowingArray:
             raise _Abandoned
 
     def _write_header(self) -> None:
-        # NumPy's header has room for any number of rows, so it can be overwritten in place.
+        # NumPy pads its header for any number of rows, so the header can be overwritten.
         descr = np.lib.format.dtype_to_descr(self._like.dtype)
         shape = (self._rows, *self._like.shape[1:])
         np.lib.format.write_array_header_1_0(self._file, {"descr": descr, "fortran_order": False, "shape": shape})

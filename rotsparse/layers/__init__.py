@@ -1,4 +1,4 @@
-"""Layers: a view of one stage of a network, with its Jacobian in closed form; rotations, and how they fold into it."""
+"""Layers, each a stage of a network with its Jacobian in closed form; rotations, and folding them into layers."""
 
 from rotsparse.layers.base import Layer as Layer
 from rotsparse.layers.function import FunctionLayer as FunctionLayer

@@ -1,4 +1,4 @@
-"""The arithmetic that the closed-form Jacobians share."""
+"""The arithmetic of closed-form Jacobians."""
 
 import functools
 
@@ -10,7 +10,8 @@ import numpy as np
 from rotsparse._core.checks import weight
 from rotsparse.layers.activations import derivative
 
-# Gather active neurons up to this share of all. Measured on two CPU cores: at 0.4 it saves little, at 0.5 nothing.
+# Active neurons are gathered if they are at most this share of all. Measured on two CPU cores: at 0.4 this saves
+# little, at 0.5 nothing.
 GATHERED_SHARE = 0.4
 
 
@@ -18,8 +19,8 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     """`Z = A · Σ_k diag(g_k) B_k` with `A = R_out L`, `B_k = M_k D R_inᵀ`, plus the rank-one part of the norm's
     derivative and the rotated skip connection.
 
-    The norm's derivative is `(1/r)(D - (γ⊙n̂) n̂ᵀ/d)` with `D = diag(γ) P` (see `norms`): the scalar `1/r` goes into the
-    gates, and the rank-one part stays factored, `-(A w)(R_in n̂)ᵀ/d` with `w = Σ_k g_k ⊙ M_k(γ⊙n̂)`.
+    The norm's derivative is `(1/r)(D - (γ⊙n̂) n̂ᵀ/d)` with `D = diag(γ) P` (see `norms`): the scalar `1/r` goes into
+    the gates, and the rank-one part stays factored, `-(A w)(R_in n̂)ᵀ/d` with `w = Σ_k g_k ⊙ M_k(γ⊙n̂)`.
     """
     a = left if r_out is None else (r_out if left is None else r_out @ left)
     correction = None
@@ -69,7 +70,7 @@ def _active(gates):
 
 def _gather(gates, active: int):
     """The indices of the active neurons of each example, `[n, active]`, and their gates. Unused places have gates of
-    zero. An example with more active neurons than places gets NaN, because some of them would be missing."""
+    zero. An example with more active neurons than places gets NaN, because some neurons would be missing."""
     used = _active(gates)
     index = jax.vmap(lambda u: jnp.nonzero(u, size=active, fill_value=0)[0])(used)
     count = jnp.sum(used, axis=1, keepdims=True)

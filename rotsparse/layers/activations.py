@@ -78,8 +78,8 @@ ACTIVATIONS: dict[str, Activation] = {
 def as_activation(activation: str | Activation) -> Activation:
     """The function itself, or the one with that name.
 
-    Raises `ValueError` for an unknown name, with a list of the known ones, and for a function that does not act on
-    every entry by itself: each is tried on a few numbers.
+    Raises `ValueError` for an unknown name, with a list of the known ones, and for a function that is not elementwise,
+    which is tested on a few numbers.
     """
     if callable(activation):
         if activation not in ACTIVATIONS.values():
@@ -109,7 +109,7 @@ def _check_elementwise(activation: Activation) -> None:
 
 @lru_cache(256)
 def _why_not_elementwise(activation: Activation) -> str | None:
-    """Try it on a matrix, and on the same numbers in other company."""
+    """Apply it to a matrix, and to the same numbers in other arrays: say what differs; `None` if nothing does."""
     numbers = np.linspace(-3.1, 2.9, 77, dtype=np.float32)
     numbers = np.random.default_rng(0).permutation(numbers).reshape(7, 11)
     others = {"in a smaller array": np.s_[:3, :5], "in another order": np.s_[::-1, ::-1]}
@@ -124,7 +124,7 @@ def _why_not_elementwise(activation: Activation) -> str | None:
                     values, whole[part], rtol=1e-3, atol=1e-4, equal_nan=True
                 ):
                     return f"gives the same numbers other values {where} (does it normalise, or have parameters?)"
-    except jax.errors.JAXTypeError:  # it depends on values that are being traced: nothing can be tried
+    except jax.errors.JAXTypeError:  # it depends on traced values and cannot be tested
         return None
     except Exception as error:
         return f"fails on an array of shape [7, 11] with {type(error).__name__}: {str(error)[:200]}"

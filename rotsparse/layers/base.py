@@ -1,4 +1,4 @@
-"""What a layer is: a view of one stage `y = f(x)` of a network, with its per-example Jacobian.
+"""`Layer`: one stage `y = f(x)` of a network, with its per-example Jacobian.
 
 The Jacobian of a layer made of weights is `J(x) = Σ_k L diag(g_k(x)) M_k`, with small corrections for a norm in front
 and a skip connection around it (`ClosedForm`). Rotated, `R_out J R_inᵀ = Σ_k (R_out L) diag(g_k) (M_k R_inᵀ)`: the
@@ -45,9 +45,10 @@ class Layer(eqx.Module):
 
     def gathered(self, x: Float[AnyArray, "n d_in"]) -> "Layer":
         """The same layer with a faster `jacobian` for these examples, if most hidden neurons have a gate of exactly
-        zero on each of them (ReLU): only active neurons enter the matrix products. Returns `self` if that is no faster.
+        zero on each of them (ReLU): only active neurons enter the matrix products. Returns `self` if that is not
+        faster.
 
-        For an example with more active neurons than any of these, its Jacobian is NaN.
+        The Jacobian of an example with more active neurons than any of these examples is NaN.
         """
         return self
 
@@ -86,8 +87,8 @@ class ClosedForm(Layer):
 
     @abc.abstractmethod
     def gates(self, x: Float[AnyArray, "n d_in"]) -> tuple[Float[Array, "n hidden"], ...]:
-        """Every `g_k(x)`, in full precision whatever the objective's precision is: which neurons are active must not
-        depend on it."""
+        """Every `g_k(x)`, always in full precision: which neurons are active must not depend on the precision of the
+        objective."""
 
     def jacobian(self, x, r_in=None, r_out=None):
         return _closed_forms.jacobian(

@@ -67,8 +67,8 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
-    """The one array `[examples, width]` in a file. Raises `ValueError` for several arrays, another shape, or values
-    that are not finite."""
+    """Read the only array `[examples, width]` of a file. Raises `ValueError` for several arrays, another shape, or
+    values that are not finite."""
     arrays = load_arrays(path)
     if len(arrays) != 1:
         raise ValueError(
@@ -78,13 +78,13 @@ def load_activations(path: str | os.PathLike, width: int) -> np.ndarray:
 
 
 def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source:
-    """The activations in a file, or in a folder that `rotsparse capture` wrote: an array, or a source if a `.npy` file
-    or a folder holds more than `LOADED_BYTES`. Compares a folder with its hashes. Raises `ValueError` for activations
-    that do not fit; of a source only the width is checked."""
+    """Open the activations in a file, or in a folder that `rotsparse capture` wrote: as a source, if a `.npy` file or a
+    folder holds more than `LOADED_BYTES`, otherwise as an array. Folders are compared with their hashes. Raises
+    `ValueError` for activations that do not fit; of a source only the width is checked."""
     path = Path(path)
     if path.is_dir():
         source = open_store(path)
-        source.verify()  # a share of the time of the pass for the covariance that a fit makes anyway
+        source.verify()  # takes less time than the pass for the covariance that a fit makes
     elif path.suffix == ".npy" and path.is_file() and path.stat().st_size > LOADED_BYTES:
         source = NpyFile(path)
     else:
@@ -101,8 +101,8 @@ def open_activations(path: str | os.PathLike, width: int) -> np.ndarray | Source
 def load_layer(
     path: str | os.PathLike, activation: str | Activation, *, norm: str | None = None, skip: bool = False
 ) -> Layer:
-    """The layer in a file. `norm` ("rms" or "layer") is the kind of norm that `norm_scale` belongs to; `skip` adds a
-    skip connection. Raises `ValueError`, with the expected names and those found, for other arrays."""
+    """Read a layer. `norm` ("rms" or "layer"): the kind of norm to which `norm_scale` belongs. `skip`: add a skip
+    connection. Raises `ValueError`, with the expected names and those found, for other arrays."""
     arrays = load_arrays(path)
     kinds = [kind for kind in _KINDS if kind in arrays]
     known = {kinds[0], *_KINDS[kinds[0]], *_COMMON} if len(kinds) == 1 else set()
@@ -154,7 +154,7 @@ def save_layer(path: str | os.PathLike, layer: Layer) -> None:
         fields = {"norm_scale": "scale", "norm_bias": "bias", "norm_mean_direction": "mean_direction"}
         arrays |= {name: getattr(layer.norm, field) for name, field in fields.items()}
         arrays["norm_eps"] = np.float64(layer.norm.eps)
-        if layer.norm.scale is None:  # absorbed by a fold: a file says that there is a norm by its scale
+        if layer.norm.scale is None:  # absorbed by a fold, but its presence in the file says that there is a norm
             arrays["norm_scale"] = np.ones(
                 layer.norm.d, layer.norm.mean_direction.dtype if layer.norm.mean_direction is not None else np.float32
             )

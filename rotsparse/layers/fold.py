@@ -1,7 +1,7 @@
 """`fold`: multiply rotations into a layer's weights, and check that the function did not change.
 
-`f'(z) = R_out f(R_inᵀ z)`. The rotations are made orthogonal to float64 and multiplied into the weights in float64,
-once; only the result is rounded to the precision that the weights came in.
+`f'(z) = R_out f(R_inᵀ z)`. The rotations are made orthogonal to float64 and multiplied into the weights in float64;
+only the result is rounded to the precision of the weights.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations, checked
 
-# Larger differences of the outputs, relative to their rms, are not rounding errors.
+# Larger differences of outputs, relative to their rms, are not rounding errors.
 TOLERANCE = 1e-3
 
 
@@ -37,11 +37,11 @@ class Folded:
 
 
 def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None = None) -> Folded:
-    """The layer in rotated coordinates: the same function, `f(x) = R_outᵀ f'(R_in x)`.
+    """Fold rotations into a layer: the same function, `f(x) = R_outᵀ f'(R_in x)`, in rotated coordinates.
 
-    `x`: inputs `[n, d_in]` on which this is checked (default: 64 standard normal ones; real activations are better).
+    `x`: inputs `[n, d_in]` on which this is checked (default: 64 standard normal vectors; real activations are better).
 
-    The outputs of a single layer `φ(Wx + b)` are rotated after φ: `f'` then ends in the matrix `R_out`.
+    The outputs of a single layer `φ(Wx + b)` are rotated after φ, so that `f'` ends in the matrix `R_out`.
 
     Raises `ValueError` if the rotations do not fit the layer, and `CheckError` (a `ValueError`) if the function changed
     by more than `TOLERANCE`.
@@ -76,7 +76,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
 
 
 def _orthogonalized(r: AnyArray) -> np.ndarray:
-    """The nearest orthogonal matrix in float64, by Newton-Schulz steps; `r` is orthogonal to float32 already."""
+    """The nearest orthogonal matrix in float64, by Newton-Schulz steps from an `r` that is orthogonal to float32."""
     x = np.asarray(r, np.float64)
     for _ in range(4):
         x = 1.5 * x - 0.5 * x @ x.T @ x
@@ -84,5 +84,5 @@ def _orthogonalized(r: AnyArray) -> np.ndarray:
 
 
 def _cast(layer, dtype):
-    """The layer with NumPy weights of that dtype; indices, and functions with their constants, stay as they are."""
+    """The layer with NumPy weights of this dtype. Integer arrays and functions are left as they are."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype) if eqx.is_inexact_array_like(leaf) else leaf, layer)

@@ -12,7 +12,7 @@ from rotsparse.layers.base import Layer, Matrix
 
 
 class FunctionLayer(Layer):
-    """Any differentiable `f: [d_in] → [d_out]` of one example, e.g. several layers at once or an attention block.
+    """Any differentiable function `[d_in] → [d_out]` of one example, such as several layers or an attention block.
 
     Its Jacobian uses forward- or reverse-mode autodiff, whichever needs fewer passes. This is slower than a closed
     form, and holds the Jacobians of one chunk of examples in memory.

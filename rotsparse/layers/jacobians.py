@@ -1,7 +1,7 @@
 """Statistics of a layer over many examples: moments of activations and of Jacobians.
 
 Examples are processed in chunks of a fixed number of bytes, so memory does not grow with their number. Sums within a
-chunk have the precision of the data, sums over chunks are in float64 on the host.
+chunk have the precision of the data; sums over chunks are in float64 on the host.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,11 @@ from rotsparse.layers.base import Layer
 
 
 def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
-    """How many examples' Jacobians, in float32, fit into `chunk_bytes` (default: `moments.CHUNK_BYTES`); at least one.
+    """The number of examples whose float32 Jacobians fit into `chunk_bytes` (default: `moments.CHUNK_BYTES`), at least
+    one.
 
-    An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for its gated weights, as many as the
-    largest weight matrix has.
+    An example needs `d_out·d_in` numbers for its Jacobian and `d_hidden·d_in` for its gated weights, the size of the
+    largest weight matrix.
     """
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(layer) if eqx.is_array_like(leaf)]
     numbers = max([layer.d_out * layer.d_in, *sizes])
@@ -41,13 +42,14 @@ class JacobianMoments(NamedTuple):
 
 
 def jacobian_moments(layer: Layer, x: Rows) -> JacobianMoments:
-    """`E[J]`, `E[JᵀJ]`, `E[JJᵀ]` over the examples. Two matrix products of `2·d_out·d_in·(d_in + d_out)` flops an
-    example beside the Jacobian itself."""
+    """`E[J]`, `E[JᵀJ]`, `E[JJᵀ]` over the examples. Besides the Jacobian, each example costs two matrix products of
+    `2·d_out·d_in·(d_in + d_out)` flops in total."""
     return JacobianMoments(*_mean_over_examples(_moment_sums, layer, x))
 
 
 def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
-    """`E[JᵀJ]`: its quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the output's response to direction r."""
+    """`E[JᵀJ]`. The quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the response of the output to direction
+    r."""
     return _mean_over_examples(_gram_sum, layer, x)[0]
 
 
@@ -102,7 +104,7 @@ class LayerStatistics:
         return _mean_over_examples(_gate_sums, self.layer, self.x)
 
 
-# Full precision everywhere: baselines are computed from these numbers, once.
+# Full precision everywhere, because baselines are computed once, from these numbers.
 
 
 @eqx.filter_jit

@@ -86,9 +86,9 @@ class MLP(ClosedForm):
 class Dense(ClosedForm):
     """A single layer `y = φ(W N(x) + b) (+ x)`: `L = I`, `g = φ'(Wx + b)`, `M = W`.
 
-    Its outputs are neurons: an elementwise φ fixes their basis. To rotate them, `rotate` returns an `MLP` that ends in
-    the matrix `R_out`, and the next layer must multiply by `R_outᵀ`; in a block that ends in a linear map no matrix is
-    added.
+    Its outputs are neurons, whose basis is fixed by the elementwise φ. To rotate them, `rotate` returns an `MLP` that
+    ends in the matrix `R_out`, and the next layer must multiply by `R_outᵀ`. (A block that ends in a linear map needs
+    no additional matrix.)
 
     Raises `ValueError` if the shapes do not fit each other, or weights are not finite floating-point numbers.
     """

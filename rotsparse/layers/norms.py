@@ -2,10 +2,10 @@
 
 Both are `N(x) = γ ⊙ n̂ + β` with `n̂ = P x / r`, where `r = √(mean((Px)²) + ε)`; LayerNorm has `P = I - m mᵀ` with the
 unit vector `m = 1/√d`, RMSNorm has `P = I`. Their derivative is `(1/r)(diag(γ) P - (γ⊙n̂) n̂ᵀ/d)`: a diagonal (and
-centring) part that moves into the weights behind it, and a rank-one part.
+centring) part, which is multiplied into the weights that follow, and a rank-one part.
 
-In rotated coordinates `z = R x` the same norm has `m' = R m`. It has no `γ`, which does not commute with R and must
-first be multiplied into the weights. That is why `mean_direction` is a vector and not a flag.
+In rotated coordinates `z = R x` the same norm has `m' = R m`, so `mean_direction` is a vector and not a flag. The
+rotated norm has no `γ`: it does not commute with R and must first be multiplied into the weights.
 """
 
 import equinox as eqx

@@ -95,7 +95,7 @@ def read_layer(tree: Any, where: Where, **options: Any) -> Layer:
 def write_layer(tree: Tree, where: Where, layer: Layer) -> Tree:
     """A copy of the model with the layer's weights there, in the types that the model has.
 
-    Raises `ValueError` where the model has no place for a weight of the layer, or one of another shape.
+    Raises `ValueError` if the model has no place for a weight of the layer, or one of another shape.
     """
     weights = layer.weights()
     if not weights:

@@ -21,7 +21,7 @@ _ALIGNMENT = 64  # bytes: JAX copies what is not aligned so
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` where there is none."""
+    """The object in a JSON file. Raises `ValueError` if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -58,7 +58,7 @@ class TransformerConfig:
     - `head`: whether there are logits; without one the model's output is its last hidden state. The head is the
       embedding itself ("tied") unless the parameters have an `unembed`.
 
-    Raises `ValueError` where sizes contradict each other.
+    Raises `ValueError` if sizes contradict each other.
     """
 
     architecture: str

@@ -56,7 +56,7 @@ def fold_stream(
     A LayerNorm model stays one (and in its format) if every rotation keeps the mean direction, see `keep_mean`;
     otherwise its norms become RMSNorms, which is the same function on a centred stream.
 
-    Raises `ValueError` where the architecture does not allow it (it says what is possible instead), a matrix is not
+    Raises `ValueError` if the architecture does not allow it (it says what is possible instead), a matrix is not
     orthogonal, or the logits changed.
     """
     if (reason := obstacle(model)) is not None:
@@ -85,7 +85,7 @@ def fold_mlp(model: Model, layer: int, rotations: Rotations, tokens: Int[AnyArra
     The model multiplies by `R_in` behind the norm and by `R_outᵀ` in front of the sum whenever it runs. This works for
     every architecture, and no original file format can hold it.
 
-    Raises `ValueError` where the rotations do not fit, or the outputs changed.
+    Raises `ValueError` if the rotations do not fit, or the outputs changed.
     """
     config = model.config
     for side, r in (("input", rotations.r_in), ("output", rotations.r_out)):

@@ -52,7 +52,7 @@ _PLAIN = {"ffn_up": ("mlp", "in"), "ffn_down": ("mlp", "out")}
 def load_gguf(path: str | os.PathLike) -> Model:
     """The model in a GGUF file.
 
-    Raises `ValueError` where the file is damaged, the architecture or an entry about it is unknown, or tensors are
+    Raises `ValueError` if the file is damaged, the architecture or an entry about it is unknown, or tensors are
     missing, unexpected, or of the wrong shape; the message names them.
     """
     file = GgufFile(Path(path))

@@ -215,7 +215,7 @@ ARCHITECTURES: dict[str, Callable[[Metadata], Raw]] = {
 def huggingface_config(file: GgufFile) -> Raw:
     """The `config.json` of the model in a GGUF file.
 
-    Raises `ValueError` where the architecture, or an entry about it, is missing or unknown.
+    Raises `ValueError` if the architecture, or an entry about it, is missing or unknown.
     """
     metadata = Metadata(file)
     if metadata.architecture not in ARCHITECTURES:

@@ -37,7 +37,7 @@ class GgufTensor:
 class GgufFile:
     """`metadata` by key, and `tensors` by name.
 
-    Raises `ValueError` where the file is missing, not GGUF, damaged, or not as long as its header says.
+    Raises `ValueError` if the file is missing, not GGUF, damaged, or not as long as its header says.
     """
 
     def __init__(self, path: Path):
@@ -77,7 +77,7 @@ class GgufFile:
             self.tensors[name] = tensor
 
     def floats(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32. Raises `ValueError` where its format is unknown."""
+        """A tensor, dequantised to float32. Raises `ValueError` if its format is unknown."""
         gguf, tensor = library(), self.tensors[name]
         # Read, not mapped: pages of a map would stay in memory beside the weights.
         stored = np.fromfile(self.path, np.uint8, tensor.size, offset=self._start + tensor.start)

@@ -31,7 +31,7 @@ _WORDS = {
 
 
 def gguf_tokenizer(path: str | os.PathLike):
-    """A `tokenizers.Tokenizer`. Raises `ValueError` where the file has none, or one of an unknown kind."""
+    """A `tokenizers.Tokenizer`. Raises `ValueError` if the file has none, or one of an unknown kind."""
     file = GgufFile(Path(path))
     try:
         import tokenizers

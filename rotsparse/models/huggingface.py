@@ -29,7 +29,7 @@ def load_huggingface(folder: str | os.PathLike) -> Model:
     What the tensors say counts: a head of its own, biases that are not there. A model with another head than a language
     model's is read without it.
 
-    Raises `ValueError` where the folder or a shard is missing or damaged, the architecture or an entry of its
+    Raises `ValueError` if the folder or a shard is missing or damaged, the architecture or an entry of its
     configuration is unknown, or tensors are missing, unexpected, or of the wrong shape; the message names them.
     """
     folder = Path(folder)

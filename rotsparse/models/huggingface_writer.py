@@ -37,7 +37,7 @@ def save_huggingface(
     the original folder, whose other files are copied (tokenizer, chat template, generation settings, licence, …), all
     but weights.
 
-    Raises `ValueError` where the folder exists, or the format cannot hold the model (it says what).
+    Raises `ValueError` if the folder exists, or the format cannot hold the model (it says what).
     """
     family = family_of(model.raw)
     raw = _adapted(model, family)

@@ -29,7 +29,7 @@ def generate(
 ) -> np.ndarray:
     """Continue each prompt to `length` tokens: the likeliest token each time, or, with a key, samples at `temperature`.
 
-    Raises `ValueError` where `length` exceeds the model's positions or the model has no head.
+    Raises `ValueError` if `length` exceeds the model's positions or the model has no head.
     """
     if not model.config.head or not model.config.causal:
         raise ValueError(f"a {model.config.architecture} model has no next-token head, so it cannot write text")

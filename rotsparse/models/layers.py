@@ -23,7 +23,7 @@ def mlp_layer(model: Model, layer: int, *, norm: bool = False, skip: bool = Fals
     As it is, it maps the site `input` to `output`. With `norm` it starts at `residual`; with `skip` too it ends with
     the stream behind the block (in front of a post-norm).
 
-    Raises `ValueError` where the architecture has no norm in front (BERT, OLMo 2), another norm before the sum (Gemma 2
+    Raises `ValueError` if the architecture has no norm in front (BERT, OLMo 2), another norm before the sum (Gemma 2
     and 3, OLMo 2), or the MLP was folded to rotate when it runs, so that its coordinates are no longer the stream's.
     """
     check_point(model.config, (layer, "input"))
@@ -63,7 +63,7 @@ def with_mlp_layer(model: Model, layer: int, new: Layer) -> Model:
     A norm or skip connection that the layer has is written too; one that it has not stays as it was. This only writes:
     a rotated layer changes the function unless the stream around it is rotated as well (see `fold`).
 
-    Raises `ValueError` where the layer is of another kind or shape, or has a norm that the model cannot have.
+    Raises `ValueError` if the layer is of another kind or shape, or has a norm that the model cannot have.
     """
     old = mlp_layer(model, layer)
     if not isinstance(new, type(old)) or new.activation is not old.activation:

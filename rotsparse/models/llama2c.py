@@ -29,7 +29,7 @@ _NORM_EPS = 1e-5
 def load_llama2c(path: str | os.PathLike) -> Model:
     """The model in a legacy llama2.c checkpoint.
 
-    Raises `ValueError` where the file is missing, not such a checkpoint, or not as long as its header says.
+    Raises `ValueError` if the file is missing, not such a checkpoint, or not as long as its header says.
     """
     path = Path(path)
     try:
@@ -63,7 +63,7 @@ def load_llama2c(path: str | os.PathLike) -> Model:
 def save_llama2c(model: Model, path: str | os.PathLike) -> None:
     """Write the model as a legacy llama2.c checkpoint (float32), untied where it has a head of its own. Atomic.
 
-    Raises `ValueError` where the format cannot hold the model, and says what it cannot hold.
+    Raises `ValueError` if the format cannot hold the model, and says what it cannot hold.
     """
     c = model.config
     expected = _config(c.d_model, c.d_hidden, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.max_positions)
@@ -143,7 +143,7 @@ class Llama2cTokenizer:
     """Byte-pair encoding as llama2.c does it: characters, unknown ones as bytes, then the best-scoring neighbours are
     merged until none is left.
 
-    Raises `ValueError` where the file is missing, truncated, or does not hold exactly `vocab_size` tokens.
+    Raises `ValueError` if the file is missing, truncated, or does not hold exactly `vocab_size` tokens.
     """
 
     prefix: Sequence[int] = (1,)

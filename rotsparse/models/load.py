@@ -58,7 +58,7 @@ def _reading(path: Path) -> Iterator[None]:
 def load_model(path: str | os.PathLike) -> Model:
     """The model in a Hugging Face folder, a GGUF file or a llama2.c `.bin` file.
 
-    Raises `ValueError` where it is none of them, or cannot be read (it says why).
+    Raises `ValueError` if it is none of them, or cannot be read (it says why).
     """
     path = Path(path)
     with _reading(path):
@@ -91,7 +91,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 def save_model(model: Model, path: str | os.PathLike, *, tokenizer_from: str | os.PathLike | None = None) -> None:
     """Write a model in the format that it was read from; one that was read from GGUF as a Hugging Face folder.
 
-    Raises `ValueError` where the format cannot hold it.
+    Raises `ValueError` if the format cannot hold it.
     """
     if model.format == "huggingface":
         save_huggingface(model, path, tokenizer_from=tokenizer_from)
@@ -109,7 +109,7 @@ def load_tokenizer(path: str | os.PathLike, model: Model) -> Tokenizer:
     """The tokenizer of a Hugging Face folder (its `tokenizer.json`), the one inside a GGUF file, or a llama2.c
     tokenizer file.
 
-    Raises `ValueError` where it is missing, damaged, or not this model's.
+    Raises `ValueError` if it is missing, damaged, or not this model's.
     """
     path = Path(path)
     with _reading(path):
@@ -187,7 +187,7 @@ class HuggingFaceTokenizer:
 
 
 def _around(fast, path) -> tuple[list[int], list[int]]:
-    """What the tokenizer's template puts in front of a text and behind it. Raises `ValueError` where it puts something
+    """What the tokenizer's template puts in front of a text and behind it. Raises `ValueError` if it puts something
     into the middle."""
     words = (word for word in fast.get_vocab() if word.isalnum())
     for probe in (*("a", "the", "0", "A"), *itertools.islice(words, 50)):

@@ -39,7 +39,7 @@ class TextFile:
     def sequences(self, length: int) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces of `length` tokens (the last one may be shorter), and how much of `size` is read.
 
-        Raises `ValueError` where the file is not UTF-8.
+        Raises `ValueError` if the file is not UTF-8.
         """
         left = np.zeros(0, np.int64)
         with self.path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as f:

@@ -42,7 +42,7 @@ def obstacle(objective: Objective) -> str | None:
 
 
 def row_entries(objective: Objective) -> int:
-    """The number of entries of one row (or of one column, if that is shorter) of an example. Raises `ValueError` where
+    """The number of entries of one row (or of one column, if that is shorter) of an example. Raises `ValueError` if
     `certify` does."""
     rows = sides(objective, {})[0][0].objective
     return min(rows.spaces.values()) if isinstance(rows, JacobianSparsity) else 1

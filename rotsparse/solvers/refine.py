@@ -29,7 +29,7 @@ class Refine(Method):
     use fewer of these, so that a row has about `entries` entries (half of the default still finds all pairs of planted
     networks of n = 128); the final search, with its certificate, uses all of them.
 
-    Raises `ValueError` where `PairSearch` does. As a later stage it is skipped instead, and also for Jacobians of more
+    Raises `ValueError` if `PairSearch` does. As a later stage it is skipped instead, and also for Jacobians of more
     than `largest` entries, for which the searches would take too long.
     """
 
