@@ -1,1 +1,1 @@
-"""Internal basics for all other packages: orthogonal matrices, checks of input, files, locks, signals."""
+"""Basics used by all other packages: orthogonal matrices, checks of input, files, locks, signals."""

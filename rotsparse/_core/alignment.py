@@ -40,7 +40,7 @@ def match(a: Directions, b: Directions) -> Match:
             f"got {list(a.shape)} and {list(b.shape)}"
         )
     cosines = a @ b.T
-    from scipy.optimize import linear_sum_assignment  # here, because it takes a tenth of a second
+    from scipy.optimize import linear_sum_assignment  # imported here, because it takes a tenth of a second
 
     rows, permutation = linear_sum_assignment(np.abs(cosines), maximize=True)
     matched = cosines[rows, permutation]
@@ -48,9 +48,9 @@ def match(a: Directions, b: Directions) -> Match:
 
 
 def mean_max_cosine(a: Directions, b: Directions) -> float:
-    """Mean `|cos|` over the rows of the best one-to-one match: 1 where the bases are the same up to sign and order.
+    """Mean `|cos|` over the rows of the best one-to-one match: 1 if the bases are equal up to sign and order.
 
-    Compare it with `chance_cosine`: for two unrelated bases it is far from 0.
+    Compare it with `chance_cosine`, because for two unrelated bases it is far from 0.
     """
     return float(match(a, b).cosines.mean())
 

@@ -1,4 +1,4 @@
-"""Checks of user input. Every message says what was expected, what came, and what to do."""
+"""Checks of user input. Every message says what was expected, what was given, and what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from rotsparse._core.types import AnyArray
 
 
 def weight(name: str, value, shape: tuple[int | None, ...]) -> AnyArray:
-    """`value` as an array, checked to be floating point, finite and of that shape (`None`: any size).
+    """Return `value` as an array, checked to be floating point, finite and of this shape (`None`: any size).
 
-    NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`.
-    Raises `ValueError` with what was expected and what came.
+    NumPy arrays stay NumPy, so that float64 weights keep their precision without `jax_enable_x64`. Raises `ValueError`
+    for anything else.
     """
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if len(value.shape) != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=True)):
@@ -36,8 +36,8 @@ def weight(name: str, value, shape: tuple[int | None, ...]) -> AnyArray:
 
 
 def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
-    """`value` as an orthogonal matrix, of that width if one is given. Raises `ValueError` if the largest entry of
-    `|R Rᵀ - I|` is above 1e-3, which rounding does not explain."""
+    """Return `value` as an orthogonal matrix, of this width if one is given. Raises `ValueError` if the largest entry
+    of `|R Rᵀ - I|` is above 1e-3, more than rounding explains."""
     r = weight(name, value, (width, width))
     if r.shape[0] != r.shape[1]:
         raise ValueError(f"{name} should be square, got {list(r.shape)}")
@@ -51,8 +51,8 @@ def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
-    """`value` as `[examples, width]` activations: floating point, finite, at least `at_least` examples, and not all the
-    same if `at_least` is more than one. Raises `ValueError` otherwise."""
+    """Return `value` as activations `[examples, width]`: floating point, finite, at least `at_least` examples, and not
+    all equal if `at_least` is more than one. Raises `ValueError` otherwise."""
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if value.ndim != 2 or value.shape[1] != width:
         hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
@@ -62,11 +62,11 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     if value.shape[0] < at_least:
         raise ValueError(f"{name} holds {value.shape[0]} examples: at least {at_least} are needed")
     value = weight(name, value, (None, width))
-    with np.errstate(over="ignore"):  # from float64: looked at below
+    with np.errstate(over="ignore"):  # from float64; checked below
         x = jnp.asarray(value)
     if isinstance(x, Tracer):
         return x
-    # Use the host's copy if there is one, in place of a transfer from the device.
+    # Use the copy on the host, if there is one, to avoid a transfer from the device.
     host = np.asarray(value if x.dtype == value.dtype else x)
     if x.dtype != value.dtype and not np.isfinite(host).all():
         largest = np.abs(value).max()
@@ -79,5 +79,5 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
 
 
 def _constant(x: np.ndarray) -> bool:
-    """Whether all examples are the same. In NumPy, because JAX would compile three programs."""
+    """Whether all examples are equal. In NumPy, because JAX would compile three programs."""
     return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())

@@ -19,7 +19,7 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """A hash of named arrays, whatever their order."""
+    """A hash of named arrays, independent of their order."""
     return digest(
         "".join(f"{name} {array_digest(arrays[name])}\n" for name in sorted(arrays)).encode("utf-8", "replace")
     )

@@ -1,5 +1,5 @@
-"""The one exception of our own. Bad input is a `ValueError`, a missing extra an `ImportError`."""
+"""The only exception class of the library. Bad input raises `ValueError`, a missing extra `ImportError`."""
 
 
 class CheckError(ValueError):
-    """A check failed whose result must not be used: a fold changed the function, or a file is not what was written."""
+    """A result must not be used: a fold changed the function, or a file differs from what was written."""

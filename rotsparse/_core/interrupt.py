@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (from a scheduler), recorded so that a fit can stop between two steps."""
+"""Record SIGINT (Ctrl-C) and SIGTERM (from a scheduler), so that a fit can stop between two steps."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupted(KeyboardInterrupt):
-    """A command was stopped and can be given again to continue; the message says how."""
+    """A command was stopped and can be resumed; the message says how."""
 
 
 class StopSignals:
@@ -52,5 +52,5 @@ def handled(number: int, handler: Callable) -> Iterator[None]:
 
 
 def terminated(number, frame):
-    """A handler for SIGTERM outside of fits: raise like Ctrl-C, with the advice to give the same command again."""
+    """A handler for SIGTERM outside of fits: raise `Interrupted`, with the advice to give the same command again."""
     raise Interrupted("terminated; give the same command again")

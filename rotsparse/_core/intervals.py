@@ -41,5 +41,5 @@ def bootstrap_interval(value: float, resampled: Real[np.ndarray, "resamples"]) -
     lower on fewer examples. The shift removes that bias; for a mean it changes nothing.
     """
     low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975])
-    # For a count that rarely changes, both percentiles may lie on one side of the mean.
+    # If a count rarely changes, both percentiles may lie on the same side of the mean.
     return Interval(float(value), float(value + min(low, 0)), float(value + max(high, 0)))

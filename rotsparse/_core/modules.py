@@ -1,4 +1,4 @@
-"""Copies of frozen modules."""
+"""Copies of frozen modules with some fields replaced."""
 
 import dataclasses
 from typing import Any, TypeVar

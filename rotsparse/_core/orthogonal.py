@@ -1,8 +1,8 @@
 """The orthogonal group: tangent directions, projections onto it, and steps along it.
 
-Everything on the hot path is matrix multiplication only (Newton-Schulz), because SVD and QR are slow on
-accelerators and `expm` is slow to compile. Every product has full float32 precision: an orthogonal matrix that is
-computed in tf32 or bf16 is orthogonal to three digits only, and folding it would change the function.
+The hot path uses matrix products only (Newton-Schulz), because SVD and QR are slow on accelerators and `expm` is slow
+to compile. Every product has full float32 precision: a matrix computed in tf32 or bf16 is orthogonal to only three
+digits, and folding it would change the function.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ def orthogonality_error(r: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
 
 
 def exact_error(r) -> float:
-    """`orthogonality_error` of one matrix, on the host and in float64."""
+    """`orthogonality_error` of one matrix, computed on the host in float64."""
     r = np.asarray(r, np.float64)
     return float(np.abs(r @ r.T - np.eye(len(r))).max())
 

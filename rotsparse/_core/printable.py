@@ -1,7 +1,7 @@
-"""The one rule for what is printed: text from outside is text, and never a command to whatever shows it.
+"""Escape text from outside before it is shown, so that terminals, Markdown and HTML show it literally.
 
-Names of files and folders, errors, and what stands in files of others may hold terminal escapes, characters that change
-the direction of writing, and the markup of Markdown or HTML. Everything that is shown goes through one of these.
+Names of files and folders, error messages and the content of files may contain terminal escapes, characters that change
+the direction of writing, and markup. Everything that is shown goes through one of these functions.
 """
 
 import html as _html
@@ -15,8 +15,8 @@ _MARKUP = re.compile(r"[\\`*|<>\[\]&~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def visible(text: object, *, lines: bool = False) -> str:
-    r"""The text with every character that is invisible or controls a terminal written out, such as `\x1b`. With `lines`
-    line breaks and tabs stay what they are."""
+    r"""The text with every invisible or control character escaped, such as `\x1b`. With `lines`, line breaks and tabs
+    are kept."""
     text = str(text)
     if text.isascii() and text.isprintable():
         return text
@@ -24,12 +24,12 @@ def visible(text: object, *, lines: bool = False) -> str:
 
 
 def markdown(text: object) -> str:
-    """The text as a cell of a Markdown table, or within a line."""
+    """The text escaped for a cell of a Markdown table, or for a line of Markdown."""
     return _MARKUP.sub(r"\\\g<0>", visible(text))
 
 
 def html(text: object) -> str:
-    """The text within HTML, in attributes too."""
+    """The text escaped for HTML, including attributes."""
     return _html.escape(visible(text, lines=True))
 
 

@@ -1,4 +1,4 @@
-"""Real trained models: read them, look inside, and put rotations back into them.
+"""Trained models: read them, capture their activations, and fold rotations into them.
 
     model = models.load_model("path/to/model")                   # a Hugging Face folder, GGUF, or llama2.c's .bin
     tokenizer = models.load_tokenizer("path/to/model", model)

@@ -1,7 +1,7 @@
-"""From text to activation stores: run a model over tokens and keep what passes at some of its points.
+"""From text to activation stores: run a model over tokens and save the activations at some of its points.
 
-Tokens stream in and rows stream out, a batch at a time: memory does not grow with their number. What each shard holds
-depends only on the settings and its number, so an interrupted capture goes on with the first shard that is missing.
+Tokens are read and rows written one batch at a time, so memory does not grow with their number. The content of a shard
+depends only on the settings and its number, so an interrupted capture resumes with the first missing shard.
 """
 
 import itertools
@@ -40,18 +40,19 @@ def capture(
     shard_bytes: int = 64 * 2**20,
     progress: bool = False,
 ) -> list[ActivationStore]:
-    """Write what passes at `points` into `folder/LAYER.SITE`, a store for each, and open them.
+    """Write the activations at each of `points` into the store `folder/LAYER.SITE`, and open the stores.
 
-    The model sees sequences of `length` tokens (the tokenizer's prefix and suffix included; those positions are not
-    kept, nor is padding), at most `sequences` of them. Other special tokens, such as separators between texts, are
-    seen but kept only with `special`. Of what can be kept in each sequence, the share `keep` is, drawn without
-    replacement by `seed`. A model of images sees each whole, whatever `length` is. `dtype` is float32, or float16 to
-    halve the files. An interrupted capture is taken up where it stopped; a finished one is only opened.
+    The model reads at most `sequences` sequences of `length` tokens, including the tokenizer's prefix and suffix.
+    Positions of prefix, suffix and padding are not kept; those of other special tokens, such as separators between
+    texts, only with `special`. Of the remaining positions of each sequence the share `keep` is kept, drawn without
+    replacement by `seed`. Image models read whole images, and ignore `length`. `dtype` is float32, or float16 to halve
+    the files. An interrupted capture resumes where it stopped; a complete one is only opened.
 
-    A store's manifest says under `heavy_rows` whether a few rows hold nearly all of the variance (see `heavy_rows`).
+    The manifest of a store says under `heavy_rows` whether a few rows hold nearly all of the variance (see
+    `heavy_rows`).
 
-    Raises `ValueError` for settings that make no sense, tokens that the model does not have, activations that are not
-    finite, a folder that another model or other settings wrote to, and one that another capture is writing to.
+    Raises `ValueError` for invalid settings, tokens that the model does not have, activations that are not finite, a
+    folder with activations of another model or of other settings, and a folder to which another capture is writing.
     """
     wanted = list(dict.fromkeys(check_point(model.config, point) for point in points))
     if not wanted:
@@ -91,7 +92,7 @@ def capture(
     if not all(writer.complete for writer in writers):
         lock = FolderLock(folder)
         try:
-            writers = open_writers()  # again, now that nobody else writes
+            writers = open_writers()  # again, now that no other process writes
             first = min(writer.shards for writer in writers)
             work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
             with _bar(progress) as bar:
@@ -133,8 +134,8 @@ class _Work:
     def shards(
         self, per_shard: int, first: int, progress: Callable
     ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
-        """Every shard from number `first` on: its number, and its rows in batches, an array for each point."""
-        # Where the weights lie in memory as JAX needs them they are used there, not copied.
+        """Every shard from number `first` on: its number, and its rows in batches, one array for each point."""
+        # Weights that are aligned as JAX needs them are used in place, without a copy.
         params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), self.model.params)
 
         def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
@@ -143,18 +144,18 @@ class _Work:
                 yield self._rows(params, [piece for piece, _ in chunk], shard * per_shard + start)
                 progress(completed=chunk[-1][1])
 
-        # Tokens of finished shards are read over, not run.
+        # Tokens of complete shards are skipped.
         groups = _groups(self.inputs.pieces(), per_shard)
         for shard, group in enumerate(itertools.islice(groups, first, None), start=first):
             yield shard, batches(shard, group)
 
     def _rows(self, params, pieces: list[np.ndarray], number: int) -> list[np.ndarray]:
-        """The kept rows of a batch whose first sequence has that number."""
+        """The kept rows of a batch; `number` is that of its first sequence."""
         inputs, mask, counts = self.inputs.batch(pieces)
         kept = np.zeros_like(counts)
         for i in range(len(pieces)):
             places = np.flatnonzero(counts[i])
-            # The draw depends on nothing but the seed and the sequence's number.
+            # The draw depends only on the seed and the number of the sequence.
             rng = np.random.default_rng([self.seed, number + i])
             kept[i, rng.choice(places, size=max(1, round(self.keep * len(places))), replace=False)] = True
         seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
@@ -171,19 +172,19 @@ def _width(model: Model, point: Point) -> int:
 
 
 def _sequences_per_shard(shard_bytes: int, rows: int, row_bytes: int, batch: int) -> int:
-    """As many as fit, whole batches only."""
+    """The largest number that fits, in whole batches."""
     return max(1, shard_bytes // (rows * row_bytes * batch)) * batch
 
 
 @partial(jax.jit, static_argnames=("config", "points"))
 def _forward(params, tokens, mask, *, config, points):
-    # What comes behind the last point is never computed: nothing here uses it.
+    # Nothing after the last point is computed, because jit drops unused results.
     seen = run(params, config, tokens, mask=mask, capture=points)[1]
     return [seen[point] for point in points]
 
 
 def _stored(values: np.ndarray, dtype, sequence: int) -> np.ndarray:
-    """In the store's type, checked to be finite."""
+    """Convert to the dtype of the store. Raises `ValueError` if that is not finite."""
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
     if not np.isfinite(stored).all():

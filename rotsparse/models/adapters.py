@@ -1,4 +1,4 @@
-"""Layers out of models of any JAX library, and folded weights back in.
+"""Read layers from models of any JAX library, and write folded weights back.
 
 A model is a pytree, and every array in it has a name: the path to it, `"layers.0.weight"`. `Where` says which names
 hold a layer's weights, and whether the library stores matrices as `[in, out]`:

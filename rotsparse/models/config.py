@@ -1,4 +1,4 @@
-"""What a transformer computes: one description that covers every architecture the readers know.
+"""The configuration of a transformer: one description for every architecture that can be read.
 
 The configuration says *how* things are computed; *what exists* (biases, a head of its own, learned positions, norms
 over queries and keys) is read from the parameters. So the two cannot contradict each other.

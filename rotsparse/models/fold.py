@@ -1,7 +1,7 @@
-"""Rotations put into a whole transformer, so that its residual stream is in the coordinates found.
+"""Fold rotations into a whole transformer, so that its residual stream is in the fitted coordinates.
 
 *The stream* (`fold_stream`): see `stream` for how; it costs nothing when the model runs.
-*One MLP* (`fold_mlp`): where the stream cannot be rotated, an MLP's inputs and outputs still can, at the price of two
+*One MLP* (`fold_mlp`): if the stream cannot be rotated, the inputs and outputs of an MLP still can, at the cost of two
 matrix products whenever the model runs.
 
 Everything is computed in float64, from rotations made orthogonal to float64, and rounded once. Every fold is checked on

@@ -2,8 +2,8 @@
 
     magic "GGUF", version, number of tensors, number of entries, entries, tensor descriptions, padding, tensors
 
-The gguf library knows the quantised formats and is used for them. Its reader of headers is not: it trusts every
-length in them, and a damaged file would have it fill the memory.
+The gguf library dequantises tensors. Its reader of headers is not used, because it trusts every length in a header, and
+a damaged file would fill the memory.
 (Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.)
 """
 

@@ -1,7 +1,7 @@
 """Rows that hold nearly all of the variance: attention sinks, the few tokens whose activations are a hundred times as
 large as the others' (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024).
 
-A basis that is fitted to all rows describes these few, and measures in units of the whole say that all else is zero.
+A basis fitted to all rows describes these few, and measures in units of the overall rms take all other rows for zero.
 """
 
 from dataclasses import dataclass

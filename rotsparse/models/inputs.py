@@ -1,4 +1,4 @@
-"""Batches of what a model sees, tokens or images, and which of their positions count."""
+"""Batches of model inputs, tokens or images, and the positions whose activations may be kept."""
 
 import itertools
 from collections.abc import Iterator, Sequence

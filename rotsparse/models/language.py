@@ -1,4 +1,4 @@
-"""What a language model is judged by: the cross-entropy of a text, and the text it writes itself."""
+"""Evaluation of language models: the cross-entropy of a text, and generated text."""
 
 from functools import partial
 

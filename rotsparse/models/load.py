@@ -1,4 +1,4 @@
-"""From a path to a model and its tokenizer, whatever format they are in."""
+"""Load a model and its tokenizer from a path, in any format that can be read."""
 
 import itertools
 import os

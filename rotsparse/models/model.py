@@ -1,4 +1,4 @@
-"""`Model`: a transformer's configuration and parameters, and what is needed to write them back as they came.
+"""`Model`: the configuration and parameters of a transformer, and what is needed to write them back to their format.
 
 Parameters are nested dictionaries of arrays, matrices `[out, in]`, embeddings `[entries, d_model]`:
 

@@ -13,7 +13,7 @@ import numpy as np
 from rotsparse.models.load import Tokenizer
 from rotsparse.models.model import Model
 
-PADDING = int(np.iinfo(np.int64).min)  # stands in for tokens that fill up a sequence
+PADDING = int(np.iinfo(np.int64).min)  # stands for padding tokens
 _BLOCK = 1 << 18  # characters of text that are encoded at a time
 
 

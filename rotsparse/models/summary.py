@@ -1,4 +1,4 @@
-"""What a model is and what can be done with it, as plain data for people and files to read."""
+"""A summary of a model and of the rotations that can be folded into it, as plain data."""
 
 from typing import Any
 

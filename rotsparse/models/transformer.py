@@ -1,13 +1,13 @@
-"""One small transformer, as a function of its parameters, for every architecture the readers know.
+"""A transformer as a function of its parameters, for every architecture that can be read.
 
-It is there to look inside: at every MLP there are four named *sites* whose values can be captured or replaced,
+Every MLP has four named *sites*, at which values can be captured or replaced:
 
     residual   the stream in front of the block (in front of its norm)      [batch, tokens, d_model]
     input      what enters the MLP's first matrix, after the norm            [batch, tokens, d_model]
     hidden     what enters its last matrix, after the nonlinearity           [batch, tokens, d_hidden]
     output     what it adds to the stream (before a post-norm)               [batch, tokens, d_model]
 
-No dropout: training is other libraries' business.
+There is no dropout, because models are not trained here.
 """
 
 from collections.abc import Callable, Mapping
