@@ -169,7 +169,7 @@ def test_bad_input_is_explained(rng):
     narrow = rs.Dense(np.ones((3, D), np.float32))
     with pytest.raises(ValueError, match="layer 0 has 3 outputs and layer 1 8 inputs"):
         fit([narrow, layers[0]], x)
-    with pytest.raises(ValueError, match=r"hold names boundaries \[3\]: expected numbers from 0 to 2"):
+    with pytest.raises(ValueError, match=r"hold_boundaries has \[3\]: expected numbers from 0 to 2"):
         fit(layers, x, hold_boundaries=(3,))
     with pytest.raises(ValueError, match="every boundary is held"):
         fit(layers, x, hold_boundaries=(0, 1, 2))
