@@ -3,6 +3,7 @@
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -78,7 +79,7 @@ def test_values_are_those_of_the_layers_on_held_out_examples(rng):
     solution, rotations, evidence = fit(layers, x, scale_inputs=True)
     test = x[:100]
     for layer, pair, value in zip(layers, rotations, evidence.values, strict=True):
-        bases = {"in": pair.r_in, "out": pair.r_out}
+        bases = {"in": jnp.asarray(pair.r_in), "out": jnp.asarray(pair.r_out)}
         assert value == pytest.approx(float(JacobianSparsity(layer, test, rs.Log(0.1)).value(bases)), rel=1e-5)
         test = np.asarray(layer(test))
     assert list(solution.bases) == ["0 in", "0 out", "1 in", "1 out"] and len(solution.stages) == 2
@@ -150,7 +151,7 @@ def test_terms_are_grouped_by_the_free_spaces_they_share(rng):
         return JacobianSparsity(layers[0], x[:8], rs.Log(0.1), space_in=a, space_out=b)
 
     terms = [term("0", "1"), term("2", "3"), term("1", "2"), term("4", "5"), term("6", "6")]
-    groups = _connected(terms, {"6": np.eye(D)})
+    groups = _connected(terms, {"6": jnp.eye(D)})
     assert {frozenset().union(*(t.spaces for t in group)) for group in groups} == {
         frozenset("0123"),
         frozenset("45"),

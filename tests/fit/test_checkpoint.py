@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,9 +117,10 @@ def test_when_it_is_time(tmp_path, monkeypatch):
     with opened(tmp_path, every_minutes=None) as session:
         now[0] = 1e9
         assert not session.due(10**6) and session.steps_left(10**6) is None
-    for options in ({"every_steps": 0}, {"every_minutes": -1.0}):
-        with pytest.raises(ValueError, match="should be greater than zero"):
-            Run(tmp_path, **options)
+    with pytest.raises(ValueError, match="every_steps should be greater than zero"):
+        Run(tmp_path, every_steps=0)
+    with pytest.raises(ValueError, match="every_minutes should be greater than zero"):
+        Run(tmp_path, every_minutes=-1.0)
 
 
 def damage(path, rng):
@@ -268,10 +270,10 @@ def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
         pass
 
 
-def a_fit(run=None, **options):
+def a_fit(run=None, *, steps=60, **options):
     x = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
     objective = ActivationSparsity(x, Log(0.3))
-    method = Anneal(**{"steps": 60, "batch_size": 8} | options)
+    method = Anneal(steps=steps, batch_size=8, **options)
     return minimize(objective, {"in": jnp.eye(5)}, key=jax.random.key(0), method=method, run=run)
 
 
@@ -399,7 +401,7 @@ def function(x):
 """
 
     def described(doc, number=2, module="rotsparse.solvers.one"):
-        names = {"__name__": module}
+        names: dict[str, Any] = {"__name__": module}
         exec(template.format(doc=doc, number=number), names)
         method = dataclasses.dataclass(names["Method"])()
         return fingerprint(method=method, function=names["function"])

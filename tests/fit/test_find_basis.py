@@ -1,5 +1,7 @@
 """`find_basis`: finds planted directions, loses less energy than principal components, and never makes things worse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +19,11 @@ from rotsparse.solvers.fixed_point import FixedPoint, top_k
 KEY = jax.random.key(0)
 
 
-def planted():
+def planted(n=3000):
     """Activations, and the directions that they are sums of."""
     rng = np.random.default_rng(0)
     directions = random_orthogonal(rng, 12)
-    return sparse_activations(rng, 3000, directions, 0.2).astype(np.float32), directions
+    return sparse_activations(rng, n, directions, 0.2).astype(np.float32), directions
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def activations():
     return tuple(np.asarray(network.layers[0](jnp.asarray(x))) for x in (network.train, network.test))
 
 
-def find(x, *, steps, measure=rs.TopK(0.5), **options):  # noqa: B008 (immutable)
+def find(x, *, steps, measure: rs.Measure = rs.TopK(0.5), **options):  # noqa: B008 (immutable)
     method = default_basis_method(measure, steps=steps)
     return rs.find_basis(x, key=options.pop("key", KEY), measure=measure, method=method, **options)
 
@@ -146,15 +148,15 @@ def test_an_interrupted_fit_goes_on(stage, tmp_path, monkeypatch):
     """Interrupted in the second stage, in its first or second fit, or in the power steps."""
     x, _ = planted(n=500)
     fit = lambda **more: find(x, steps=80, restarts=2, **more)  # noqa: E731
-    whole, part = fit(), Run.part
+    whole, subrun = fit(), Run.subrun
 
     def interrupted(run, name):
         if name == stage:
             run._stop.requested = True
-        return part(run, name)
+        return subrun(run, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "part", interrupted)
+        patch.setattr(Run, "subrun", interrupted)
         stopped = fit(run=tmp_path)
     assert stopped.result is Result.INTERRUPTED and len(stopped.candidates) == 2
     resumed = fit(run=tmp_path)
@@ -175,10 +177,11 @@ def test_bad_input():
         default_basis_method(rs.TopK(0.5), batch_size=0)
 
 
-def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng):
+def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng, untyped):
     x = rng.standard_normal((50, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    source, mapped = rs.open_source(tmp_path / "x.npy"), np.load(tmp_path / "x.npy", mmap_mode="r")
+    source: Any = rs.open_source(tmp_path / "x.npy")  # no array, as find_basis wants one
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     with pytest.raises(ValueError, match=r"source\.part"):
         rs.find_basis(source, key=KEY)
     newton = rs.FixedPointNewton()

@@ -131,4 +131,4 @@ def test_reports_of_earlier_versions(fitted, rotsparse):
     (fitted / "report.html").unlink()
     shutil.rmtree(fitted / "figures")
     assert rotsparse("report", "run")[0] == 0 and (fitted / "report.html").exists()
-    assert Rotations.load(fitted / "rotations.safetensors")
+    assert Rotations.load(fitted / "rotations.safetensors")[0].r_in.size

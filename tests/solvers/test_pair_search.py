@@ -24,7 +24,13 @@ from rotsparse.solvers.pair_search import PairSearch, certify
 D_IN, D_OUT = 5, 4
 
 
-def jacobian_objective(seed=0, n=40, scale_inputs=True, measure=measures.Log(0.3), dtype=np.float32):  # noqa: B008
+def jacobian_objective(
+    seed=0,
+    n=40,
+    scale_inputs=True,
+    measure: measures.Measure = measures.Log(0.3),  # noqa: B008
+    dtype=np.float32,
+):
     """A small GELU block with sparse weights, whose inputs have very different variances."""
     rng = np.random.default_rng(seed)
     w_in = rng.standard_normal((10, D_IN)) * (rng.random((10, D_IN)) < 0.4)
@@ -34,7 +40,7 @@ def jacobian_objective(seed=0, n=40, scale_inputs=True, measure=measures.Log(0.3
     return JacobianSparsity(layer, x.astype(dtype), measure, scale_inputs=scale_inputs)
 
 
-def activation_objective(seed=0, n=400, d=6, measure=measures.Log(0.1)):  # noqa: B008
+def activation_objective(seed=0, n=400, d=6, measure: measures.Measure = measures.Log(0.1)):  # noqa: B008
     rng = np.random.default_rng(seed)
     return ActivationSparsity((rng.standard_normal((n, d)) * (rng.random((n, d)) < 0.3)).astype(np.float32), measure)
 

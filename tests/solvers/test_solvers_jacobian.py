@@ -41,7 +41,7 @@ def identity(objective):
 
 
 def final(solution):
-    return {"in": solution.rotations.r_in, "out": solution.rotations.r_out}
+    return {space: solution.bases[space] for space in ("in", "out")}
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
