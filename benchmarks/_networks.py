@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rotsparse as rs
-from rotsparse.evaluation.benchmark import REDRAWS
+from rotsparse.evaluation.fit_nulls import REDRAWS
 from rotsparse.examples import digits
 from rotsparse.layers.base import Layer
 
@@ -73,7 +73,9 @@ def _mnist(data: Path, seed: int, stage: str, options) -> Case:
     _require(data / "mlp_mnist/model.safetensors", data / "mnist/mnist.npz", source=mnist.SOURCE)
     layer, (train, _, test) = mnist.Network(mnist.Config(data=data)).stage(stage)
     keys = jax.random.split(jax.random.key(seed + 1), REDRAWS)
-    return Case(layer, train, test, options | {"nulls": [mnist.redrawn(layer, key) for key in keys]})
+    return Case(
+        layer, train, test, options | {"nulls": {"random weights": [mnist.redrawn(layer, key) for key in keys]}}
+    )
 
 
 def _modular_addition(data: Path, number: int) -> Case:

@@ -30,9 +30,8 @@ from safetensors.numpy import load_file
 
 import rotsparse as rs
 from rotsparse.data.moments import covariance
-from rotsparse.evaluation.benchmark import SHARE
 from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import identifiability
+from rotsparse.evaluation.verdict import SHARE, identifiability
 from rotsparse.layers.base import Layer
 
 SPACES = ("pixels", "hidden 1", "hidden 2", "logits")

@@ -28,10 +28,9 @@ from matplotlib.figure import Figure
 import rotsparse as rs
 from rotsparse import models
 from rotsparse._core.intervals import Interval
-from rotsparse.evaluation.benchmark import SHARE
 from rotsparse.evaluation.nulls import random_perturbation, random_weights
 from rotsparse.evaluation.substitution import substitution
-from rotsparse.evaluation.verdict import beyond_control
+from rotsparse.evaluation.verdict import SHARE, beyond_control
 
 SPARSITIES = (25, 40, 50, 60, 75)
 """Per cent of the coordinates that are set to zero."""

@@ -23,9 +23,8 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse.data.moments import covariance
-from rotsparse.evaluation.benchmark import SHARE
 from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import identifiability
+from rotsparse.evaluation.verdict import SHARE, identifiability
 
 SHOWN = {"pca": "Principal components", "learned": "Learned directions"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73")

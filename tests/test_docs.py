@@ -85,6 +85,8 @@ def shell(rotsparse, folder):
             if program == "rotsparse":
                 if arguments[0] in ("fit", "fit-model", "benchmark", "demo") and "--steps" not in arguments:
                     arguments += ["--steps", str(STEPS)]
+                if arguments[0] in ("fit", "fit-model"):
+                    arguments += ["--control", "none"]
                 code, printed = rotsparse(*shlex.split(shortened(shlex.join(arguments))))
                 assert code == 0, f"{line}: {printed}"
             elif program == "make":

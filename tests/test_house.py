@@ -28,7 +28,7 @@ FLOORS = [
 ]
 MOST_LINES = 400
 MOST_LEVELS = 12  # of packages
-MOST_MODULES = 18  # in the longest chain of imports
+MOST_MODULES = 19  # in the longest chain of imports
 
 
 def name_of(file: Path) -> str:

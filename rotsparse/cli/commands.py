@@ -9,30 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
-from rotsparse.cli import model_commands
+from rotsparse.cli import demo, model_commands
 from rotsparse.cli import options as opt
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.data.sources import RowRange, Source, in_memory
-from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
 from rotsparse.evaluation.compare import compare_with_baselines
-from rotsparse.examples import digits
-from rotsparse.fit.default_method import default_method
+from rotsparse.evaluation.control import Control
 from rotsparse.layers.activations import ACTIVATIONS
 from rotsparse.layers.base import Layer
-from rotsparse.layers.files import load_layer, open_activations, save_array, save_layer
+from rotsparse.layers.files import load_layer, open_activations, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
-from rotsparse.objectives import measures
 from rotsparse.runs import folders, inputs, layer_run, listing
 
 console = Console()
@@ -45,7 +41,7 @@ def run(command: Any) -> int:
     """Run a command and return its exit code."""
     match command:
         case opt.Demo():
-            return demo(command)
+            return demo.run(command, console)
         case opt.Fit():
             return fit(command)
         case opt.Compare():
@@ -70,45 +66,6 @@ def run(command: Any) -> int:
     raise AssertionError(command)
 
 
-def demo(command: "opt.Demo") -> int:
-    """`rotsparse demo`."""
-    check_seed(command.seed)
-    with folders.new_run(command.out, overwrite=command.overwrite) as folder:
-        console.print("training a 64-64-64-10 ReLU network on handwritten digits ...")
-        network = digits.train(command.seed)
-        first, layer = network.layers[0], network.layers[1]
-        train, test = (np.asarray(first(jnp.asarray(x)))[: command.examples] for x in (network.train, network.test))
-        console.print(
-            f"held-out accuracy {network.accuracy:.1%}; its second layer has {layer.d_in} inputs and "
-            f"{layer.d_out} outputs; "
-            f"fitting on {len(train)} examples, reporting on {len(test)} others"
-        )
-        # The inputs that `rotsparse fit` needs to repeat this fit, and `rotsparse report` to redraw it.
-        save_layer(folder / "layer.safetensors", layer)
-        save_array(folder / "activations.npy", train)
-        save_array(folder / "test_activations.npy", test)
-        config = {"command": "demo", "accuracy": network.accuracy, **plain(command)}
-        config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
-        config |= {"test_activations": "test_activations.npy", "input_scale": "none"}
-        config["inputs"] = inputs.hashes(
-            **{name: folder / config[name] for name in ("layer", "activations", "test_activations")}
-        )
-        options = {"measure": measures.Log(0.1), "scale_inputs": False, "restarts": 2}
-        options |= {"method": default_method(steps=command.steps), "run": Run(progress=True)}
-        solution = layer_run.run(
-            folder,
-            layer,
-            train,
-            test,
-            fit=options,
-            seed=command.seed,
-            config=config,
-            console=console,
-        )
-    console.print(f"report: {visible(command.out / 'report.html')}")
-    return 0 if layer_run.succeeded(solution) else 1
-
-
 def fit(command: "opt.Fit") -> int:
     """`rotsparse fit`."""
     layer, train, test = _inputs(command.layer)
@@ -119,8 +76,9 @@ def fit(command: "opt.Fit") -> int:
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         options = recorded(options, run, folder)
         solution = layer_run.run(
-            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console
-        )
+            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console,
+            control=command.control == "quick",
+        )  # fmt: skip
     console.print(f"report: {visible(run.out / 'report.html')}")
     known = {field.name: getattr(command.layer, field.name) for field in dataclasses.fields(opt.LayerOptions)}
     rest = f"--rotations {shlex.quote(str(run.out))} --out {shlex.quote(str(run.out / 'folded.safetensors'))}"
@@ -244,6 +202,8 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
         scale_inputs=config["input_scale"] == "std",
         floor=metrics["objective"]["floor"],
         function_error=metrics["function_error"],
+        control=None if metrics.get("control") is None else Control.from_json(metrics["control"]),
+        pictures=demo.pictures(run, config) if config["command"] == "demo" else None,
         console=console,
     )
     console.print(f"report: {visible(run / 'report.html')}")

@@ -139,7 +139,17 @@ def fit(command: "options.FitModel", console: Console) -> int:
             )
             own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
             fit = recorded(arguments, run, of_layer)
-            layer_run.run(of_layer, layer, train, test, fit=fit, seed=command.seed, config=own, console=console)
+            layer_run.run(
+                of_layer,
+                layer,
+                train,
+                test,
+                fit=fit,
+                seed=command.seed,
+                config=own,
+                console=console,
+                control=command.control == "quick",
+            )
             results[i] = folders.read_json(of_layer / layer_run.METRICS)
         folders.write_json(
             folder / folders.CONFIG, config | {"versions": folders.versions(), "model": str(command.model)}

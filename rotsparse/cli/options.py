@@ -12,6 +12,9 @@ Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "s
 MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "l4", "hoyer", "top-k"]
 
 
+Control = Literal["quick", "none"]
+
+
 def _default(what: str) -> Any:
     """What `--help` says about an option whose default is `None`."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
@@ -52,21 +55,28 @@ class EvaluationOptions(LayerOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train a small network on handwritten digits, find the rotations around its second layer, and write a report.
+    """Train a small network, find the rotations around one of its layers, compare them with baselines and null models,
+    and write a report. The network adds two numbers modulo 59, and the directions found are the waves it adds with.
 
     Takes about a minute. Example: rotsparse demo --out runs/demo
     """
 
     out: Path = Path("runs/demo")
     """The run folder to write."""
+    network: Literal["addition", "digits"] = "addition"
+    """addition: the MLP block of a network that adds; digits: the second ReLU layer of one that reads digits, on which
+    random weights do as well (nothing was learned there that this could find)."""
     overwrite: bool = False
     """Replace an earlier run."""
     seed: int = 0
     """Seed of everything random."""
-    steps: int = 8000
+    steps: Annotated[int | None, _default("4000; of digits 8000")] = None
     """Optimisation steps."""
     examples: Annotated[int | None, _default("all")] = None
-    """Use only this many images (for a quick look)."""
+    """Use only this many examples (for a quick look)."""
+    control: Control = "quick"
+    """quick: also fit null models, by a few hundred steps, so that the report can say what is beyond chance; none: do
+    not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +146,9 @@ class Fit:
     run: tyro.conf.OmitArgPrefixes[RunOptions]
     start: Annotated[Path | None, _default("the neurons")] = None
     """Rotations to start from: a run folder or a rotations.safetensors."""
+    control: Control = "quick"
+    """quick: also fit null models, by a few hundred steps, so that the report can say what is beyond chance; none: do
+    not. (`rotsparse benchmark` fits them as long as the layer itself.)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +170,8 @@ class Compare:
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """Test whether a learned basis is better than chance: fit the layer, and compare with every baseline, with the same
-    fit of random weights, and with other restarts, in one table with intervals and the time of each fit.
+    fit of null models (three draws of each), and with other restarts, in one table with intervals and the time of each
+    fit.
 
     Example: rotsparse benchmark --layer mlp.safetensors --activations x.npy --activation gelu --out runs/mlp-benchmark
     """
@@ -286,6 +300,9 @@ class FitModel:
     """With --site residual: each layer ends in the stream after the MLP, not at the MLP's output."""
     examples: int = 5000
     """Largest number of tokens to use, evenly spaced. The last fifth of the capture is held out."""
+    control: Control = "quick"
+    """quick: also fit null models, by a few hundred steps, so that the report can say what is beyond chance; none: do
+    not. (`rotsparse benchmark` fits them as long as the layer itself.)"""
     input_scale: Literal["std", "none"] = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
     seed: int = 0

@@ -1,11 +1,11 @@
 """`benchmark`: is a layer's learned basis worth anything? One table that a sceptic would ask for.
 
 The learned basis beside every baseline on held-out examples, what each of them costs, the same fit on the same
-activations with the weights redrawn three times, and how many of its directions another start finds again.
+activations through three draws of every null model, and how many of its directions another start finds again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,56 +20,43 @@ from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation import tables
-from rotsparse.evaluation.compare import Comparison, compare, compare_with_baselines
-from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import against_baselines, another_redraw, beyond_control
+from rotsparse.evaluation.compare import Comparison, compare_with_baselines
+from rotsparse.evaluation.control import Control
+from rotsparse.evaluation.fit_nulls import REDRAWS, measured
+from rotsparse.evaluation.nulls import draw_nulls
+from rotsparse.evaluation.verdict import against_baselines, structure
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.base import Layer
+from rotsparse.layers.rotations import Rotations
 
 LEARNED = "learned"
-CONTROL = "learned, random weights"
-
-# What the control is judged by: it needs no ranking of entries and is no objective.
-SHARE = "fraction_below_0.1_rms"
-
-# Null models: the fewest whose spread says anything about where the next one would lie.
-REDRAWS = 3
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`comparison`: every metric of the learned basis and of all baselines. `controls`: those of the learned basis of
-    every null model. `seconds`: what each basis took to fit by itself, compilation included.
-    `reproduced`: for each side the share of directions that every other restart found again, after more than one."""
+    """`comparison`: every metric of the learned basis and of all baselines. `control`: what the same fit reaches for
+    the nulls (`None` where there are none). `seconds`: what each basis took to fit by itself, compilation included (of
+    nulls, the last draw). `reproduced`: for each side the share of directions that every other restart found again,
+    after more than one."""
 
     comparison: Comparison
-    controls: tuple[dict[str, Interval], ...]
+    control: Control | None
     seconds: dict[str, float]
     reproduced: dict[str, float] | None
     solution: Solution
 
     @property
-    def control(self) -> dict[str, Interval] | None:
-        """Every metric's mean over the null models, and where one more of them would lie."""
-        if not self.controls:
-            return None
-        return {name: another_redraw([control[name] for control in self.controls]) for name in self.controls[0]}
-
-    @property
     def conclusion(self) -> str:
-        """Sparser than the baselines? Than random weights? The same directions again?"""
-        said = [against_baselines(self.comparison, LEARNED)]
-        if self.controls:
-            shares = [control[SHARE] for control in self.controls]
-            words = beyond_control(self.comparison.metrics[LEARNED][SHARE], shares)[1]
-            said.append(f"{words[0].upper()}{words[1:]}.")
+        """Sparser than the nulls? Than the baselines? The same directions again?"""
+        said = [] if self.control is None else [structure(self.control).sentence()]
+        said.append(against_baselines(self.comparison, LEARNED))
         if self.reproduced:
             shares = " and ".join(f"{share:.0%} of the '{side}' directions" for side, share in self.reproduced.items())
             said.append(f"Other starts find {shares} again.")
         return " ".join(said)
 
     def table(self) -> Table:
-        """A rich table; the control in the last row."""
+        """A rich table; the nulls in the last rows."""
         concentration = self.comparison.concentration
         return tables.rich_table(
             self.comparison.metrics, concentration=concentration, controls=self._controls, seconds=self.seconds
@@ -84,20 +71,25 @@ class Benchmark:
 
     @property
     def _controls(self) -> dict[str, dict[str, Interval]]:
-        control = self.control
-        return {} if control is None else {CONTROL: control}
+        if self.control is None:
+            return {}
+        return {null_row(null): self.control.metrics(null) for null in self.control.nulls}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rotations, ready for `json.dump`."""
         return {
             "metrics": self.comparison.to_json(),
-            "control": None if (control := self.control) is None else {k: m._asdict() for k, m in control.items()},
-            "controls": [{k: m._asdict() for k, m in of.items()} for of in self.controls],
+            "control": None if self.control is None else self.control.to_json(),
             "seconds": self.seconds,
             "reproduced": self.reproduced,
             "result": self.solution.result.name,
             "conclusion": self.conclusion,
         }
+
+
+def null_row(null: str) -> str:
+    """The name of a null's row in tables."""
+    return f"{LEARNED}, {null}"
 
 
 def benchmark(
@@ -106,7 +98,7 @@ def benchmark(
     test: Float[Data, "m d_in"],
     *,
     key: PRNGKeyArray,
-    nulls: Sequence[Layer] | None = None,
+    nulls: Mapping[str, Sequence[Layer]] | None = None,
     scale_inputs: bool = True,
     **fit: Any,
 ) -> Benchmark:
@@ -114,34 +106,35 @@ def benchmark(
 
     `fit` holds further arguments of `find_rotations`; `restarts=2` or more tell whether other starts find the same
     directions. Where `train` is a source, the baselines see the part of it that a fit keeps in memory. `nulls` are
-    fitted the same way to the same activations: by default three redraws by `random_weights(layer)`, because
-    redraws differ by more than the examples' intervals say (for a layer without weights of its own, a `FunctionLayer`
-    say, there are none unless given).
+    fitted the same way to the same activations: by default three draws of each that the layer has (`draw_nulls`),
+    because draws differ by more than the examples' intervals say (a layer without weights of its own, a
+    `FunctionLayer` say, has none unless given; `{}`: none).
 
     Raises `ValueError` where the inputs are unfit, `KeyboardInterrupt` where a fit was interrupted.
     """
     keys = jax.random.split(key, 4)
-    if nulls is None:
-        draws = jax.random.split(keys[0], REDRAWS) if layer.weights() else []
-        nulls = [random_weights(layer, key=k) for k in draws]
     sample, _ = in_memory(train)
-    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
+    if nulls is None:
+        nulls = draw_nulls(layer, sample, key=keys[0], draws=REDRAWS)
     seconds: dict[str, float] = {}
 
-    def learn(layer, part):
+    def learn(layer: Layer, name: str) -> Solution:
         # Each fit has checkpoints and a log of its own.
-        own: dict[str, Any] = {"run": Run.of(fit.get("run")).subrun(part)}
+        own: dict[str, Any] = {"run": Run.of(fit.get("run")).subrun(name)}
         return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | own).completed()
 
-    begun = time.perf_counter()
-    solution = learn(layer, "learned")
-    seconds[LEARNED] = time.perf_counter() - begun
-    controls = []
-    for i, null in enumerate(nulls):
+    def find(layer: Layer, null: str, number: int) -> Rotations:
         begun = time.perf_counter()
-        rotations = learn(null, f"control-{i}").rotations
-        seconds[CONTROL] = time.perf_counter() - begun
-        controls.append(compare(null, test, {CONTROL: rotations}, key=keys[3], **judged).metrics[CONTROL])
+        rotations = learn(layer, f"{null.replace(' ', '-')}-{number}").rotations
+        seconds[null_row(null)] = time.perf_counter() - begun
+        return rotations
+
+    begun = time.perf_counter()
+    solution = learn(layer, LEARNED)
+    seconds[LEARNED] = time.perf_counter() - begun
+    controls = measured(
+        nulls, test, find, scale_inputs=scale_inputs, covariance=covariance(sample)[1], key=keys[3]
+    )  # fmt: skip
     comparison, _ = compare_with_baselines(
         layer, sample, test, {LEARNED: solution.rotations}, scale_inputs=scale_inputs, keys=(keys[2], keys[3]),
         seconds=seconds,
@@ -149,7 +142,7 @@ def benchmark(
     again = solution.reproduced()
     return Benchmark(
         comparison=comparison,
-        controls=tuple(controls),
+        control=Control(comparison.metrics[LEARNED], controls) if controls else None,
         seconds=seconds,
         reproduced=None if again is None else {side: float(found.mean()) for side, found in again.items()},
         solution=solution,

@@ -8,10 +8,14 @@ Each keeps everything but the structure in question, and answers one question:
 | `rate_matched` | also how often each neuron is active | sparsity that its activity rates do not explain |
 | `same_spectrum` | the singular values of each matrix | sparsity that low rank does not explain |
 | `re_paired` | every matrix as it is, but for the order of neurons | inputs wired to outputs through specific neurons |
+| `unpaired` | the same, gates and what they gate re-ordered, too | gates that go with what they gate |
 | `shuffled_inputs` | the distribution of each input | sparsity that follows from dependence of the inputs |
 
 `random_perturbation` has the size of a substitution's error and none of its direction.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,9 @@ from rotsparse._core.intervals import numpy_generator
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.layers.base import ClosedForm, Layer, normalized
+from rotsparse.layers.gated import GatedMLP
+
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:
@@ -78,7 +85,7 @@ def same_spectrum(layer: Layer, *, key: PRNGKeyArray) -> Layer:
     return layer.with_weights(**new)
 
 
-def re_paired(layer: Layer, *, key: PRNGKeyArray) -> Layer:
+def re_paired(layer: AnyLayer, *, key: PRNGKeyArray) -> AnyLayer:
     """The hidden neurons of a block in another order behind their gates: each feeds the outputs that another one fed.
     Every matrix keeps its entries, and every neuron its activity.
 
@@ -92,6 +99,34 @@ def re_paired(layer: Layer, *, key: PRNGKeyArray) -> Layer:
         )
     w = layer.weights()[names[0]]
     return layer.with_weights(**{names[0]: w[:, numpy_generator(key).permutation(w.shape[1])]})
+
+
+def unpaired(layer: GatedMLP, *, key: PRNGKeyArray) -> GatedMLP:
+    """The hidden neurons of a gated block in one order in `w_gate` and in two others in `w_up` and `w_down`."""
+    key_up, key_down = jax.random.split(key)
+    order = numpy_generator(key_up).permutation(len(layer.w_up))
+    return re_paired(layer.with_weights(w_up=layer.w_up[order]), key=key_down)
+
+
+def draw_nulls(layer: Layer, x: Rows, *, key: PRNGKeyArray, draws: int) -> dict[str, list[Layer]]:
+    """So many draws of every null that the layer has, by its name in words; none for a layer without weights. `x` are
+    the examples on which rates are matched."""
+    if not isinstance(layer, ClosedForm):
+        return {}
+    kinds: dict[str, Callable[[PRNGKeyArray], Layer]] = {
+        "random weights": lambda k: random_weights(layer, key=k),
+        "rates matched": lambda k: rate_matched(layer, x, key=k),
+        "same spectrum": lambda k: same_spectrum(layer, key=k),
+    }
+    if layer.left is not None:
+        kinds["neurons re-paired"] = lambda k: re_paired(layer, key=k)
+    if isinstance(layer, GatedMLP):
+        kinds["gates unpaired"] = lambda k: unpaired(layer, key=k)
+    keys = jax.random.split(key, len(kinds))
+    return {
+        name: [draw(k) for k in jax.random.split(own, draws)]
+        for own, (name, draw) in zip(keys, kinds.items(), strict=True)
+    }
 
 
 def shuffled_inputs(x: Rows, *, key: PRNGKeyArray) -> Float[Array, "n d"]:

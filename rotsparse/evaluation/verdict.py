@@ -1,5 +1,7 @@
 """What the evidence amounts to, in words: every verdict, and every threshold of one.
 
+- `structure`: is a layer sparser than its nulls, and which is the strictest?
+- `verdict`: that, and all that `finding` and `remarks` say of a fit.
 - `against_baselines`: on which metrics is the learned basis ahead?
 - `finding`, `remarks`: what a fit found, in one sentence with the sizes; the remarks without which it would mislead.
 - `beyond_control`: is a layer sparser than its null models?
@@ -20,6 +22,7 @@ from rotsparse._core.types import Rows
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.ablation import EdgeAblation
 from rotsparse.evaluation.compare import Comparison
+from rotsparse.evaluation.control import Control, another_redraw
 from rotsparse.evaluation.names import LABELS, basis_name
 from rotsparse.layers.base import ClosedForm, Layer
 
@@ -140,36 +143,123 @@ GAIN = 1.1
 """A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
 name, however sure. Odds, because shares of nearly one (of directions that hardly vary) leave no room for factors."""
 
+# What a layer is judged by against its nulls: the share of small entries, of all and without the strongest directions.
+SHARE, WITHOUT_TOP, EDGES = "fraction_below_0.1_rms", "small_without_top", "edges_99"
+JUDGED = (SHARE, WITHOUT_TOP)
 
-def another_redraw(controls: Sequence[Interval]) -> Interval:
-    """The mean of some null models that differ in their draw, and where one more of them would lie: the 95% prediction
-    interval `mean ± t s √(1 + 1/k)` (Student's t with k - 1 degrees of freedom), and no less than what the intervals of
-    the k controls cover. A single control has its own interval only, which is too narrow: it knows examples, not draws.
-    """
-    values = np.array([control.value for control in controls])
-    low, high = min(control.low for control in controls), max(control.high for control in controls)
-    mean, k = float(values.mean()), len(values)
-    if k > 1:
-        from scipy.special import stdtrit  # here, because it takes a tenth of a second
-
-        reach = float(stdtrit(k - 1, 0.975) * values.std(ddof=1) * np.sqrt(1 + 1 / k))
-        low, high = min(low, mean - reach), max(high, mean + reach)
-    return Interval(mean, low, high)
+# A single row or column of the mean squared Jacobian that holds more than this share of its sum is the first thing to
+# say: shares of small entries are then about the others being smaller than it.
+CONCENTRATED = 0.5
 
 
 def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
     """Whether the share of small entries says that a layer has learned structure, and the conclusion in words: its
-    learned basis against those of its null models (the same fit with random weights; three of them or more, because
+    learned basis against those of one kind of null (the same fit with random weights; three of them or more, because
     two draws of random weights differ, too)."""
     null = another_redraw(controls)
-    odds = null.value * (1 - learned.value), learned.value * (1 - null.value)
-    structure = learned.low > null.high and odds[1] > GAIN * odds[0]
+    structure = _beyond(learned, null)
     compared = "above" if learned.low > null.high else "below" if learned.high < null.low else "within"
     range_of = f"the range of {len(controls)} redraws" if len(controls) > 1 else "the interval of the one redraw"
     return structure, (
         f"{learned.value:.3f} of the entries are small, {null.value:.3f} with random weights ({compared} {range_of}): "
         + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
     )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Whether a layer is sparser than its nulls: a null is beaten where every metric of `JUDGED` is above the range of
+    one more draw and the odds are larger by the factor `GAIN`. `strictest`: the null that leaves the smallest factor,
+    of those that are missed if there are any."""
+
+    control: Control
+    beaten: tuple[str, ...]
+    missed: tuple[str, ...]
+    strictest: str
+
+    @property
+    def learned(self) -> bool:
+        """Whether every null is beaten, but for those that only wire the same neurons otherwise: a layer may be sparse
+        because each of its matrices is, in one basis, whichever neuron goes with which."""
+        return all(null in REWIRED for null in self.missed)
+
+    def headline(self) -> str:
+        """The conclusion in one sentence or two, with the strictest null."""
+        ours, null = self.control.learned[SHARE].value, self.control.another(self.strictest, SHARE).value
+        shares = f"{ours:.1%} of the entries are practically zero, {null:.1%} in the null model {self.strictest!r}"
+        if not self.missed:
+            return f"Sparse structure that was learned: {shares}, the strictest."
+        why = f"{_EXPLAINS.get(self.strictest, 'What this null keeps')} may explain it."
+        if self.learned:
+            return (
+                f"Sparse structure in the weights that were learned, but not in how neurons are wired: {shares}. {why}"
+            )
+        if self.beaten:
+            return (
+                f"Sparser than with {_listed(self.beaten)}, but not than with {_listed(self.missed)}: {shares}. {why}"
+            )
+        return f"No sparse basis here beyond chance: {shares}."
+
+    def evidence(self) -> str:
+        """The figures of all nulls."""
+        shares = ", ".join(f"{null} {self.control.another(null, SHARE).value:.3f}" for null in self.control.nulls)
+        edges = ", ".join(f"{null} {self.control.another(null, EDGES).value:,.0f}" for null in self.control.nulls)
+        made = f" ({self.control.made})" if self.control.made else ""
+        return (
+            f"The same fit{made} leaves {self.control.learned[SHARE].value:.3f} small entries here, and in the nulls: "
+            f"{shares}. {self.control.learned[EDGES].value:,.0f} entries hold 99% of the mean squared Jacobian, and "
+            f"in the nulls: {edges}."
+        )
+
+    def sentence(self) -> str:
+        """Both."""
+        return f"{self.headline()} {self.evidence()}"
+
+
+# Nulls that keep every neuron of every matrix.
+REWIRED = ("neurons re-paired", "gates unpaired")
+
+# What a null keeps, and may therefore explain.
+_EXPLAINS = {
+    "random weights": "The size of the weights",
+    "rates matched": "How often each neuron is active",
+    "same spectrum": "The singular values of the weights",
+    "neurons re-paired": "Each weight matrix by itself, whichever neuron feeds which output,",
+    "gates unpaired": "Each weight matrix by itself, whichever gate goes with which neuron,",
+}
+
+# What may help where there is no structure beyond the nulls.
+ADVICE = (
+    "What to try: a whole block in place of a single layer, the layer with its skip connection, the other "
+    "--input-scale, --active-subspace 0.999, more steps, more examples."
+)
+
+
+def structure(control: Control) -> Structure:
+    """Judge a layer by its control."""
+    judged = [metric for metric in JUDGED if metric in control.learned]
+
+    def factor(null: str) -> float:
+        return min(_odds(control.learned[m].value, control.another(null, m).value) for m in judged)
+
+    beaten = [n for n in control.nulls if all(_beyond(control.learned[m], control.another(n, m)) for m in judged)]
+    missed = [null for null in control.nulls if null not in beaten]
+    strictest = min(missed or beaten, key=factor)
+    return Structure(control, tuple(beaten), tuple(missed), strictest)
+
+
+def _beyond(learned: Interval, null: Interval) -> bool:
+    return learned.low > null.high and _odds(learned.value, null.value) > GAIN
+
+
+def _odds(learned: float, null: float) -> float:
+    """The odds of a small entry, relative to those in a null model."""
+    few = 1e-12
+    return learned * (1 - null) / max(null * (1 - learned), few)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def against_baselines(comparison: Comparison, learned: str = "learned") -> str:
@@ -205,6 +295,18 @@ def against_baselines(comparison: Comparison, learned: str = "learned") -> str:
 
 # Objectives of restarts that differ by less than this share count as equally good.
 ABOUT_AS_SPARSE = 0.02
+
+
+def verdict(comparison: Comparison, layer: Layer, solution: Solution, control: Control | None) -> list[str]:
+    """What a fit found: the conclusion in one sentence, and the sentences that it rests on.
+
+    The first one says whether the layer is sparser than its nulls; without a control, how many entries are left.
+    """
+    if control is None:
+        return [finding(comparison, layer), *remarks(comparison, layer, solution)]
+    judged = structure(control)
+    said = [judged.headline(), judged.evidence(), finding(comparison, layer), *remarks(comparison, layer, solution)]
+    return said if judged.learned else [*said, ADVICE]
 
 
 def finding(comparison: Comparison, layer: Layer) -> str:

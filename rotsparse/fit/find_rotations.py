@@ -41,6 +41,7 @@ def find_rotations(
     validation: Float[Data, "n d_in"] | Source | None = None,
     start: Rotations | None = None,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     tie: bool = False,
     hold: Sequence[str] = (),
     active_subspace: float | None = None,
@@ -70,7 +71,8 @@ def find_rotations(
     Other arguments:
 
     - `start`: the first start (default: the neuron basis); the others are Haar-random rotations.
-    - `scale_inputs`: multiply each column of the Jacobian by the standard deviation of its input.
+    - `scale_inputs`: multiply each column of the Jacobian by the standard deviation of its input. `scale_outputs`: also
+      divide each row by the standard deviation of its output, so that entries have no unit.
     - `tie`: use one rotation for both sides (a residual stream). `hold`: sides ("in", "out") that are not rotated away
       from their start.
     - `active_subspace`: rotate only the principal components that hold this share (e.g. 0.999) of the variance of
@@ -92,6 +94,7 @@ def find_rotations(
         x,
         measure,
         scale_inputs=scale_inputs,
+        scale_outputs=scale_outputs,
         space_out=space_out,
         precision=precision,
         moments=kept_moments(x, run) if scale_inputs else None,

@@ -11,10 +11,10 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments
+from rotsparse.data.moments import Moments, covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import chunk_size, jacobian_gram
+from rotsparse.layers.jacobians import apply, chunk_size, jacobian_gram
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
 from rotsparse.objectives.base import CHUNK_BYTES, MeasuredObjective, add_grads
@@ -32,6 +32,11 @@ class JacobianSparsity(MeasuredObjective):
     square is over all entries and all examples of `x`, at the current rotations (computed exactly from Σ and `E[JᵀJ]`,
     also on minibatches), so that the objective does not reward small Z.
 
+    With `scale_outputs` row o is divided by `sd_o = √(r_o Σ_y r_oᵀ)`, the standard deviation of rotated output o: an
+    entry then has no unit, it is how many standard deviations output o moves when input i moves by one of its own. The
+    root mean square is then that of the examples that are summed over (a minibatch has its own), because it no longer
+    follows from second moments.
+
     `x` is `[n, d_in]`, or a source, of which a sample is kept in memory: the objective and `E[JᵀJ]` are computed on
     the sample, and Σ on the whole source (or taken from `moments`). `precision` is that of the large matrix products:
     "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
@@ -40,7 +45,7 @@ class JacobianSparsity(MeasuredObjective):
     drawn submatrix, and h = d_hidden.
 
     Raises `ValueError` for inputs that do not fit the layer or are not finite, for a Jacobian that is zero or overflows
-    on all examples, and for a tied fit of a layer with d_in ≠ d_out.
+    on all examples, for a tied fit of a layer with d_in ≠ d_out, and for scaled outputs that do not vary.
     """
 
     layer: Layer
@@ -48,6 +53,7 @@ class JacobianSparsity(MeasuredObjective):
     measure: Measure
     gram: Float[Array, "d_in d_in"]
     covariance: Float[Array, "d_in d_in"] | None
+    covariance_out: Float[Array, "d_out d_out"] | None
     space_in: str = eqx.field(static=True)
     space_out: str = eqx.field(static=True)
     drawn: Submatrix | None
@@ -61,6 +67,7 @@ class JacobianSparsity(MeasuredObjective):
         measure: Measure,
         *,
         scale_inputs: bool = True,
+        scale_outputs: bool = False,
         space_in: str = "in",
         space_out: str = "out",
         precision: str = "highest",
@@ -76,6 +83,9 @@ class JacobianSparsity(MeasuredObjective):
         if scale_inputs:
             moments = self.data.moments() if moments is None else moments
             self.covariance = jnp.asarray(moments.covariance, self.x.dtype)
+        self.covariance_out = None
+        if scale_outputs:
+            self.covariance_out = jnp.asarray(output_covariance(layer, self.x), self.x.dtype)
         self.space_in, self.space_out = space_in, space_out
         if space_in == space_out and layer.d_in != layer.d_out:
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
@@ -90,12 +100,13 @@ class JacobianSparsity(MeasuredObjective):
     def within(self, subspace: Subspace) -> "JacobianSparsity":
         """The same objective restricted to some directions of the layer's inputs and outputs."""
         subspace = subspace.gathered(self.x) if self.data.source is None else subspace
-        frame = subspace.frame_in
+        frame, out = subspace.frame_in, subspace.frame_out
         return replace_fields(
             self,
             layer=subspace,
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
+            covariance_out=None if self.covariance_out is None else matmul(matmul(out, self.covariance_out), out.T),
             chunk=chunk_size(subspace, CHUNK_BYTES),
         )
 
@@ -107,17 +118,27 @@ class JacobianSparsity(MeasuredObjective):
             in_memory(x)[0],
             self.measure,
             scale_inputs=self.covariance is not None,
+            scale_outputs=self.covariance_out is not None,
             space_in=self.space_in,
             space_out=self.space_out,
             precision=self.precision,
         )
 
     def subsampled(self, key, submatrix):
+        if self.covariance_out is not None:
+            raise ValueError("the root mean square of scaled outputs needs all entries: leave submatrix out")
         shape = (self.layer.d_out, self.layer.d_in)
         return replace_fields(self, drawn=Submatrix.draw(key, submatrix, shape, self.measure))
 
     def value(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]
+        if self.covariance_out is not None:
+            r_in, r_out = self._dimensionless(r_in, r_out)[:2]
+
+            def chunk_value(x, weights):
+                return jnp.sum(weights * self.measure.example_value(self.layer.jacobian(x, r_in, r_out)))
+
+            return self.sum(chunk_value) / self.count
         column_scale = self._scale(r_in)[0]
         if self.drawn is not None:
             r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
@@ -130,6 +151,8 @@ class JacobianSparsity(MeasuredObjective):
 
     def value_and_grad(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]
+        if self.covariance_out is not None:
+            return self._dimensionless_value_and_grad(r_in, r_out)
         column_scale, variance, gain, sigma, gram = self._scale(r_in)
         if self.drawn is not None:
             r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
@@ -167,9 +190,65 @@ class JacobianSparsity(MeasuredObjective):
         if self.covariance is None:
             return jax.lax.rsqrt(jnp.sum(gain) / entries), jnp.ones_like(gain), gain, None, gram
         sigma = matmul(matmul(r_in, self.covariance), r_in.T)
-        variance = jnp.maximum(jnp.diagonal(sigma), 0)
-        variance += VARIANCE_FLOOR * jnp.trace(self.covariance) / self.layer.d_in
+        variance = _floored(jnp.diagonal(sigma), self.covariance)
         return jnp.sqrt(variance * entries / jnp.sum(variance * gain)), variance, gain, sigma, gram
+
+    def _dimensionless(self, r_in, r_out):
+        """Rows of `R_in` times their deviations, rows of `R_out` divided by theirs and by the root mean square of all
+        entries of the examples; and, for each side, the deviations and what their derivative needs: `R Σ Rᵀ` divided by
+        the variance of each row."""
+        sd_in, turned_in = _deviations(r_in, self.covariance)
+        sd_out, turned_out = _deviations(r_out, self.covariance_out)
+        rows_in, rows_out = r_in * sd_in[:, None], r_out / sd_out[:, None]
+
+        def chunk_energy(x, weights):
+            return jnp.sum(weights[:, None, None] * jnp.square(self.layer.jacobian(x, rows_in, rows_out)))
+
+        entries = self.layer.d_in * self.layer.d_out
+        unit = jax.lax.rsqrt(self.sum(chunk_energy) / (self.count * entries))
+        return rows_in, rows_out * unit, (sd_in, turned_in), (sd_out, turned_out)
+
+    def _dimensionless_value_and_grad(self, r_in, r_out):
+        r_in, r_out, (sd_in, turned_in), (sd_out, turned_out) = self._dimensionless(r_in, r_out)
+
+        def chunk_sums(x, weights):
+            z = self.layer.jacobian(x, r_in, r_out)
+            g = self.measure.example_slope(z) * weights[:, None, None]
+            weighted = z * weights[:, None, None]
+            value = jnp.sum(weights * self.measure.example_value(z))
+            pairs = [(jnp.einsum("noi,npi->op", e, z), jnp.einsum("noi,noj->ij", e, z)) for e in (g, weighted)]
+            return value, *pairs
+
+        value, from_slopes, from_entries = self.sum(chunk_sums)
+        # With ρ² = mean u², z = u/ρ: δz = δu/ρ - z mean(z δu/ρ), so G has to lose its part along z.
+        total = self.count * self.layer.d_in * self.layer.d_out
+        along = jnp.trace(from_slopes[0]) / total
+        h_out, h_in = ((g - along * z) / total for g, z in zip(from_slopes, from_entries, strict=True))
+        # u_oi = sd_i Z_oi / sd_o, with δsd_i / sd_i = δr_i Σ r_iᵀ / sd_i².
+        grad_in = sd_in[:, None] * h_in / sd_in + jnp.diagonal(h_in)[:, None] * turned_in
+        grad_out = sd_out * h_out / sd_out[:, None] - jnp.diagonal(h_out)[:, None] * turned_out
+        return value / self.count, add_grads({self.space_in: skew(grad_in)}, {self.space_out: skew(grad_out)})
+
+
+def output_covariance(layer: Layer, x: Float[Data, "n d_in"]) -> Float[np.ndarray, "d_out d_out"]:
+    """The covariance of `y = f(x)`. Raises `ValueError` where no output varies."""
+    found = covariance(x, lambda rows: apply(layer, jnp.asarray(rows)))[1]
+    if not np.trace(found) > 0:
+        raise ValueError("the layer's outputs do not vary, so they have no standard deviation to be measured in")
+    return found
+
+
+def _deviations(r, sigma):
+    """The standard deviation of every row's coordinate, and `R Σ Rᵀ` divided by each row's variance."""
+    if sigma is None:
+        return jnp.ones_like(r[:, 0]), jnp.zeros_like(r)
+    turned = matmul(matmul(r, sigma), r.T)
+    variance = _floored(jnp.diagonal(turned), sigma)
+    return jnp.sqrt(variance), turned / variance[:, None]
+
+
+def _floored(variance, sigma):
+    return jnp.maximum(variance, 0) + VARIANCE_FLOOR * jnp.trace(sigma) / len(sigma)
 
 
 def _checked_gram(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "d_in d_in"]:

@@ -1,7 +1,7 @@
 """The report as one self-contained HTML page: figures are embedded, and it loads nothing."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -9,20 +9,24 @@ from typing import Any
 import jax
 
 from rotsparse._core.alignment import chance_cosine
+from rotsparse._core.intervals import Interval
 from rotsparse._core.printable import html as escape
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.compare import Comparison
+from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import (
     CONCENTRATION,
     CONCENTRATION_MEANING,
     LABELS,
     basis_name,
+    heading,
     metric_meaning,
     metric_name,
     metric_value,
 )
 from rotsparse.evaluation.tables import CHOSEN
+from rotsparse.evaluation.verdict import EDGES, SHARE, WITHOUT_TOP
 from rotsparse.report.data import AFTER, BEFORE
 
 
@@ -36,19 +40,23 @@ def render(
     examples: int,
     scale_inputs: bool,
     config: dict[str, Any],
+    control: Control | None = None,
+    captions: Mapping[str, str] | None = None,
     floor: float | None = None,
     function_error: float | None = None,
 ) -> str:
-    """The page. `figures` holds PNG files by the names of `write_report`; `examples` is the number of held-out ones."""
-    captions = _captions(examples, scale_inputs, floor is not None)
-    embedded = {name: _figure(figures[name], caption) for name, caption in captions.items()}
+    """The page. `figures` holds PNG files by the names of `write_report`, and further ones that have their caption in
+    `captions`; `examples` is the number of held-out ones."""
+    captions, own = captions or {}, _captions(examples, scale_inputs, floor is not None)
+    embedded = {name: _figure(figures[name], caption) for name, caption in {**own, **captions}.items()}
     config = dict(config)
     versions = config.pop("versions", {})
     return Template(files("rotsparse.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         finding=escape(finding),
         remarks="".join(f"<p>{escape(remark)}</p>" for remark in remarks),
         tiles=_tiles(comparison, solution, function_error),
-        heat_maps=embedded["heat_maps"],
+        heat_maps=embedded["heat_maps"] + "".join(embedded[name] for name in captions),
+        nulls="" if control is None else _nulls(control),
         examples=f"{examples:,}",
         table=_table(comparison, [metric for metric in _metrics(comparison) if metric in CHOSEN], concentration=True),
         all_metrics=_table(comparison, _metrics(comparison)),
@@ -129,10 +137,8 @@ def _table(comparison: Comparison, names: Sequence[str], *, concentration: bool 
     for basis, of in comparison.metrics.items():
         cells = []
         for name in names:
-            m = of[name]
-            low, high = metric_value(name, m.low), metric_value(name, m.high)
             mark = ' class="best"' if best[name] == basis else ""
-            cells.append(f"<td{mark}>{metric_value(name, m.value)}<small>{low} to {high}</small></td>")
+            cells.append(f"<td{mark}>{metric_value(name, of[name].value)}<small>{_range(name, of[name])}</small></td>")
         cells += [f"<td>{getattr(comparison.concentration[basis], part):.0%}</td>" for part in parts]
         mark = ' class="learned"' if basis == AFTER else ""
         rows.append(f'<tr{mark}><th scope="row">{escape(basis_name(basis))}</th>{"".join(cells)}</tr>')
@@ -140,6 +146,29 @@ def _table(comparison: Comparison, names: Sequence[str], *, concentration: bool 
         f'<table class="metrics"><thead><tr><th scope="col">basis</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _nulls(control: Control) -> str:
+    """The metrics that null models reach, a null a row, below those of the layer after the same fit."""
+    names = [name for name in (SHARE, WITHOUT_TOP, EDGES) if name in control.learned]
+    heads = "".join(f'<th scope="col">{escape(heading(name))}</th>' for name in names)
+    layers = {"this layer": control.learned} | {null: control.metrics(null) for null in control.nulls}
+    rows = []
+    for layer, of in layers.items():
+        cells = (f"{metric_value(m, of[m].value)}<small>{_range(m, of[m])}</small>" for m in names)
+        mark = ' class="learned"' if of is control.learned else ""
+        rows.append(f'<tr{mark}><th scope="row">{escape(layer)}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
+    made = f" Each fit: {control.made}." if control.made else ""
+    return (
+        '<h2>The same fit of null models</h2><div class="scroll"><table class="metrics nulls"><thead><tr>'
+        f'<th scope="col">layer</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<p class="note">What the same fit finds where there is nothing to find.{escape(made)} Small: of this layer '
+        "the 95% bootstrap interval over examples, of nulls the 95% prediction interval for one more draw.</p>"
+    )
+
+
+def _range(metric: str, m: Interval) -> str:
+    return f"{metric_value(metric, m.low)} to {metric_value(metric, m.high)}"
 
 
 def _glossary(comparison: Comparison) -> str:

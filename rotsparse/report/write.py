@@ -2,16 +2,18 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
+from rotsparse.evaluation.control import Control
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures
@@ -32,6 +34,8 @@ def write_report(
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),
+    control: Control | None = None,
+    pictures: Mapping[str, tuple[Figure, str]] | None = None,
     floor: float | None = None,
     function_error: float | None = None,
 ) -> None:
@@ -39,8 +43,8 @@ def write_report(
 
     `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
     fit of the latter. The page begins with `finding` and `remarks`, and lists `config`, with its "versions" in a table
-    of their own. `floor` is a lower bound of the solution's objective, `function_error` the error of folding; `None`
-    leaves them out.
+    of their own. `control` holds what null models reach, `pictures` further figures with their captions, `floor` is a
+    lower bound of the solution's objective, `function_error` the error of folding; `None` leaves them out.
 
     Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
@@ -48,8 +52,8 @@ def write_report(
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     adopt(folder)
-    pictures = Path(folder) / "figures"
-    make_folder(pictures)
+    place = Path(folder) / "figures"
+    make_folder(place)
     drawn = {
         "overview": figures.overview(data, comparison),
         "heat_maps": figures.heat_maps(data, comparison),
@@ -59,6 +63,8 @@ def write_report(
         "history": figures.history(solution, floor),
         "metrics": figures.metrics(comparison),
     }
+    pictures = pictures or {}
+    drawn |= {name: figure for name, (figure, _) in pictures.items()}
     pngs = {name: figures.png(figure) for name, figure in drawn.items()}
     page = render(
         finding=finding,
@@ -69,9 +75,11 @@ def write_report(
         examples=len(x_test),
         scale_inputs=scale_inputs,
         config=config,
+        control=control,
+        captions={name: caption for name, (_, caption) in pictures.items()},
         floor=floor,
         function_error=function_error,
     )
     for name, content in pngs.items():
-        write_atomically(pictures / f"{name}.png", content)
+        write_atomically(place / f"{name}.png", content)
     write_atomically(Path(folder) / "report.html", page.encode())

@@ -1,11 +1,13 @@
 """The main job: fit a layer, compare it with every baseline on held-out examples, fold it, and write a run folder."""
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from rotsparse._core.files import write_atomically
@@ -14,13 +16,19 @@ from rotsparse.data.moments import covariance, evenly_spaced
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation.compare import Comparison, compare_with_baselines
-from rotsparse.evaluation.verdict import finding, remarks
+from rotsparse.evaluation.control import Control
+from rotsparse.evaluation.fit_nulls import quick_control
+from rotsparse.evaluation.verdict import verdict
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
+from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
 from rotsparse.report import write
 from rotsparse.runs import folders
+
+# Draws figures of the bases that are compared: a figure and its caption by name.
+Pictures = Callable[[dict[str, Rotations]], Mapping[str, tuple[Figure, str]]]
 
 METRICS = "metrics.json"
 SOLUTION = "solution.npz"
@@ -46,12 +54,16 @@ def run(
     seed: int,
     config: dict[str, Any],
     console: Console,
+    control: bool = True,
+    pictures: Pictures | None = None,
 ) -> Solution:
     """Fit on `train`, report on `test`, and write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
     `report.html` and `figures/` into `folder`.
 
-    `fit` holds the arguments of `find_rotations`, `config` the options of the command. Raises `ValueError` for inputs
-    that `find_rotations` refuses, and `KeyboardInterrupt` if the fit was interrupted.
+    `fit` holds the arguments of `find_rotations`, `config` the options of the command. With `control` the layer and its
+    null models are fitted once more, by a few hundred steps each (`quick_control`). `pictures` draws further figures
+    for the report. Raises `ValueError` for inputs that `find_rotations` refuses, and `KeyboardInterrupt` if the fit was
+    interrupted.
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
@@ -66,6 +78,7 @@ def run(
 
     solution.save(folder / SOLUTION)
     solution.rotations.save(folder / ROTATIONS, {"seed": seed, "objective": solution.value})
+    made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), console=console) if control else None
     config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
     folders.write_json(folder / folders.CONFIG, config)
     said, comparison = write_comparison(
@@ -78,6 +91,8 @@ def run(
         scale_inputs=scale_inputs,
         floor=lowest,
         function_error=folded.error,
+        control=made,
+        pictures=pictures,
         console=console,
     )
     folders.write_json(
@@ -86,6 +101,7 @@ def run(
             "finding": said[0],
             "remarks": said[1:],
             "metrics": comparison.to_json(),
+            "control": None if made is None else made.to_json(),
             "function_error": folded.error,
             "function_scale": folded.scale,
             "orthogonality_error": solution.rotations.orthogonality_error(),
@@ -120,6 +136,8 @@ def write_comparison(
     scale_inputs: bool,
     floor: float | None,
     function_error: float,
+    control: Control | None,
+    pictures: Pictures | None = None,
     console: Console,
 ) -> tuple[list[str], Comparison]:
     """Compare a solution with every baseline on held-out examples and write the report. Returns what was found (one
@@ -134,7 +152,7 @@ def write_comparison(
     comparison, bases = compare_with_baselines(layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs)
     console.print(comparison.table())
     write_atomically(folder / TABLE, comparison.markdown().encode())
-    said = [finding(comparison, layer), *remarks(comparison, layer, solution)]
+    said = verdict(comparison, layer, solution, control)
     if source is not None:
         said.append(
             f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
@@ -150,12 +168,28 @@ def write_comparison(
         config=config,
         finding=said[0],
         remarks=said[1:],
+        control=control,
+        pictures=None if pictures is None else pictures(bases),
         floor=floor,
         function_error=function_error,
         scale_inputs=scale_inputs,
         covariance=covariance(sample)[1],
     )
     return said, comparison
+
+
+def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) -> Control | None:
+    """A quick control of a fit, with its arguments where they decide what is compared."""
+    kept = ("measure", "scale_inputs", "scale_outputs", "tie", "hold", "active_subspace", "precision")
+    with console.status("fitting null models ...") as status:
+        return quick_control(
+            layer,
+            in_memory(train)[0],
+            test,
+            key=key,
+            shown=lambda name: status.update(f"fitting null models: {name} ..."),
+            **{name: fit[name] for name in kept if name in fit},
+        )
 
 
 def _agreement(solution: Solution) -> dict[str, Any] | None:

@@ -36,6 +36,8 @@ def obstacle(objective: Objective) -> str | None:
         return f"pair search needs a JacobianSparsity or an ActivationSparsity, got {type(objective).__name__}"
     if isinstance(objective, JacobianSparsity) and objective.space_in == objective.space_out:
         return "pair search does not apply to a tied fit: a rotation changes rows and columns at once"
+    if isinstance(objective, JacobianSparsity) and objective.covariance_out is not None:
+        return "pair search does not apply to scaled outputs: two rows do not determine the root mean square of all"
     if not objective.measure.elementwise:
         return f"pair search needs an elementwise measure; {type(objective.measure).__name__} is not"
     return None

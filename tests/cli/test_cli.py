@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a temporary folder, with exit codes and messages."""
 
+import functools
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from rotsparse.cli.arguments import fit_arguments
 from rotsparse.cli.options import FitOptions
 from rotsparse.cli.output import output_until_closed
+from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
@@ -32,7 +34,7 @@ def files(folder, rng):
     return folder
 
 
-FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--steps", "20", "--out", "run")
+FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--steps", "20", "--control", "none", "--out", "run")
 
 
 def test_fit_writes_a_run_folder(files, rotsparse):
@@ -184,12 +186,28 @@ def test_help_says_what_an_option_is_when_it_is_not_given(rotsparse, command):
     assert code == 0 and "default: None" not in said
 
 
-def test_demo_at_small_size(files, rotsparse):
+def test_demo_at_small_size(files, rotsparse, monkeypatch):
+    monkeypatch.setattr(addition, "train", functools.partial(addition.train, steps=300))
     code, said = rotsparse("demo", "--out", "demo", "--steps", 20, "--examples", 60)
     assert code == 0
-    assert "In the learned basis" in said
-    assert (files / "demo" / "report.html").is_file()
-    assert json.loads((files / "demo" / "config.json").read_text())["accuracy"] >= 0.97
+    assert "null model" in said and "adds with waves" in said
+    assert (files / "demo" / "figures" / "waves.png").is_file()
+    control = json.loads((files / "demo" / "metrics.json").read_text())["control"]
+    assert "neurons re-paired" in control["nulls"]
+    page = (files / "demo" / "report.html").read_text()
+    assert "The same fit of null models" in page
+    (files / "demo" / "report.html").unlink()
+    assert rotsparse("report", "demo")[0] == 0
+    again = (files / "demo" / "report.html").read_text()
+    assert "The same fit of null models" in again and again.count("<img") == page.count("<img")
+
+
+def test_the_digits_of_the_demo(files, rotsparse):
+    options = ["--network", "digits", "--steps", 20, "--examples", 60, "--control", "none"]
+    code, said = rotsparse("demo", "--out", "demo", *options)
+    assert code == 0
+    assert "held-out accuracy 9" in said and "In the learned basis" in said
+    assert json.loads((files / "demo" / "metrics.json").read_text())["control"] is None
     assert rotsparse("report", "demo")[0] == 0
 
 

@@ -25,7 +25,21 @@ def model(tmp_path):
 
 SOURCE = ("--model", "model.bin", "--tokens", "tokens.npy")
 CAPTURE = ("capture", *SOURCE, "--out", "store", "--length", 16)
-FIT = ("fit-model", "--model", "model.bin", "--store", "store", "--steps", 20, "--restarts", 1, "--out", "run")
+FIT = (
+    "fit-model",
+    "--model",
+    "model.bin",
+    "--store",
+    "store",
+    "--steps",
+    20,
+    "--restarts",
+    1,
+    "--control",
+    "none",
+    "--out",
+    "run",
+)
 FOLD = ("fold-model", *SOURCE, "--rotations")
 
 

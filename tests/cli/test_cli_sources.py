@@ -42,7 +42,7 @@ def on_disk(monkeypatch):
 
 def fit(activations, out, *more):
     options = ["fit", "--layer", "layer.npz", "--activations", activations, "--out", out, "--steps", "20"]
-    return [*options, "--restarts", "1", "--solver", "annealing", *more]
+    return [*options, "--restarts", "1", "--control", "none", "--solver", "annealing", *more]
 
 
 def test_what_is_small_is_loaded(files, monkeypatch):

@@ -17,7 +17,21 @@ from rotsparse.cli.output import Console
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import folders, listing
 
-FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--solver", "adam", "--steps", "3", "--restarts", "1")
+FIT = (
+    "fit",
+    "--layer",
+    "layer.npz",
+    "--activations",
+    "x.npy",
+    "--solver",
+    "adam",
+    "--steps",
+    "3",
+    "--restarts",
+    "1",
+    "--control",
+    "none",
+)
 FOLD = ("fold", "--layer", "layer.npz", "--activations", "x.npy", "--rotations", "r.safetensors")
 HOSTILE = (
     "a[/]b",

@@ -22,7 +22,7 @@ from rotsparse.report import figures
 from tiny_models import tiny_llama2c
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
-QUICK = ("--solver", "adam", "--steps", "3", "--restarts", "1")
+QUICK = ("--solver", "adam", "--steps", "3", "--restarts", "1", "--control", "none")
 MODEL = ("--model", "model.bin", "--tokens", "tokens.npy")
 
 KINDS = ("file", "empty file", "folder", "empty folder", "link to a file", "link to a folder", "dangling link", "fifo")

@@ -30,7 +30,7 @@ def files(folder, rng):
 
 def fit(steps, *more):
     command = ["fit", "--layer", "layer.npz", "--activations", "x.npy", "--solver", "annealing", "--out", "run"]
-    return [*command, "--steps", str(steps), *more]
+    return [*command, "--steps", str(steps), "--control", "none", *more]
 
 
 def test_a_run_that_is_stopped_and_resumed(files, rotsparse, monkeypatch):

@@ -12,12 +12,14 @@ import rotsparse as rs
 from planted_bases import hidden_block
 from rotsparse._core.orthogonal import haar
 from rotsparse.evaluation import baselines
-from rotsparse.evaluation.benchmark import CONTROL, LEARNED, SHARE, benchmark
+from rotsparse.evaluation.benchmark import LEARNED, benchmark, null_row
 from rotsparse.evaluation.nulls import random_weights
+from rotsparse.evaluation.verdict import SHARE
 
 KEY = jax.random.key(0)
 # Without pair searches, which take longer to compile than to run.
 ANNEAL: dict[str, Any] = {"method": rs.Anneal(steps=600)}
+NULLS = ["random weights", "rates matched", "same spectrum", "neurons re-paired"]
 
 
 @pytest.fixture
@@ -33,19 +35,21 @@ def test_structure_that_is_there_is_found_and_that_of_the_control_is_not(planted
     found = benchmark(layer, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL, restarts=2)
     of = found.comparison.metrics
     assert list(of) == [LEARNED, *baselines.all_baselines(layer, x, key=KEY)]
-    assert len(found.controls) == 3
-    assert found.control is not None and found.control.keys() == of[LEARNED].keys()
+    assert found.control is not None and list(found.control.nulls) == NULLS
+    assert all(len(draws) == 3 for draws in found.control.nulls.values())
+    assert found.control.learned == of[LEARNED]
     # Weights this sparse show their basis by themselves.
     assert of[LEARNED]["hoyer"].overlaps(of["sparse_weights"]["hoyer"])
     others = [m["hoyer"].high for name, m in of.items() if name not in (LEARNED, "sparse_weights")]
     assert of[LEARNED]["hoyer"].low > max(others)
-    assert of[LEARNED][SHARE].low > found.control[SHARE].high
-    assert "sparse structure that was learned" in found.conclusion
-    assert found.seconds.keys() == {*of, CONTROL} and all(s >= 0 for s in found.seconds.values())
+    # Every neuron reads two inputs and feeds two outputs: any pairing of them is as sparse.
+    assert of[LEARNED][SHARE].low > max(found.control.another(null, SHARE).high for null in NULLS[:3])
+    assert found.conclusion.startswith("Sparse structure in the learned weights")
+    assert found.seconds.keys() == {*of, *map(null_row, NULLS)} and all(s >= 0 for s in found.seconds.values())
     assert found.reproduced is not None and found.reproduced.keys() == {"in", "out"}
     rows = found.markdown().splitlines()
-    assert len(rows) == 2 + len(of) + 1 and len({row.count("|") for row in rows}) == 1
-    assert rows[-1].startswith(f"| {CONTROL} |")
+    assert len(rows) == 2 + len(of) + len(NULLS) and len({row.count("|") for row in rows}) == 1
+    assert rows[-1].startswith(f"| {null_row(NULLS[-1])} |")
     json.dumps(found.to_json())
 
 
@@ -53,7 +57,7 @@ def test_random_weights_are_not_called_structure(planted):
     layer, x = planted
     null = random_weights(layer, key=KEY)
     found = benchmark(null, x[:200], x[200:], key=KEY, scale_inputs=False, **ANNEAL)
-    assert "no sparse basis here beyond chance" in found.conclusion
+    assert not found.conclusion.startswith("Sparse structure")
     assert found.reproduced is None  # one restart cannot tell
 
 
@@ -61,10 +65,12 @@ def test_a_function_layer_has_a_control_only_where_one_is_given(planted):
     layer, x = planted
     function = rs.FunctionLayer(function=lambda v: layer(v), d_in=8, d_out=8)
     options = {"method": rs.Anneal(steps=20), "key": KEY}
-    plain, controlled = (benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, [layer]))
-    assert plain.control is None and CONTROL not in plain.seconds
-    assert controlled.control is not None
-    assert "random weights" not in plain.conclusion
+    plain, controlled = (
+        benchmark(function, x[:50], x[50:90], nulls=nulls, **options) for nulls in (None, {"mine": [layer]})
+    )
+    assert plain.control is None and not any(name.startswith(f"{LEARNED},") for name in plain.seconds)
+    assert controlled.control is not None and list(controlled.control.nulls) == ["mine"]
+    assert "mine" in controlled.conclusion and "null" not in plain.conclusion
 
 
 def test_command_line(folder, rotsparse, planted):
@@ -74,9 +80,10 @@ def test_command_line(folder, rotsparse, planted):
     options = ["--layer", "layer.npz", "--activations", "x.npy", "--steps", 20, "--solver", "annealing"]
     code, said = rotsparse("benchmark", *options, "--out", "run")
     assert code == 0
-    assert "random" in said and "Other starts" in said
+    assert "re-paired" in said and "Other starts" in said
     metrics = json.loads((folder / "run/metrics.json").read_text())
-    assert metrics["metrics"]["learned"].keys() == {*metrics["control"], "concentration", "curves"}
+    assert list(metrics["control"]["nulls"]) == NULLS
+    assert metrics["metrics"]["learned"].keys() == {*metrics["control"]["learned"], "concentration", "curves"}
     assert metrics["seconds"]["learned"] > 0
     assert "| pca |" in (folder / "run/table.md").read_text()
     rotations = rs.Rotations.load(folder / "run/rotations.safetensors")[0]

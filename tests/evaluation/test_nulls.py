@@ -6,6 +6,7 @@ import pytest
 
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
+from rotsparse.evaluation.control import another_redraw
 from rotsparse.evaluation.finite_effects import finite_effects
 from rotsparse.evaluation.nulls import (
     random_perturbation,
@@ -15,7 +16,7 @@ from rotsparse.evaluation.nulls import (
     same_spectrum,
     shuffled_inputs,
 )
-from rotsparse.evaluation.verdict import another_redraw, beyond_control, identifiability
+from rotsparse.evaluation.verdict import beyond_control, identifiability
 
 
 @pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
@@ -223,7 +224,9 @@ def test_redraws_that_differ_say_less_than_their_examples():
     null = another_redraw(controls)
     values = np.array([0.17, 0.21, 0.18])
     assert null.value == pytest.approx(values.mean())
-    assert null.high - null.value == pytest.approx(4.3027 * values.std(ddof=1) * np.sqrt(4 / 3), rel=1e-4)
+    logits = np.log(values / (1 - values))
+    high = logits.mean() + 4.3027 * logits.std(ddof=1) * np.sqrt(4 / 3)
+    assert null.high == pytest.approx(1 / (1 + np.exp(-high)), rel=1e-4)
     assert not beyond_control(Interval(0.24, 0.237, 0.243), controls)[0]
     assert beyond_control(Interval(0.24, 0.237, 0.243), controls[:1])[0]  # one redraw cannot know
     assert another_redraw(controls[:1]) == controls[0]

@@ -68,25 +68,34 @@ def assert_gradient(objective, bases, value=None):
         np.testing.assert_allclose(grads[name], -grads[name].T, atol=1e-15)
 
 
-def naive_value(layer, x, measure, scale, bases, space_out="out"):
+def naive_value(layer, x, measure, scale, bases, space_out="out", scale_outputs=False):
     """The formula of the docstring, by `jacfwd` and with every array in memory."""
     z = jax.vmap(jax.jacfwd(layer))(x)
     z = jnp.einsum("po,noi,ji->npj", bases[space_out], z, bases["in"])
+
+    def deviations(vectors, r):
+        sigma = jnp.cov(vectors.T, bias=True)
+        sigma = sigma + 1e-6 * jnp.trace(sigma) / len(sigma) * jnp.eye(len(sigma))
+        return jnp.sqrt(jnp.einsum("ij,jk,ik->i", r, sigma, r))
+
     if scale:
-        sigma = jnp.cov(x.T, bias=True)
-        sigma = sigma + 1e-6 * jnp.trace(sigma) / D * jnp.eye(D)
-        z = z * jnp.sqrt(jnp.einsum("ij,jk,ik->i", bases["in"], sigma, bases["in"]))
+        z = z * deviations(x, bases["in"])
+    if scale_outputs:
+        z = z / deviations(jax.vmap(layer)(x), bases[space_out])[:, None]
     return jnp.mean(measure.example_value(z / jnp.sqrt(jnp.mean(z**2))))
 
 
-@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("scales", [(True, False), (False, False), (True, True), (False, True)], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "mlp", "gated", "function"])
-def test_jacobian_objective_is_the_formula(x64, rng, kind, scale):
-    layer, x = make_layers(rng)[kind], draw(rng, N, D) * np.arange(1, D + 1)
-    objective = in_chunks_of(JacobianSparsity(layer, x, measures.Log(0.3), scale_inputs=scale), 4)
-    assert_gradient(
-        objective, bases_for(objective), lambda b: naive_value(layer, objective.x, measures.Log(0.3), scale, b)
-    )
+def test_jacobian_objective_is_the_formula(x64, rng, kind, scales):
+    layer, x, measure = make_layers(rng)[kind], draw(rng, N, D) * np.arange(1, D + 1), measures.Log(0.3)
+    inputs, outputs = scales
+    objective = in_chunks_of(JacobianSparsity(layer, x, measure, scale_inputs=inputs, scale_outputs=outputs), 4)
+
+    def value(bases):
+        return naive_value(layer, objective.x, measure, inputs, bases, scale_outputs=outputs)
+
+    assert_gradient(objective, bases_for(objective), value)
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -99,15 +108,19 @@ def test_gradient_of_every_measure(x64, rng, measure, scale):
     assert_gradient(activations, bases_for(activations))
 
 
-def test_a_tied_space_adds_both_gradients(x64, rng):
-    objective = JacobianSparsity(make_layers(rng)["gated"], draw(rng, N, D), measures.Log(0.3), space_out="in")
+@pytest.mark.parametrize("scale_outputs", [False, True])
+def test_a_tied_space_adds_both_gradients(x64, rng, scale_outputs):
+    objective = JacobianSparsity(
+        make_layers(rng)["gated"], draw(rng, N, D), measures.Log(0.3), space_out="in", scale_outputs=scale_outputs
+    )
     assert list(objective.spaces) == ["in"]
     assert_gradient(objective, bases_for(objective))
 
 
-def test_chunks_do_not_matter(x64, rng):
+@pytest.mark.parametrize("scale_outputs", [False, True])
+def test_chunks_do_not_matter(x64, rng, scale_outputs):
     layer, x = make_layers(rng)["mlp"], draw(rng, N, D)
-    objective = JacobianSparsity(layer, x, measures.Log(0.3))
+    objective = JacobianSparsity(layer, x, measures.Log(0.3), scale_outputs=scale_outputs)
     bases = bases_for(objective)
     whole = objective.value_and_grad(bases)
     for size in (1, 2, 5, 12, N):
@@ -121,6 +134,27 @@ def test_chunked_sum_counts_every_example_once():
         total = chunked_sum(lambda c, w: (jnp.sum(w), w @ c), x, size)
         np.testing.assert_allclose(total[0], 7)
         np.testing.assert_allclose(total[1], x.sum(0))
+
+
+def test_scaled_outputs_have_no_unit(x64, rng):
+    """Outputs of another size change nothing where the rotation does not mix them."""
+    x, w, size = draw(rng, N, D), draw(rng, 4, D), np.array([1.0, 3.0, 0.3, 10.0])
+    bases = {"in": jnp.eye(D), "out": jnp.eye(4)}
+    plain, sized = (
+        JacobianSparsity(Dense(matrix, activation="identity"), x, measures.Log(0.3), scale_outputs=True).value(bases)
+        for matrix in (w, w * size[:, None])
+    )
+    np.testing.assert_allclose(plain, sized, rtol=1e-3)  # the floor of the variance is that of all outputs
+
+
+def test_scaled_outputs_have_to_vary(rng):
+    x = draw(rng, N, D).astype(np.float32)
+    layer = FunctionLayer(lambda x: jnp.zeros(3) * x[:3], D, 3)
+    with pytest.raises(ValueError, match="zero for every example"):
+        JacobianSparsity(layer, x, measures.Log(0.3), scale_outputs=True)
+    with pytest.raises(ValueError, match="needs all entries: leave submatrix out"):
+        whole = JacobianSparsity(Dense(draw(rng, 4, D).astype(np.float32)), x, measures.Log(0.3), scale_outputs=True)
+        whole.subsampled(jax.random.key(0), (2, 2))
 
 
 def test_no_array_of_all_jacobians_is_made(rng):

@@ -13,7 +13,7 @@ from rotsparse.report import figures
 from rotsparse.runs import inputs
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
-FIT = ("fit", *LAYER, "--solver", "adam", "--steps", "3", "--restarts", "1", "--out", "run")
+FIT = ("fit", *LAYER, "--solver", "adam", "--steps", "3", "--restarts", "1", "--control", "none", "--out", "run")
 
 
 @pytest.fixture
