@@ -298,15 +298,42 @@ ABOUT_AS_SPARSE = 0.02
 
 
 def verdict(comparison: Comparison, layer: Layer, solution: Solution, control: Control | None) -> list[str]:
-    """What a fit found: the conclusion in one sentence, and the sentences that it rests on.
+    """What a fit found: the conclusion in a sentence or two, and the sentences that it rests on.
 
-    The first one says whether the layer is sparser than its nulls; without a control, how many entries are left.
+    The first says whether a few directions hold most of the energy, if they do, and whether the layer is sparser than
+    its nulls; without a control, how many entries are left.
     """
+    concentrated = concentration(comparison)
     if control is None:
-        return [finding(comparison, layer), *remarks(comparison, layer, solution)]
-    judged = structure(control)
-    said = [judged.headline(), judged.evidence(), finding(comparison, layer), *remarks(comparison, layer, solution)]
-    return said if judged.learned else [*said, ADVICE]
+        first, *rest = [finding(comparison, layer), *remarks(comparison, layer, solution)]
+    else:
+        judged = structure(control)
+        first, *rest = [
+            judged.headline(), judged.evidence(), finding(comparison, layer), *remarks(comparison, layer, solution)
+        ]  # fmt: skip
+        rest += [] if judged.learned else [ADVICE]
+    return [f"{concentrated} {first}" if concentrated else first, *rest]
+
+
+def concentration(comparison: Comparison, basis: str = "learned") -> str:
+    """A sentence if one row, column or example holds more than half of the mean squared Jacobian in a basis."""
+    found = comparison.concentration.get(basis)
+    if found is None:
+        return ""
+    held = {
+        "a single output direction": found.row,
+        "a single input direction": found.column,
+        "a single example": found.example,
+    }
+    where, share = max(held.items(), key=lambda item: item[1])
+    if share <= CONCENTRATED:
+        return ""
+    of = comparison.metrics[basis]
+    return (
+        f"Concentrated: {where} holds {share:.0%} of the mean squared Jacobian, so nearly all other entries count as "
+        f"small; in units of their own row {of['small_by_row'].value:.0%} are, and {of[WITHOUT_TOP].value:.0%} without "
+        "the strongest rows and columns."
+    )
 
 
 def finding(comparison: Comparison, layer: Layer) -> str:
