@@ -28,6 +28,7 @@ from rotsparse.evaluation.benchmark import LEARNED, Benchmark, benchmark, null_r
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import LABELS, heading, shown
+from rotsparse.evaluation.verdict import SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

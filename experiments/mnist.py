@@ -177,7 +177,7 @@ def study(network: Network, name: str, config: Config) -> tuple[dict[str, Any], 
     evidence = identifiability(layer, x[:2000], solution, [(null, x[:2000], found_null)], cosine=SAME)
     result = {
         "entries": layer.d_in * layer.d_out,
-        "metrics": rs.compare(layer, test, bases, **judged).to_json(),
+        **rs.compare(layer, test, bases, **judged).to_json(),
         "random_weights": {k: m._asdict() for k, m in rs.evaluate(null, test, found_null.rotations, **judged).items()},
         "held_out_objective": solution.candidate_values,
         "reproduced": {s: side.identified(SAME) / len(side.agreement) for s, side in evidence.sides.items()},

@@ -108,7 +108,7 @@ def study(network: Network, config: Config, seed: int) -> tuple[dict[str, Any], 
     report = identifiability(layer, x, solution, [(null, x, found_null)])
     return {
         "error": network.error,
-        "metrics": rs.compare(layer, test, bases, **judged).to_json(),
+        **rs.compare(layer, test, bases, **judged).to_json(),
         "random_weights": {k: m._asdict() for k, m in rs.evaluate(null, test, found_null.rotations, **judged).items()},
         "verdict": report.verdict,
         "extents": {name: extents(network, bases[name]).tolist() for name in SHOWN},

@@ -118,7 +118,7 @@ def comparison(command: "opt.Compare") -> int:
     console.print(table.table())
     if command.out is not None:
         config = plain(command) | {folders.INPUTS: _hashes(command.layer)}
-        content = {"config": config, "versions": folders.versions(), "metrics": table.to_json()}
+        content = {"config": config, "versions": folders.versions(), **table.to_json()}
         folders.write_json(command.out, {"format": "rotsparse comparison 1", **content})
     return 0
 

@@ -78,7 +78,7 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """Everything but the rotations, ready for `json.dump`."""
         return {
-            "metrics": self.comparison.to_json(),
+            **self.comparison.to_json(),
             "control": None if self.control is None else self.control.to_json(),
             "seconds": self.seconds,
             "reproduced": self.reproduced,

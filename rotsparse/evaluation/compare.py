@@ -44,13 +44,12 @@ class Comparison:
         return self.best_of(metric, list(self.metrics))
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """`{basis: {metric: {"value", "low", "high"}, "concentration": {...}, "curves": {...}}}`, ready for
-        `json.dump`."""
-        further = {"concentration": self.concentration, "curves": self.curves}
+        """`{"metrics": {basis: {metric: {"value", "low", "high"}}}, "concentration": {basis: ...}, "curves": ...}`,
+        ready for `json.dump`."""
         return {
-            basis: {name: m._asdict() for name, m in of.items()}
-            | {name: found[basis]._asdict() for name, found in further.items() if basis in found}
-            for basis, of in self.metrics.items()
+            "metrics": {basis: {name: m._asdict() for name, m in of.items()} for basis, of in self.metrics.items()},
+            "concentration": {basis: of._asdict() for basis, of in self.concentration.items()},
+            "curves": {basis: of._asdict() for basis, of in self.curves.items()},
         }
 
     def table(self, title: str | None = None, *, seconds: dict[str, float] | None = None) -> Table:

@@ -191,9 +191,7 @@ class Structure:
             return f"Sparse structure that was learned: {shares}, the strictest."
         why = f"{_EXPLAINS.get(self.strictest, 'What this null keeps')} may explain it."
         if self.learned:
-            return (
-                f"Sparse structure in the weights that were learned, but not in how neurons are wired: {shares}. {why}"
-            )
+            return f"Sparse structure in the learned weights, but not in how neurons are wired: {shares}. {why}"
         if self.beaten:
             return (
                 f"Sparser than with {_listed(self.beaten)}, but not than with {_listed(self.missed)}: {shares}. {why}"

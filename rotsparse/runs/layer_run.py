@@ -100,7 +100,7 @@ def run(
         {
             "finding": said[0],
             "remarks": said[1:],
-            "metrics": comparison.to_json(),
+            **comparison.to_json(),
             "control": None if made is None else made.to_json(),
             "function_error": folded.error,
             "function_scale": folded.scale,

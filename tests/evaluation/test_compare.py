@@ -150,10 +150,10 @@ def test_a_verdict_needs_something_to_judge():
 def test_json(layer, x):
     found = compare(layer, x, {"neurons": Rotations.identity(6, 5)}, key=KEY)
     read = json.loads(json.dumps(found.to_json()))
-    assert read["neurons"]["edges_99"] == found.metrics["neurons"]["edges_99"]._asdict()
-    assert set(read["neurons"]["gini"]) == {"value", "low", "high"}
-    assert read["neurons"]["concentration"] == found.concentration["neurons"]._asdict()
-    assert read["neurons"]["curves"]["below"] == list(found.curves["neurons"].below)
+    assert read["metrics"]["neurons"]["edges_99"] == found.metrics["neurons"]["edges_99"]._asdict()
+    assert set(read["metrics"]["neurons"]["gini"]) == {"value", "low", "high"}
+    assert read["concentration"]["neurons"] == found.concentration["neurons"]._asdict()
+    assert read["curves"]["neurons"]["below"] == list(found.curves["neurons"].below)
 
 
 def test_tables_show_every_basis_and_fit_a_terminal(layer, x):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
-from helpers import sparse_weights
+from planted_bases import sparse_weights
 from rotsparse._core.intervals import Interval
 from rotsparse._core.orthogonal import haar
 from rotsparse.evaluation.control import Control, another_redraw
