@@ -26,7 +26,7 @@ CHECKED = ["_core", "data", "layers", "evaluation", "report", "examples"]
 jaxtyping.install_import_hook([f"rotsparse.{package}" for package in CHECKED], "typechecking.checked")
 
 from rotsparse.cli import commands  # noqa: E402
-from rotsparse.cli import main as cli  # noqa: E402
+from rotsparse_command import command_line  # noqa: E402
 
 pytest_plugins = ["signals"]
 
@@ -120,7 +120,7 @@ def rotsparse(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["rotsparse", *map(str, arguments)])
         monkeypatch.setattr(commands, "console", commands.Console(width=200))
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            command_line()
         printed = capsys.readouterr()
         return exit.value.code, " ".join((printed.out + printed.err).split())
 

@@ -11,7 +11,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from rotsparse.cli import options
 from rotsparse.data.devices import device_mesh
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
@@ -19,6 +18,7 @@ from rotsparse.fit.default_method import STEPS, default_method
 from rotsparse.objectives import measures
 from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.riemannian import Riemannian
+from rotsparse_command import options
 
 # Measures without a scale ε.
 SCALELESS = ("l4", "top-k")

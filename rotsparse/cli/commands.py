@@ -14,7 +14,6 @@ import numpy as np
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
 from rotsparse.cli import demo, model_commands
-from rotsparse.cli import options as opt
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
@@ -30,6 +29,7 @@ from rotsparse.layers.files import load_layer, open_activations, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import folders, inputs, layer_run, listing
+from rotsparse_command import options as opt
 
 console = Console()
 

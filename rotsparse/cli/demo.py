@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse._core.printable import visible
-from rotsparse.cli import options
 from rotsparse.cli.arguments import check_seed, plain
 from rotsparse.cli.output import Console
 from rotsparse.engine.run import Run
@@ -20,8 +19,8 @@ from rotsparse.fit.default_method import default_method
 from rotsparse.layers.base import Layer
 from rotsparse.layers.files import load_activations, save_array, save_layer
 from rotsparse.objectives.measures import Log
-from rotsparse.report import waves
 from rotsparse.runs import folders, inputs, layer_run
+from rotsparse_command import options
 
 EMBEDDING = "embedding.npy"
 
@@ -93,10 +92,14 @@ def pictures(run: Path, config: dict[str, Any]) -> "layer_run.Pictures | None":
 
 
 def _pictures(embedding, bases):
+    from rotsparse.report import waves  # imported here: Matplotlib takes half a second
+
     return {"waves": waves.picture(embedding, bases)}
 
 
 def _purity(of: Subject, rotations) -> str:
+    from rotsparse.report import waves
+
     assert of.embedding is not None
     return f"{waves.purity(of.embedding, rotations):.0%}"
 

@@ -18,7 +18,6 @@ from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
-from rotsparse.cli import options
 from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
@@ -28,6 +27,7 @@ from rotsparse.layers.rotations import Rotations
 from rotsparse.models.inputs import check_tokens
 from rotsparse.models.sequences import PADDING
 from rotsparse.runs import folders, inputs, layer_run
+from rotsparse_command import options
 
 TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
 COLUMNS = ("layer", "learned", "neurons", "best baseline", "found again", "result")

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from rotsparse.layers.mlp import Dense
 
@@ -31,6 +29,9 @@ class Digits(NamedTuple):
 
 def train(seed: int = 0) -> Digits:
     """Train the network with AdamW on 80% of the 1,797 images; measure its accuracy on the others."""
+    from sklearn.datasets import load_digits  # here, because it takes half a second to import
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     split = train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)

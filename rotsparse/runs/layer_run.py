@@ -24,7 +24,6 @@ from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
-from rotsparse.report import write
 from rotsparse.runs import folders
 
 # Draws figures of the bases that are compared: a figure and its caption by name.
@@ -143,6 +142,8 @@ def write_comparison(
     """Compare a solution with every baseline on held-out examples and write the report. Returns what was found (one
     sentence, then remarks) and the comparison. For a source, baselines and the standard deviations that scale inputs
     are computed on the sample that a fit keeps in memory."""
+    from rotsparse.report import write  # imported here: Matplotlib takes half a second
+
     sample, source = in_memory(train)
     test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")

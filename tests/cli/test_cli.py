@@ -14,12 +14,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from rotsparse.cli.arguments import fit_arguments
-from rotsparse.cli.options import FitOptions
-from rotsparse.cli.output import output_until_closed
 from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
+from rotsparse_command.options import FitOptions
+from rotsparse_command.streams import output_until_closed
 
 D = 6
 
@@ -289,6 +289,25 @@ def test_the_command_itself(files):
     failed = run("fit", "--layer", "nowhere.npz", "--activations", "x.npy", "--out", "run")
     assert failed.returncode == 2
     assert failed.stderr.strip() == "rotsparse: error: nowhere.npz does not exist"
+
+
+def test_help_and_inspect_import_no_more_than_they_need(files):
+    """Help does without JAX, and a command that draws nothing without Matplotlib: both take long to import."""
+
+    def imported(code):
+        printed = subprocess.check_output([sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], text=True)
+        return {name.partition(".")[0] for name in printed.splitlines()[-1].split()}
+
+    shown = imported("""
+import rotsparse_command
+sys.argv = ["rotsparse", "fit", "--help"]
+try:
+    rotsparse_command.main()
+except SystemExit as end:
+    assert end.code == 0""")
+    assert "tyro" in shown and not shown & {"jax", "numpy", "rotsparse"}
+    heavy = {"matplotlib", "sklearn", "orbax", "torch", "transformers", "scipy"}
+    assert not imported("import rotsparse.cli.main") & heavy
 
 
 def test_ctrl_c_before_the_command_begins_ends_it_without_a_word(files):

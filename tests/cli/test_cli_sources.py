@@ -142,7 +142,7 @@ def test_which_devices(monkeypatch):
 
 # `getrusage` would count the memory of the process that started this one, too.
 COMMAND = """
-from rotsparse.cli.main import main
+from rotsparse_command import main
 try:
     main()
 finally:

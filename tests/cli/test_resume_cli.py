@@ -100,7 +100,7 @@ def test_stopped_or_failed_behind_the_fit(files, rotsparse, monkeypatch):
 
 def test_sigterm_ends_a_process_with_its_own_exit_code(files):
     """A real process: it saves within seconds of the signal, far from its end."""
-    command = [sys.executable, "-c", "from rotsparse.cli.main import main; main()", *fit(3_000_000)]
+    command = [sys.executable, "-c", "from rotsparse_command import main; main()", *fit(3_000_000)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not read_log("run.unfinished") and process.poll() is None and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The options of every command."""
+"""The options of every command. Nothing here imports JAX."""
 
 import dataclasses
 from pathlib import Path
@@ -231,7 +231,7 @@ class Inspect:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+    """A Hugging Face folder (config.json and safetensors), a GGUF file, or a llama2.c checkpoint (.bin)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,13 +239,17 @@ class TextOptions:
     """A model and its input."""
 
     model: Path
-    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+    """A Hugging Face folder (config.json and safetensors), a GGUF file, or a llama2.c checkpoint (.bin)."""
     text: Annotated[Path | None, _default("--tokens")] = None
     """A UTF-8 text file."""
     tokens: Annotated[Path | None, _default("--text")] = None
-    """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]; for an image model, images."""
-    tokenizer: Annotated[Path | None, _default("the tokenizer.json in the model's folder")] = None
+    """Instead of a text: token numbers in a .npy file, [n] or [sequences, tokens]; for an image model, pixels [n,
+    channels, height, width]."""
+    tokenizer: Annotated[Path | None, _default("the one in the model's folder or GGUF file")] = None
     """The tokenizer: a tokenizer.json, or llama2.c's .bin."""
+    pad: Annotated[int | None, _default("the tokenizer's or config.json's, if no text begins or ends with it")] = None
+    """With --tokens [sequences, tokens]: the token that fills up sequences. No position attends to it, and its rows are
+    not kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +272,8 @@ class Capture:
     """Tokens per sequence."""
     keep: float = 1.0
     """The share of each sequence's tokens to keep, drawn at random."""
+    special: bool = False
+    """Keep the rows of special tokens inside texts, such as separators, too."""
     sequences: Annotated[int | None, _default("all")] = None
     """At most this many sequences."""
     batch: int = 8
@@ -287,7 +293,7 @@ class FitModel:
     """
 
     model: Path
-    """A Hugging Face folder (config.json and safetensors), or a llama2.c checkpoint (.bin)."""
+    """A Hugging Face folder (config.json and safetensors), a GGUF file, or a llama2.c checkpoint (.bin)."""
     store: Path
     """A folder that `rotsparse capture` wrote from this model."""
     fit: tyro.conf.OmitArgPrefixes[FitOptions]
@@ -328,3 +334,27 @@ class FoldModel:
     """The model to write: a new folder, or a new .bin file. With a fit-model run: a new folder of layer files."""
     side: Literal["in", "out"] = "out"
     """Which of the file's two rotations to fold into the stream."""
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
+    | Annotated[Fold, tyro.conf.subcommand("fold")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Capture, tyro.conf.subcommand("capture")]
+    | Annotated[FitModel, tyro.conf.subcommand("fit-model")]
+    | Annotated[FoldModel, tyro.conf.subcommand("fold-model")]
+)
+
+
+def parsed() -> Any:
+    """The command that `sys.argv` asks for. Exits where it asks for help, or for something that there is not."""
+    return tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="rotsparse",
+        description="Rotations of a network's activation spaces in which local changes have local effects.",
+    )
