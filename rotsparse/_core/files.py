@@ -346,12 +346,16 @@ def _signed(path: Path, folder: int) -> bool:
 def _temporary_folder(parent: int, *, record: bool) -> str:
     name = temporary_name()
     os.mkdir(name, dir_fd=parent)
-    if record:
-        handle = os.open(name, FOLDER_FLAGS, dir_fd=parent)
-        try:
-            new_record(handle, made=True)
-        finally:
-            os.close(handle)
+    try:
+        if record:
+            handle = os.open(name, FOLDER_FLAGS, dir_fd=parent)
+            try:
+                new_record(handle, made=True)
+            finally:
+                os.close(handle)
+    except BaseException:
+        remove_tree(name, parent)
+        raise
     return name
 
 

@@ -34,8 +34,12 @@ class FolderLock:
         try:
             while not self._taken():
                 self._close()
-            os.truncate(self._file, 0)
-            os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            try:
+                os.truncate(self._file, 0)
+                os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError:  # the disk is full: an empty lock would not say who made it
+                self.release()
+                raise
         except BaseException:
             self._close()
             raise

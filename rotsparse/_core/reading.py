@@ -1,10 +1,11 @@
 """Reading files that may be damaged, cut short, or made to do harm: what a file declares is compared with what it holds
 before memory is taken for it, and nothing but regular files is opened."""
 
+import contextlib
 import os
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,20 @@ ALWAYS_ALLOWED = 2**24
 DIGEST = "rotsparse_digest"
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever is wrong with a file, and however the code that reads it takes it, a user gets a `ValueError`; a missing
+    extra stays an `ImportError`."""
+    try:
+        yield
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}. Is it damaged, or another format?"
+        ) from error
 
 
 def regular_file(path: str | os.PathLike) -> Path:

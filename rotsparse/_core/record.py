@@ -71,9 +71,9 @@ class Record:
         lines = [json.dumps({"prefix": n} if prefix else n) + "\n" for n in new if n != "." and not self.lists(n)]
         if lines:
             with _WRITING, folder_below(self.folder) as folder:
-                handle = checked_descriptor(self.folder / RECORD, os.O_WRONLY | os.O_APPEND, folder)
+                handle = checked_descriptor(self.folder / RECORD, os.O_RDWR | os.O_APPEND, folder)
                 try:
-                    os.write(handle, "".join(lines).encode())
+                    _append(handle, "".join(lines).encode())
                 finally:
                     os.close(handle)
 
@@ -239,6 +239,21 @@ def _header(number: str, made: bool) -> str:
 
 
 def _write(name: str, folder: int, lines: list[str]) -> None:
+    """Write a new file in an open folder, all of it or nothing."""
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder)
-    with os.fdopen(handle, "w") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except BaseException:
+        os.unlink(name, dir_fd=folder)
+        raise
+
+
+def _append(file: int, lines: bytes) -> None:
+    """Add lines to an open file, all of them or none. Raises `OSError`."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":  # whoever wrote the line before was killed
+        lines = b"\n" + lines
+    if os.write(file, lines) < len(lines):
+        os.ftruncate(file, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), RECORD)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
+from rotsparse._core.reading import reading
 from rotsparse.cli import demo, model_commands
 from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
@@ -163,7 +164,7 @@ def fold(command: "opt.Fold") -> int:
 
 def redraw(command: "opt.Report") -> int:
     """`rotsparse report`: compute everything but the fit again, from the files that the run's config names."""
-    config = folders.read_json(command.run / folders.CONFIG)
+    config = folders.read_object(command.run / folders.CONFIG)
     match config.get("command"):
         case "demo" | "fit":
             _redraw(command.run, config)
@@ -172,7 +173,7 @@ def redraw(command: "opt.Report") -> int:
         case "fit-model":
             for folder in model_commands.layer_folders(command.run):
                 console.rule(folder.name)
-                _redraw(folder, folders.read_json(folder / folders.CONFIG))
+                _redraw(folder, folders.read_object(folder / folders.CONFIG))
         case "benchmark":
             raise ValueError(f"a benchmark has no page to draw: its table is {command.run / layer_run.TABLE}")
         case _:
@@ -184,29 +185,40 @@ def redraw(command: "opt.Report") -> int:
 
 def _redraw(run: Path, config: dict[str, Any]) -> None:
     """Draw the figures and the page of one fit."""
+    with reading(run):
+        arguments = _drawn(run, config)
+    layer_run.write_comparison(run, **arguments, config=config, console=console)
+    console.print(f"report: {visible(run / 'report.html')}")
+
+
+def _drawn(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `write_comparison` for a run. Raises `ValueError`, and other exceptions for files of a run that
+    rotsparse did not write."""
     metrics = folders.read_json(run / layer_run.METRICS)
     solution = Solution.load(run / layer_run.SOLUTION)
     # The input files of a demo and of a model's layer are in the run folder, those of a fit where the user keeps them.
     found = {name: inputs.located(run, config, name) for name in ("layer", "activations", "test_activations")}
+    if found["layer"] is None or found["activations"] is None:
+        raise ValueError(f"{run / folders.CONFIG} names no layer or no activations: nothing to draw")
     rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
     # A model's layer file already contains its skip matrix.
     skip = config["command"] == "fit" and config["skip"]
     layer, train, test = _inputs(opt.EvaluationOptions(**found, **rest, skip=skip))
-    layer_run.write_comparison(
-        run,
-        layer,
-        train,
-        test,
-        solution,
-        config=config,
-        scale_inputs=config["input_scale"] == "std",
-        floor=metrics["objective"]["floor"],
-        function_error=metrics["function_error"],
-        control=None if metrics.get("control") is None else Control.from_json(metrics["control"]),
-        pictures=demo.pictures(run, config) if config["command"] == "demo" else None,
-        console=console,
-    )
-    console.print(f"report: {visible(run / 'report.html')}")
+    check_seed(config["seed"])
+    if not isinstance(config.get("versions", {}), dict):
+        raise ValueError(f"{run / folders.CONFIG} does not say which versions the run had")
+    function_error, floor = metrics["function_error"], metrics["objective"]["floor"]
+    return {
+        "layer": layer,
+        "train": train,
+        "test": test,
+        "solution": solution,
+        "scale_inputs": config["input_scale"] == "std",
+        "floor": None if floor is None else float(floor),
+        "function_error": float(function_error),
+        "control": None if metrics.get("control") is None else Control.from_json(metrics["control"]),
+        "pictures": demo.pictures(run, config) if config["command"] == "demo" else None,
+    }
 
 
 def _rotations(path: Path) -> Rotations:

@@ -18,6 +18,7 @@ from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
+from rotsparse._core.reading import reading
 from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
@@ -81,6 +82,7 @@ def capture(command: "options.Capture", console: Console) -> int:
             length=command.length,
             keep=command.keep,
             sequences=command.sequences,
+            special=command.special,
             batch=command.batch,
             seed=command.seed,
             dtype=np.dtype(command.dtype).type,
@@ -92,7 +94,9 @@ def capture(command: "options.Capture", console: Console) -> int:
         said = f"{visible(store.folder)}: {store.shape[0]:,} tokens, {store.shape[1]} numbers each"
         console.print(said, highlight=False)
         if heavy := store.manifest.get("heavy_rows"):
-            console.print(f"  {models.HeavyRows(**heavy)}", highlight=False, soft_wrap=True)
+            with reading(store.folder):
+                said = str(models.HeavyRows(**heavy))
+            console.print(f"  {said}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -155,7 +159,8 @@ def fit(command: "options.FitModel", console: Console) -> int:
             folder / folders.CONFIG, config | {"versions": folders.versions(), "model": str(command.model)}
         )
         folders.write_json(folder / layer_run.METRICS, {"layers": results})
-        rows = _summary(results)
+        with reading(folder):
+            rows = _summary(results)
         control = _control(command, run.out / f"layer-{work[0][0]}", layer_config)
         text = f"{TITLE}:\n\n{_markdown([COLUMNS, *rows])}\n\n{CONTROL}\n\n    {control}\n"
         write_atomically(folder / layer_run.TABLE, text.encode())
@@ -216,7 +221,8 @@ def _fold_mlps(command: "options.FoldModel", model: models.Model, tokens, consol
     if not files:
         raise ValueError(f"{command.rotations} holds no layer-*/rotations.safetensors: is it a fit-model run?")
     config = folders.read_object(command.rotations / folders.CONFIG)
-    fitted = (config.get(folders.INPUTS) or {}).get("model")
+    known = config.get(folders.INPUTS)
+    fitted = known.get("model") if isinstance(known, Mapping) else None
     if fitted is not None and fitted != model.fingerprint():
         raise ValueError(
             f"{command.rotations} was fitted to another model than {command.source.model} is now (the fingerprint of "
@@ -302,14 +308,17 @@ def _source(
 ) -> models.TextFile | models.TokenFile | models.ImageFile:
     """The text, the tokens or the images. Raises `ValueError` unless exactly one of them is given, and for a text
     without a tokenizer."""
+    if options.pad is not None and options.tokens is None:
+        raise ValueError("--pad belongs to --tokens: a text is not padded")
     if options.tokens is not None and options.text is None:
         if model.config.patches is not None:
             return models.ImageFile(options.tokens)
         named = options.tokenizer or (options.model if _has_tokenizer(options.model) else None)
         if named is None:
-            return models.TokenFile(options.tokens)
-        tokenizer = models.load_tokenizer(named, model)
-        pad = None if tokenizer.pad in {*tokenizer.prefix, *tokenizer.suffix} else tokenizer.pad
+            return models.TokenFile(options.tokens, pad=options.pad)
+        tokenizer, pad = models.load_tokenizer(named, model), options.pad
+        if pad is None and tokenizer.pad not in {*tokenizer.prefix, *tokenizer.suffix}:
+            pad = tokenizer.pad
         return models.TokenFile(options.tokens, pad=pad, special=tokenizer.special)
     if options.text is None or options.tokens is not None:
         raise ValueError("give a text with --text, or token numbers with --tokens (one of them)")

@@ -19,6 +19,7 @@ from rotsparse._core.confined import confined
 from rotsparse._core.differences import differences
 from rotsparse._core.errors import CheckError
 from rotsparse._core.files import write_atomically
+from rotsparse._core.reading import regular_file
 from rotsparse.data.sources import NpyFile, Shards, Source
 
 MANIFEST, _FORMAT = "manifest.json", "rotsparse activations 1"
@@ -86,9 +87,9 @@ def open_store(folder: str | os.PathLike, fingerprint: str | None = None) -> Act
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in a folder; `None` if there is none. Raises `ValueError` if the file is not a manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return None
+        if not os.path.lexists(folder / MANIFEST):
+            return None
+        manifest = json.loads(regular_file(folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {folder / MANIFEST}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:

@@ -24,7 +24,9 @@ import jax
 import numpy as np
 
 from rotsparse._core import files
+from rotsparse._core.confined import confined
 from rotsparse._core.digests import array_digest, digest
+from rotsparse._core.reading import regular_file
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -77,23 +79,38 @@ def write_checkpoint(
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint. Raises `Damaged` if it does not match its own hash."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(regular_file(folder / MANIFEST).read_bytes())
         stored = manifest.pop("hash")
-        intact = stored == digest(_canonical(manifest)) and manifest["format"] == FORMAT
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        intact = stored == digest(_canonical(manifest)) and manifest["format"] == FORMAT and _whole(manifest)
+        for name in manifest["files"]:
+            confined(folder, name, folder / MANIFEST)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{MANIFEST}: {first_line(error)}") from None
     if not intact:
         raise Damaged(f"{MANIFEST} is not the one that was written")
     return manifest
 
 
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether everything that is read from a manifest is there and of its type."""
+    described = ("path", str), ("dtype", str), ("shape", list), ("hash", str)
+    return (
+        type(manifest["step"]) is int
+        and isinstance(manifest["devices"], str)
+        and isinstance(manifest["value"], int | float | None)
+        and isinstance(manifest["config"], dict)
+        and isinstance(manifest["files"], dict)
+        and all(isinstance(leaf[name], kind) for leaf in manifest["leaves"].values() for name, kind in described)
+    )
+
+
 def read_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Read the arrays of a checkpoint. Raises `Damaged` if a file or an array does not match its hash."""
     for name, stored in manifest["files"].items():
         try:
-            payload = (folder / name).read_bytes()
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from None
+            payload = regular_file(folder / name).read_bytes()
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{name}: {first_line(error)}") from None
         if digest(payload) != stored:
             raise Damaged(f"{name} is not what was written")
     # NumPy knows names such as bfloat16 once JAX is imported.

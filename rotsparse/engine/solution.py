@@ -215,7 +215,7 @@ class Solution:
             def under(prefix: str) -> dict[str, Any]:
                 return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
-            return cls(
+            found = cls(
                 bases=under("bases/"),
                 result=Result[scalars.pop("result")],
                 history=History(**under("history/")),
@@ -226,6 +226,8 @@ class Solution:
                 stages=tuple(Stage(*stage) for stage in scalars.pop("stages")),
                 **scalars,
             )
+            found.summary()  # it says everything that is no array: what is of another type ends here
+            return found
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"cannot read a solution from {path}: {error}") from None
 

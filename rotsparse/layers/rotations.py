@@ -11,7 +11,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks, orthogonal
 from rotsparse._core.files import SIGNATURE, write_atomically
-from rotsparse._core.reading import load_safetensors, safetensors
+from rotsparse._core.reading import load_safetensors, reading, safetensors
 from rotsparse._core.types import AnyArray
 
 
@@ -82,7 +82,8 @@ class Rotations(eqx.Module):
         if not {"r_in", "r_out"} <= tensors.keys():
             raise ValueError(f"{path} holds {sorted(tensors)}, expected r_in and r_out: is it a rotations file?")
         try:
-            return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
+            with reading(path):
+                return cls(tensors["r_in"], tensors["r_out"]), json.loads(metadata)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: its metadata is not JSON ({error})") from None
         except ValueError as error:

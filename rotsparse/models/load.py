@@ -2,12 +2,12 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from rotsparse._core.reading import reading
 from rotsparse.models.checkpoint import is_lfs_pointer, read_json
 from rotsparse.models.gguf import load_gguf
 from rotsparse.models.gguf_tokenizer import gguf_tokenizer, save_tokenizer
@@ -41,27 +41,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, and however the library that reads it takes it, a user gets a `ValueError`; a
-    missing extra stays an `ImportError`."""
-    try:
-        yield
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}. Is it damaged, or another format?"
-        ) from error
-
-
 def load_model(path: str | os.PathLike) -> Model:
     """The model in a Hugging Face folder, a GGUF file or a llama2.c `.bin` file.
 
     Raises `ValueError` if it is none of them, or cannot be read (it says why).
     """
     path = Path(path)
-    with _reading(path):
+    with reading(path):
         if path.is_dir():
             return load_huggingface(path)
         if path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
@@ -112,7 +98,7 @@ def load_tokenizer(path: str | os.PathLike, model: Model) -> Tokenizer:
     Raises `ValueError` if it is missing, damaged, or not this model's.
     """
     path = Path(path)
-    with _reading(path):
+    with reading(path):
         if path.suffix == ".bin":
             return Llama2cTokenizer(path, model.config.vocab_size)
         if path.suffix == ".gguf":

@@ -137,7 +137,10 @@ class ImageFile:
 
 def _array(path: Path, what: str) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays, expected the .npy of one")
+        return array
     except Exception as error:  # NumPy evaluates the header: anything may go wrong in it
         raise ValueError(f"cannot read {what} from {path}: {str(error)[:300]}") from None
 

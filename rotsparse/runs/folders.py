@@ -19,6 +19,8 @@ from typing import Any
 
 from rotsparse._core import files
 from rotsparse._core.differences import differences
+from rotsparse._core.digests import digest
+from rotsparse._core.errors import CheckError
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.lock import LOCK, FolderLock
 from rotsparse._core.reading import regular_file
@@ -34,6 +36,9 @@ INPUTS = "inputs"
 
 # Name of the folder in which a run, or a layer of a run, keeps its checkpoints.
 CHECKPOINTS = "checkpoints"
+
+# Key of the last entry of every JSON file that is written here: a hash of all others, which shows damage.
+DIGEST = "digest"
 
 # Options that change how a command runs, but not its result.
 _HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
@@ -103,7 +108,7 @@ def checkpointed(work: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether a run wrote this folder, by its status, or, for runs of versions that wrote none, by the keys of its
     config (folders of Hugging Face models also hold a `config.json`)."""
-    status, config = read_object(folder / STATUS), read_object(folder / CONFIG)
+    status, config = seen_object(folder / STATUS), seen_object(folder / CONFIG)
     return status.get("state") in (RUNNING, INTERRUPTED, FAILED, COMPLETE) or {"command", "versions"} <= config.keys()
 
 
@@ -132,7 +137,7 @@ def _kept(work: Path) -> bool:
 
 
 def _complete(work: Path) -> bool:
-    return read_object(work / STATUS).get("state") == COMPLETE
+    return seen_object(work / STATUS).get("state") == COMPLETE
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -151,14 +156,17 @@ def _check_target(out: Path, overwrite: bool) -> None:
 def _begun(work: Path, config: dict[str, Any], overwrite: bool, resume: bool) -> str:
     """Prepare the folder to begin or to resume in. Returns the time at which the run began."""
     if checkpointed(work) and resume:
-        status = read_json(work / STATUS)
+        status = read_object(work / STATUS)
+        asked, began = status.get("config"), status.get("began")
+        if not isinstance(asked, dict) or not isinstance(began, str):
+            raise ValueError(f"{work / STATUS} does not say how the run was begun: pass --overwrite to begin again")
         before, now = ({k: v for k, v in json.loads(json.dumps(c)).items() if k not in _HOW}
-                       for c in (status["config"], config))  # fmt: skip
-        lines = differences(before, now) + _changed(status["config"], config)
+                       for c in (asked, config))  # fmt: skip
+        lines = differences(before, now) + _changed(asked, config)
         if lines:
             shown = "".join(f"\n  {line}" for line in lines)
             raise ValueError(f"{work} was begun with other options:{shown}\nGive the same ones to go on with it")
-        return status["began"]
+        return began
     if _complete(work) and not overwrite:
         raise ValueError(
             f"{work} holds a complete run that could not be moved into place: move it to where you want it, or pass "
@@ -189,37 +197,59 @@ def _move(work: Path, identity: str | None, out: Path, overwrite: bool) -> None:
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for every input that differs between two configs of the same command."""
-    then, today = (config.get(INPUTS) or {} for config in (before, now))
+    then, today = (found if isinstance(found := config.get(INPUTS), dict) else {} for config in (before, now))
     names = [name for name in today if then.get(name) != today[name]]
     return [f"{now.get(name, name)} has changed: its SHA-256 was {then.get(name)}, is {today[name]}" for name in names]
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write JSON atomically. NaN and infinity, which JSON lacks, become null."""
-    files.write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+def write_json(path: str | os.PathLike, content: Mapping[Any, Any]) -> None:
+    """Write an object as JSON, atomically, with a hash of its content. NaN and infinity, which JSON lacks, become
+    null."""
+    written: dict[str, Any] = {str(name): _finite(value) for name, value in content.items()}
+    written[DIGEST] = _content_digest(written)
+    files.write_atomically(path, (json.dumps(written, indent=2) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file of a run. Raises `ValueError` if it is missing or damaged."""
+    """Read a JSON file of a run, and compare it with its hash, if it has one. Raises `ValueError` if it is missing or
+    damaged."""
     try:
-        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
+    if isinstance(content, dict) and DIGEST in content and content.pop(DIGEST) != _content_digest(content):
+        raise CheckError(
+            f"{path} is damaged: its content is not what was written. If you have edited it, remove its entry "
+            f'"{DIGEST}"'
+        )
+    return content
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if the file is missing, damaged, or holds anything else."""
+    """The object in a JSON file of a run. Raises `ValueError` if the file is missing, damaged, or holds anything
+    else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object. Is this a run folder?")
+    return content
+
+
+def seen_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one if `read_object` fails: to recognise a folder, not to use it."""
     try:
-        content = read_json(path)
+        return read_object(path)
     except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that determine a result."""
     packages = ("rotsparse", "jax", "jaxlib", "optax", "equinox", "numpy", "scikit-learn")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
 
 
 def _finite(value):

@@ -68,7 +68,10 @@ def located(run: Path, config: Mapping[str, Any], name: str) -> Path | None:
 
 
 def check_layer(run: Path, layer: Path) -> None:
-    """Raise `ValueError` if a run was fitted to another layer than the one in this file."""
+    """Raise `ValueError` if a run was fitted to another layer than the one in this file. A folder with rotations but no
+    config is accepted."""
+    if not os.path.lexists(run / folders.CONFIG):
+        return
     config = folders.read_object(run / folders.CONFIG)
     recorded = config.get(folders.INPUTS)
     expected = recorded.get("layer") if isinstance(recorded, Mapping) else None

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ def runs_in(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    return [_run(path) for path in sorted(_found(folder))]
+    runs = []
+    for path in sorted(_found(folder)):
+        with contextlib.suppress(FileNotFoundError):  # it has just been moved: it is complete
+            runs.append(_run(path))
+    return runs
 
 
 def _found(folder: Path) -> Iterator[Path]:
@@ -66,11 +71,14 @@ def table(folder: str | Path) -> Table:
 
 
 def _run(folder: Path) -> Run:
-    status = folders.read_object(folder / folders.STATUS)
-    config = _object(status.get("config")) or folders.read_object(folder / folders.CONFIG)
-    metrics = folders.read_object(folder / layer_run.METRICS)
+    names = folders.STATUS, folders.CONFIG, layer_run.METRICS
+    status, config, metrics = (folders.seen_object(folder / name) for name in names)
+    damaged = [name for name in names if os.path.lexists(folder / name) and not folders.seen_object(folder / name)]
+    config = _object(status.get("config")) or config
     # Versions that wrote no status left only complete runs.
-    state, note = status.get("state", folders.COMPLETE), str(status.get("error", ""))
+    state, note = str(status.get("state", folders.COMPLETE)), str(status.get("error", ""))
+    if damaged:
+        note = f"{', '.join(damaged)} damaged"
     results = [_object(layer).get("result") for layer in _object(metrics.get("layers", {"": metrics})).values()]
     if state == folders.COMPLETE and "NON_FINITE" in results:
         state, note = folders.FAILED, "the objective became NaN or infinite"
@@ -99,7 +107,8 @@ def _run(folder: Path) -> Run:
 
 
 def _finite(checked: Any) -> bool:
-    return isinstance(checked, list) and bool(checked) and all(isinstance(value, int | float) for value in checked)
+    numbers = isinstance(checked, list) and bool(checked) and all(isinstance(value, int | float) for value in checked)
+    return numbers and all(abs(value) <= sys.float_info.max for value in checked)
 
 
 def _object(content: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What rotsparse writes, replaces and removes: its own, and nothing of anyone else's."""
 
+import errno
 import json
 import os
 import subprocess
@@ -308,3 +309,33 @@ def test_a_lock_goes_along_when_its_folder_moves(tmp_path):
     lock.release()
     assert held(tmp_path / "work") and not (tmp_path / "out" / "lock").exists()
     other.release()
+
+
+def test_a_record_that_was_cut_off_goes_on_with_a_new_line(tmp_path):
+    """As a process that was killed while it wrote leaves it: what is added afterwards is known."""
+    files.make_folder(tmp_path / "run", own=True)
+    with (tmp_path / "run" / files.RECORD).open("a") as record:
+        record.write('"half a na')
+    files.write_atomically(tmp_path / "run" / "whole", b"1")
+    assert files.is_recorded(tmp_path / "run" / "whole") and files.foreign(tmp_path / "run") == []
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    files.make_folder(tmp_path / "run", own=True)
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", full)
+        for attempt in (lambda: files.make_folder(tmp_path / "new"), lambda: files.adopt(tmp_path)):
+            with pytest.raises((OSError, ValueError), match="No space left on device"):
+                attempt()
+    record = (tmp_path / "run" / files.RECORD).read_bytes()
+    with monkeypatch.context() as patch:  # room for a few bytes more
+        write = os.write
+        patch.setattr(os, "write", lambda handle, payload: write(handle, payload[:5]))
+        with pytest.raises(OSError, match="No space left on device"):
+            files.write_atomically(tmp_path / "run" / "a", b"1")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "run" / files.RECORD).read_bytes() == record

@@ -79,6 +79,22 @@ def store(path, rng):
     return [*sorted((path / "store").glob("*.npy")), path / "store" / "manifest.json"], read
 
 
+def run_folder(path, rng):
+    """What a run was asked for and what it found: numbers and words, as `report` reads them again."""
+    with folders.new_run(path / "run", config={"command": "fit", "seed": 3}) as run:
+        folders.write_json(run / "config.json", {"command": "fit", "seed": 3, "eps": 0.1, "skip": False})
+        folders.write_json(run / "metrics.json", {"objective": {"train": rng.standard_normal(), "floor": None}})
+    paths = [path / "run" / name for name in ("config.json", "metrics.json", "status.json")]
+
+    first = [folders.read_json(path) for path in paths]
+
+    def read():
+        found = [folders.read_json(path) for path in paths]
+        return [np.asarray([str(now[key]) for key in then]) for now, then in zip(found, first, strict=True)]
+
+    return paths, read
+
+
 def npy_file(path, rng):
     """Without any checksum: a flipped bit of a number is another number."""
     path = path / "x.npy"
@@ -86,7 +102,7 @@ def npy_file(path, rng):
     return [path], lambda: [load_npy(path)]
 
 
-READERS = [rotations_file, layer_file, npz_file, solution_file, store]
+READERS = [rotations_file, layer_file, npz_file, solution_file, store, run_folder]
 
 
 @pytest.mark.parametrize("kind", [*READERS, npy_file], ids=lambda kind: kind.__name__)

@@ -84,6 +84,20 @@ def test_from_capture_to_a_folded_model(rotsparse, model, tmp_path):
     np.testing.assert_allclose(after, rotations.apply_out(mlp_layer(model, 0)(x)), atol=1e-4)
 
 
+def test_padding_and_special_tokens_as_one_says(rotsparse, model):
+    tokens = np.random.default_rng(0).integers(3, 31, (10, 16))
+    tokens[:, 12:] = 2
+    np.save("padded.npy", tokens)
+    capture = ("capture", "--model", "model.bin", "--tokens", "padded.npy", "--length", 16)
+    assert rotsparse(*capture, "--out", "all")[0] == 0 and open_store("all/0.input").shape[0] == 160
+    assert rotsparse(*capture, "--out", "some", "--pad", 2)[0] == 0
+    store = open_store("some/0.input")
+    assert store.shape[0] == 120 and store.manifest["tokens"]["pad"] == 2
+    Path("text.txt").write_text("a text")
+    code, said = rotsparse("capture", "--model", "model.bin", "--text", "text.txt", "--pad", 2, "--out", "none")
+    assert code == 2 and "--pad belongs to --tokens" in said
+
+
 def test_a_hugging_face_model_whose_stream_must_keep_its_mean(rotsparse, tmp_path):
     save_model(tiny("gpt2"), "gpt2")
     np.save("tokens.npy", np.random.default_rng(0).integers(0, 31, 64))

@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rotsparse._core import files
+from rotsparse.cli import main
 from rotsparse.cli.output import Console
+from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
+from rotsparse.models import open_store, save_model
 from rotsparse.runs import folders, listing
+from tiny_models import tiny_llama2c
 
 FIT = (
     "fit",
@@ -118,6 +123,14 @@ def test_one_hostile_run_does_not_break_the_list(name, tmp_path, capsys):
         console.print(name)
     assert name.replace("\x1b", "\\x1b").replace("\n", "\\n") in shown.get()
     assert "\x1b[31mred" not in shown.get() and "💣" not in shown.get()
+
+
+def test_a_warning_is_text_too():
+    before = warnings.formatwarning
+    with main._warnings_as_text():
+        shown = warnings.formatwarning(UserWarning("\x1b[31m and [/x]"), UserWarning, "file.py", 1)
+        assert shown == "rotsparse: warning: \\x1b[31m and [/x]\n"
+    assert warnings.formatwarning is before
 
 
 def test_a_name_that_is_too_long(inputs, rotsparse):
@@ -239,9 +252,6 @@ def test_kills(count, inputs):
     """Kill -9 at random moments of every command: nothing half-written is taken for whole, and the same command given
     again (with --resume or --overwrite where it asks for one) succeeds."""
     rng = np.random.default_rng(0)
-    from rotsparse.models import open_store, save_model
-    from tiny_models import tiny_llama2c
-
     save_model(tiny_llama2c(), "model.bin")
     np.save("tokens.npy", rng.integers(0, 31, 4000))
     model = ("--model", "model.bin", "--tokens", "tokens.npy")
@@ -253,6 +263,7 @@ def test_kills(count, inputs):
         "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *FIT[5:], "--out", "models", "--resume",
                       "--overwrite"),
         "report": ("report", "run"),
+        "demo": ("demo", "--steps", "20", "--examples", "100", "--out", "shown", "--overwrite"),
         "fold-model": ("fold-model", *model, "--rotations", "models", "--out", "folded"),
     }  # fmt: skip
     kills = 0
@@ -272,14 +283,16 @@ def test_kills(count, inputs):
             kills += process.returncode == -signal.SIGKILL
             match name:  # what is there is whole
                 case "fold":
-                    from rotsparse.layers.files import load_layer
-
                     load_layer("f.safetensors", "relu")
                 case "compare":
                     json.loads(Path("c.json").read_text())
-                case "fit" | "fit-model" | "report":
+                case "fit" | "fit-model" | "report" | "demo":
                     target = Path(way[way.index("--out") + 1] if "--out" in way else "run")
                     assert folders.read_json(target / "status.json")["state"] == "complete"
+                case "fold-model":
+                    if Path("folded").exists():
+                        for i in range(2):
+                            load_layer(f"folded/layer-{i}/layer.safetensors", "silu")
                 case "capture":
                     for i in range(2):
                         if (Path("store") / f"{i}.input" / "manifest.json").exists():

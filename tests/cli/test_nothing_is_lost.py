@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from rotsparse._core import files
-from rotsparse.cli import main as cli
 from rotsparse.evaluation import baselines
+from rotsparse.examples import digits
+from rotsparse.layers.mlp import Dense
 from rotsparse.models import save_model
 from rotsparse.report import figures
+from rotsparse.runs import folders
+from rotsparse_command import command_line
 from tiny_models import tiny_llama2c
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
@@ -31,12 +34,16 @@ ODD = ("notes", "a b", "it's", "né", "a[/]b", "new\nline", "\x1b[31m", "-rf", "
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Nothing is drawn, and a single baseline is fitted: what this test looks at is files."""
+    """Nothing is drawn or trained, and a single baseline is fitted: what this test looks at is files."""
     for name in ("overview", "heat_maps", "examples", "sorted_magnitudes", "history", "metrics"):
         monkeypatch.setattr(figures, name, lambda *_: None)
     monkeypatch.setattr(figures, "png", lambda _: b"\x89PNG\r\n\x1a\n")
     methods = baselines.methods
     monkeypatch.setattr(baselines, "methods", lambda *a, **k: {"neurons": methods(*a, **k)["neurons"]})
+    draw = np.random.default_rng(0).standard_normal
+    layers = tuple(Dense(draw((o, i)), draw(o), activation="relu") for i, o in ((64, 5), (5, 4), (4, 3)))
+    network = digits.Digits(layers, draw((30, 64)), draw((20, 64)), 0.9)
+    monkeypatch.setattr(digits, "train", lambda _: network)
 
 
 def command(*arguments):
@@ -45,7 +52,7 @@ def command(*arguments):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cli.main()
+            command_line()
     except SystemExit as end:
         return end.code
     finally:
@@ -141,6 +148,7 @@ def a_command(rng, whole_models):
             ("fit-model", "--model", "model.bin", "--store", "store", *QUICK, "--layers", "0"),
             ("fold-model", *MODEL),
             ("benchmark", *LAYER, *QUICK),
+            ("demo", "--steps", "3"),
         ]
     way = ways[int(rng.integers(len(ways)))]
     arguments, may = list(way), []
@@ -149,7 +157,7 @@ def a_command(rng, whole_models):
         case "fit" | "fit-model":
             arguments += ["--out", out, *options, *(["--tensorboard"] if rng.random() < 0.2 else [])]
             may = [out, f"{out}.unfinished"]
-        case "benchmark":
+        case "benchmark" | "demo":
             arguments += ["--out", out, *options[:1][: "--overwrite" in options]]
             may = [out, f"{out}.unfinished"]
         case "compare" | "fold":
@@ -214,7 +222,7 @@ def prepared(tmp_path_factory):
                 with files.new_folder("stopped.unfinished/checkpoints/step-00000001") as step:
                     (step / "manifest.json").write_text("{}")
                 status = Path("stopped.unfinished/status.json")
-                status.write_text(status.read_text().replace("complete", "running"))
+                folders.write_json(status, folders.read_json(status) | {"state": "running"})
                 assert command("compare", *LAYER, "--out", "earlier.json") == 0
                 assert command("fold", *LAYER, "--rotations", "done", "--out", "earlier.safetensors") == 0
                 if whole_models:

@@ -1,16 +1,30 @@
 """Files as an accident or an attacker makes them: every reader with small whole files, and ways to damage them."""
 
+import contextlib
 import copy
 import json
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from safetensors.numpy import save
 
+import rotsparse as rs
 from rotsparse import models
+from rotsparse._core.digests import digest
+from rotsparse._core.reading import reading
+from rotsparse.cli import commands
+from rotsparse.data.sources import NpyFile
+from rotsparse.data.store import StoreWriter, open_store
+from rotsparse.engine._checkpoint import Session
+from rotsparse.layers.files import load_activations, load_layer, save_layer
+from rotsparse.layers.mlp import MLP
 from rotsparse.models.huggingface_writer import save_huggingface
+from rotsparse.runs import folders, inputs, listing
 from tiny_models import tiny, tiny_llama2c
 
 _ODD: tuple[Any, ...] = (
@@ -21,11 +35,13 @@ _ODD: tuple[Any, ...] = (
 
 
 class Reader(NamedTuple):
-    """`make` writes whole files into an empty folder, `read` reads them, `damaged` is the one that is damaged."""
+    """`make` writes whole files into an empty folder, `read` reads them, `damaged` is the one that is damaged. Of a
+    `lenient` reader damage is shown or left out, not refused."""
 
     damaged: str
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
+    lenient: bool = False
 
 
 def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
@@ -134,6 +150,94 @@ def _pieces(path: Path) -> None:
         pass
 
 
+def _config(name: str) -> Reader:
+    """A JSON file of a run, as a user may edit it: without the hash that would give every change away."""
+
+    def make(path: Path) -> None:
+        rng = np.random.default_rng(0)
+        layer = MLP(rng.standard_normal((5, 4)), rng.standard_normal(5), rng.standard_normal((3, 5)), activation="relu")
+        save_layer(path / "layer.safetensors", layer)
+        np.save(path / "x.npy", rng.standard_normal((20, 4)))
+        solution = rs.find_rotations(layer, np.load(path / "x.npy"), key=jax.random.key(0), method=rs.Anneal(steps=2))
+        hashes = inputs.hashes(layer=path / "layer.safetensors", activations=path / "x.npy")
+        named = {"layer": "layer.safetensors", "activations": "x.npy", "test_activations": None, "activation": "relu"}
+        config = {"command": "demo", **named, "norm": None, "skip": False, "input_scale": "std", "seed": 0, "steps": 2}
+        with folders.new_run(path / "run", config=config) as run:
+            for file in ("layer.safetensors", "x.npy"):
+                (run / file).write_bytes((path / file).read_bytes())
+            folders.write_json(run / "config.json", config | {"inputs": hashes, "versions": folders.versions()})
+            metrics = {"objective": {"start": 1.0, "train": 0.5, "floor": None}, "function_error": 1e-6}
+            folders.write_json(run / "metrics.json", metrics | {"result": "ALL_STEPS"})
+            solution.save(run / "solution.npz")
+            solution.rotations.save(run / "rotations.safetensors")
+            (run / "log.jsonl").write_text('{"step": 1, "checked": [0.5, 0.25]}\n{"step": 2, "checked": [0.5, 0.1]}\n')
+        for file in (path / "run").glob("*.json"):
+            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}))
+
+    def read(path: Path) -> None:
+        listing.table(path)
+        assert listing.runs_in(path) or name == "status.json"
+        with reading(path):
+            commands._drawn(path / "run", folders.read_object(path / "run" / "config.json"))
+        inputs.check_layer(path / "run", path / "layer.safetensors")
+
+    return Reader(f"run/{name}", make, read, lenient=name in ("status.json", "log.jsonl"))
+
+
+def _store(path: Path) -> None:
+    writer = StoreWriter(path / "store", {"model": "m", "width": 4, "tokens": {}})
+    writer.write(0, np.ones((6, 4), np.float32))
+    writer.finish()
+
+
+def _read_store(path: Path) -> None:
+    found = open_store(path / "store", "m")
+    found.verify()
+    found.read(range(len(found)))
+
+
+def _layer(path: Path) -> None:
+    arrays = {
+        "w_in": np.ones((5, 4), np.float32),
+        "b_in": np.ones(5),
+        "w_out": np.ones((3, 5)),
+        "norm_scale": np.ones(4),
+    }
+    np.savez(path / "layer.npz", **arrays, norm_eps=np.float64(1e-5))
+    (path / "layer.safetensors").write_bytes(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+
+
+def _read_layer(name: str) -> Callable[[Path], Any]:
+    return lambda path: load_layer(path / name, "relu", norm="rms")
+
+
+STATE = {"a": np.arange(40.0), "step": np.asarray(3)}
+
+
+def _checkpoint(path: Path) -> None:
+    session = Session(path, {"steps": "10"}, STATE, lambda state: "")
+    session.save(3, STATE, 0.5)
+    session.close()
+
+
+def _read_checkpoint(path: Path) -> None:
+    """The manifest is signed again: what stands in it is looked at, not only its hash."""
+    manifest = path / "step-00000003" / "manifest.json"
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(manifest.read_bytes())
+        if isinstance(content, dict):
+            content.pop("hash", None)
+            canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+            manifest.write_text(json.dumps(content | {"hash": digest(canonical)}))
+    session = Session(path, {"steps": "10"}, STATE, lambda state: "")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session.restore()
+    finally:
+        session.close()
+
+
 READERS = {
     **{
         f"config of {name}": Reader("m/config.json", _folder(name), _inside)
@@ -156,6 +260,24 @@ READERS = {
         lambda path: _encoded(models.load_tokenizer(path / "tokenizer.json", tiny("llama"))),
     ),
     "tokens": Reader("t.npy", _save("t.npy", np.arange(20).reshape(4, 5)), _pieces),
+    **{f"{name} of a run": _config(name) for name in ("config.json", "metrics.json", "status.json", "log.jsonl")},
+    "solution": _config("solution.npz"),
+    "rotations": Reader(
+        "r.safetensors",
+        lambda path: rs.Rotations.identity(4, 3).save(path / "r.safetensors"),
+        lambda path: rs.Rotations.load(path / "r.safetensors"),
+    ),
+    "manifest of a store": Reader("store/manifest.json", _store, _read_store),
+    "shard of a store": Reader("store/00000.npy", _store, _read_store),
+    "manifest of a checkpoint": Reader("step-00000003/manifest.json", _checkpoint, _read_checkpoint),
+    "layer in .npz": Reader("layer.npz", _layer, _read_layer("layer.npz")),
+    "layer in safetensors": Reader("layer.safetensors", _layer, _read_layer("layer.safetensors")),
+    "activations": Reader(
+        "x.npy", _save("x.npy", np.eye(4, 3, dtype=np.float32)), lambda path: load_activations(path / "x.npy", 3)
+    ),
+    "activations on disk": Reader(
+        "x.npy", _save("x.npy", np.ones((4, 3), np.float32)), lambda path: NpyFile(path / "x.npy").read(range(4))
+    ),
     "images": Reader(
         "i.npy", _save("i.npy", np.ones((2, 3, 4, 4), np.float32)), lambda path: models.ImageFile(path / "i.npy")
     ),

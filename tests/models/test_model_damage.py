@@ -22,7 +22,7 @@ def test_the_corpus(reader, tmp_path):
     whole = (tmp_path / reader.damaged).read_bytes()
     assert survives(reader, tmp_path, whole)
     read = [survives(reader, tmp_path, damaged(reader, whole, np.random.default_rng([0, i]))) for i in range(CORPUS)]
-    assert not all(read)  # some are refused: the damage is not idle
+    assert reader.lenient or not all(read)  # some are refused: the damage is not idle
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,7 @@ import pytest
 from rotsparse.evaluation import baselines
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures
-from rotsparse.runs import inputs
+from rotsparse.runs import folders, inputs
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
 FIT = ("fit", *LAYER, "--solver", "adam", "--steps", "3", "--restarts", "1", "--control", "none", "--out", "run")
@@ -31,7 +31,7 @@ def fitted(folder, rng, rotsparse, monkeypatch):
 
 
 def config_of(run, **changes):
-    config = json.loads((run / "config.json").read_text())
+    config = folders.read_json(run / "config.json")
     (run / "config.json").write_text(json.dumps(config | changes))
     return config
 

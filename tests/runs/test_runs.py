@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from rotsparse._core import files
+from rotsparse._core.errors import CheckError
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.runs import folders, listing
 
@@ -52,7 +53,7 @@ def test_existing_folders_are_not_replaced_unless_told(tmp_path):
     with pytest.raises(ValueError, match="exists: choose another folder, or pass --overwrite"):
         write(out)
     write(out, "b", overwrite=True)
-    assert json.loads((out / "config.json").read_text()) == {"text": "b"}
+    assert folders.read_json(out / "config.json") == {"text": "b"}
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "chapter").write_text("1")
@@ -94,7 +95,7 @@ def test_what_appears_during_a_run_is_not_harmed(tmp_path, overwrite):
                 write(tmp_path / "other" / "run")
                 (tmp_path / "other" / "run").rename(out)
     before, result = content(out), content(work)
-    assert json.loads(result["config.json"]) == {"text": "result"}
+    assert json.loads(result["config.json"])["text"] == "result"
     assert [run.state for run in listing.runs_in(work)] == ["complete"]
     for again in (False, True):  # asking once more harms neither
         with pytest.raises(ValueError, match=r"run exists|not a run folder"):
@@ -104,7 +105,7 @@ def test_what_appears_during_a_run_is_not_harmed(tmp_path, overwrite):
         write(out)
     assert content(work) == result and content(tmp_path / "elsewhere") == before
     write(out, "b", overwrite=True)
-    assert json.loads(content(out)["config.json"]) == {"text": "b"} and not work.exists()
+    assert folders.read_json(out / "config.json") == {"text": "b"} and not work.exists()
 
 
 def test_a_run_that_appears_is_replaced_where_that_was_asked_for(tmp_path):
@@ -113,7 +114,7 @@ def test_a_run_that_appears_is_replaced_where_that_was_asked_for(tmp_path):
         folders.write_json(folder / "config.json", {"text": "new"})
         write(tmp_path / "other")
         (tmp_path / "other").rename(out)
-    assert json.loads(content(out)["config.json"]) == {"text": "new"}
+    assert folders.read_json(out / "config.json") == {"text": "new"}
 
 
 def test_a_target_that_cannot_be_written(tmp_path):
@@ -148,7 +149,7 @@ def test_an_interrupted_run_can_be_resumed(tmp_path):
         assert (folder / "checkpoints" / "step-00000001").is_dir()
         assert folders.read_json(folder / "config.json") == {"text": "new"}
     assert content(out).keys() == {"config.json", "status.json"}  # checkpoints are gone
-    assert json.loads(content(out)["config.json"]) == {"text": "new"}
+    assert folders.read_json(out / "config.json") == {"text": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -208,7 +209,7 @@ def test_the_list_of_runs(tmp_path):
     assert listed["broken.unfinished"].note == "disk on fire"
     assert "--resume" in listed["stopped.unfinished"].note
     status = tmp_path / "stopped.unfinished" / "status.json"
-    status.write_text(status.read_text().replace("interrupted", "running"))  # as kill -9 leaves it
+    folders.write_json(status, folders.read_json(status) | {"state": "running"})  # as kill -9 leaves it
     assert [(run.state, run.note) for run in listing.runs_in(tmp_path / "stopped.unfinished")] == [
         ("interrupted", "killed; --resume goes on")
     ]
@@ -221,6 +222,17 @@ def test_the_list_of_runs(tmp_path):
     assert str(listing.table(tmp_path / "empty").title) == f"no runs in {tmp_path / 'empty'}"
     with pytest.raises(ValueError, match="not a folder"):
         listing.runs_in(tmp_path / "missing")
+
+
+def test_a_changed_json_file_is_noticed(tmp_path):
+    folders.write_json(tmp_path / "a.json", {"seed": 1, "x": [0.1, None]})
+    intact = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(intact.replace('"seed": 1', '"seed": 3'))
+    with pytest.raises(CheckError, match=r"a.json is damaged: .* If you have edited it, remove its entry \"digest\""):
+        folders.read_json(tmp_path / "a.json")
+    edited = {k: v for k, v in json.loads((tmp_path / "a.json").read_text()).items() if k != "digest"}
+    (tmp_path / "a.json").write_text(json.dumps(edited))
+    assert folders.read_json(tmp_path / "a.json") == {"seed": 3, "x": [0.1, None]}
 
 
 def test_json(tmp_path):
