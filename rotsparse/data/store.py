@@ -239,7 +239,7 @@ class _GrowingArray:
         return self._rows, digest
 
     def remove(self) -> None:
-        with contextlib.suppress(_Abandoned), self._writing:
+        with contextlib.suppress(_Abandoned, OSError), self._writing:  # a full disk does not take what is left, either
             raise _Abandoned
 
     def _write_header(self) -> None:

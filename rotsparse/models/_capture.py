@@ -104,9 +104,11 @@ def capture(
                     for writer in writers:
                         writer.close(shard)
         finally:
-            for writer in writers:
-                writer.abandon()
-            lock.release()
+            try:
+                for writer in writers:
+                    writer.abandon()
+            finally:
+                lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
     return [_finished(writer) for writer in writers]

@@ -337,5 +337,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         write = os.write
         patch.setattr(os, "write", lambda handle, payload: write(handle, payload[:5]))
         with pytest.raises(OSError, match="No space left on device"):
-            files.write_atomically(tmp_path / "run" / "a", b"1")
+            files.write_atomically(tmp_path / "run" / "a name", b"1")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "run" / files.RECORD).read_bytes() == record
