@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from rotsparse._core.files import write_atomically
@@ -26,8 +25,11 @@ from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
 from rotsparse.runs import folders
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Draws figures of the bases that are compared: a figure and its caption by name.
-Pictures = Callable[[dict[str, Rotations]], Mapping[str, tuple[Figure, str]]]
+Pictures = Callable[[dict[str, Rotations]], Mapping[str, tuple["Figure", str]]]
 
 METRICS = "metrics.json"
 SOLUTION = "solution.npz"

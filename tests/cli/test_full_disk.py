@@ -20,7 +20,7 @@ COMMANDS = {
     "fit": ("fit", *LAYER, *QUICK, "--out", "new", "--overwrite"),
     "fit over a run": ("fit", *LAYER, *QUICK, "--out", "done", "--overwrite"),
     "benchmark": ("benchmark", *LAYER, *QUICK, "--out", "new", "--overwrite"),
-    "demo": ("demo", "--steps", "3", "--out", "new", "--overwrite"),
+    "demo": ("demo", "--network", "digits", "--control", "none", "--steps", "3", "--out", "new", "--overwrite"),
     "compare": ("compare", *LAYER, "--out", "new.json", "--overwrite"),
     "fold": ("fold", *LAYER, "--rotations", "done", "--out", "new.safetensors", "--overwrite"),
     "report": ("report", "done"),

@@ -148,7 +148,7 @@ def a_command(rng, whole_models):
             ("fit-model", "--model", "model.bin", "--store", "store", *QUICK, "--layers", "0"),
             ("fold-model", *MODEL),
             ("benchmark", *LAYER, *QUICK),
-            ("demo", "--steps", "3"),
+            ("demo", "--network", "digits", "--control", "none", "--steps", "3"),
         ]
     way = ways[int(rng.integers(len(ways)))]
     arguments, may = list(way), []
