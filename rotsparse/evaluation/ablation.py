@@ -122,6 +122,19 @@ class EdgeAblation:
             parts.append((out @ self._r_out)[:count])
         return jnp.concatenate(parts)
 
+    def relaxed(self, x: Float[Array, "n d_in"], kept: Float[Array, "d_out d"]) -> Float[Array, "n d_out"]:
+        """`outputs` with masks of numbers from 0 (cut) to 1 (kept), by which deviations from the mean are multiplied:
+        differentiable in them. All examples at once, one call of the layer for every output (d = d_in / copies)."""
+        r_in = jnp.asarray(self._r_in)
+        z = x @ r_in.T
+
+        @jax.checkpoint
+        def output(of):
+            row, seen = of
+            return self.layer((self._mean + jnp.tile(seen, self.copies) * (z - self._mean)) @ r_in) @ row
+
+        return jax.lax.map(output, (self._r_out, kept)).T @ self._r_out
+
     def curve(self, x: Rows, score: Score, kept: Sequence[int]) -> Float[np.ndarray, "k"]:
         """The score with each number of `kept` edges."""
         return np.array([score(self.outputs(x, k)) for k in kept])
