@@ -11,7 +11,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Rows
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.ablation import EdgeAblation
+from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.control import Control, another_redraw
 from rotsparse.evaluation.names import LABELS, basis_name
@@ -295,7 +296,13 @@ def against_baselines(comparison: Comparison, learned: str = "learned") -> str:
 ABOUT_AS_SPARSE = 0.02
 
 
-def verdict(comparison: Comparison, layer: Layer, solution: Solution, control: Control | None) -> list[str]:
+def verdict(
+    comparison: Comparison,
+    layer: Layer,
+    solution: Solution,
+    control: Control | None,
+    agreement: Mapping[str, Agreement] | None = None,
+) -> list[str]:
     """What a fit found: the conclusion in a sentence or two, and the sentences that it rests on.
 
     The first says whether a few directions hold most of the energy, if they do, and whether the layer is sparser than
@@ -303,12 +310,11 @@ def verdict(comparison: Comparison, layer: Layer, solution: Solution, control: C
     """
     concentrated = concentration(comparison)
     if control is None:
-        first, *rest = [finding(comparison, layer), *remarks(comparison, layer, solution)]
+        first, *rest = [finding(comparison, layer), *remarks(comparison, layer, solution, agreement)]
     else:
         judged = structure(control)
-        first, *rest = [
-            judged.headline(), judged.evidence(), finding(comparison, layer), *remarks(comparison, layer, solution)
-        ]  # fmt: skip
+        first, *rest = [judged.headline(), judged.evidence(), finding(comparison, layer)]
+        rest += remarks(comparison, layer, solution, agreement)
         rest += [] if judged.learned else [ADVICE]
     return [f"{concentrated} {first}" if concentrated else first, *rest]
 
@@ -355,8 +361,11 @@ def finding(comparison: Comparison, layer: Layer) -> str:
     )
 
 
-def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[str]:
-    """Where the learned basis is ahead and where not; which directions other starts find again; and what is no news."""
+def remarks(
+    comparison: Comparison, layer: Layer, solution: Solution, agreement: Mapping[str, Agreement] | None = None
+) -> list[str]:
+    """Where the learned basis is ahead and where not; which directions other starts find again, and what influence they
+    carry (where `agreements` were computed); and what is no news."""
     said = [against_baselines(comparison)]
     if {comparison.best("participation_ratio"), comparison.best("top_1_percent_energy")} != {"learned"}:
         said.append(
@@ -373,11 +382,16 @@ def remarks(comparison: Comparison, layer: Layer, solution: Solution) -> list[st
             "a check of the method."
         )
     if reproduced:
-        parts = [
-            f"{int(again.sum())} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
-        ]
-        said.append(f"Other restarts find {' and '.join(parts)} again (|cos| > {SAME}).")
-        undetermined = [_side(space) for space, again in reproduced.items() if again.mean() < 0.5]
+        if agreement:
+            said.append(" ".join(of.sentence() for of in agreement.values()))
+            shares = {space: of.carried for space, of in agreement.items()}
+        else:
+            counts = (
+                f"{again.sum()} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
+            )
+            said.append(f"Other restarts find {' and '.join(counts)} again (|cos| > {SAME}).")
+            shares = {space: again.mean() for space, again in reproduced.items()}
+        undetermined = [_side(space) for space, share in shares.items() if share < 0.5]
         least = float(np.min(solution.candidate_values))
         behind = (float(np.max(solution.candidate_values)) - least) / max(abs(least), 1e-12)
         if undetermined and behind < ABOUT_AS_SPARSE:

@@ -12,6 +12,7 @@ from rotsparse._core.alignment import chance_cosine
 from rotsparse._core.intervals import Interval
 from rotsparse._core.printable import html as escape
 from rotsparse.engine.solution import SAME, Solution
+from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
@@ -37,6 +38,7 @@ def render(
     figures: dict[str, bytes],
     comparison: Comparison,
     solution: Solution,
+    agreement: Mapping[str, Agreement],
     examples: int,
     scale_inputs: bool,
     config: dict[str, Any],
@@ -67,7 +69,7 @@ def render(
         metrics=embedded["metrics"],
         fit=_rows(_fit_facts(solution, floor, function_error)),
         history=embedded["history"],
-        agreement=_agreement(solution),
+        agreement=_agreement(solution, agreement),
         config=_rows(config.items()),
         versions=_rows(versions.items()),
     )
@@ -202,24 +204,52 @@ def _fit_facts(solution: Solution, floor: float | None, function_error: float | 
             yield name.replace("_", " ").capitalize(), f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _agreement(solution: Solution) -> str:
-    """How many directions of each side the other restarts found again, and what chance would give."""
-    reproduced = solution.reproduced()
-    if not reproduced:
+def _agreement(solution: Solution, agreement: Mapping[str, Agreement]) -> str:
+    """Which directions of each side the other restarts found again, what influence they carry, how far the strongest of
+    them agree as subspaces, and what chance would give."""
+    if not agreement:
         return ""
-    agreement = solution.agreement()
-    rows = []
-    for space, again in reproduced.items():
-        cosines = agreement[space][:, solution.free[space]]
-        chance = chance_cosine(len(again), key=jax.random.key(0), draws=5).value
+    rows, tables = [], []
+    for space, of in agreement.items():
+        chance = chance_cosine(len(of.order), key=jax.random.key(0), draws=5).value
         side = {"in": "inputs", "out": "outputs"}.get(space, space)
-        mean = f"mean |cos| {cosines.mean():.2f} (chance {chance:.2f})"
-        rows.append((side, f"{int(again.sum())} of {len(again)} fitted directions found again; {mean}"))
+        mean = solution.agreement()[space][:, solution.free[space]].mean()
+        again = f"{int(of.again.sum())} of {len(of.order)} fitted directions found again"
+        rows.append((side, f"{again}; mean |cos| {mean:.2f} (chance {chance:.2f}). {of.sentence()}"))
+        tables.append(_blocks(side, of))
     return (
         f'<h2>Do the restarts agree?</h2><table class="facts">{_rows(rows)}</table>'
         f'<p class="note">{len(solution.candidates)} restarts from different starts. A direction is found again where '
         f"every other restart has one at |cos| &gt; {SAME}. Directions that are not found again are one choice among "
-        "many: the data do not determine them, however sparse the result.</p>"
+        "many: the data do not determine them, however sparse the result. Their influence is the share of the mean "
+        f"squared Jacobian that they hold.</p>{''.join(tables)}"
+        '<p class="note">Numbers are rows of the rotation. The span of the strongest directions is compared with that '
+        "of as many of the restart that agrees least: where single directions disagree, their span may still be "
+        "determined.</p>"
+    )
+
+
+def _blocks(side: str, of: Agreement) -> str:
+    """The strongest directions of a side, alone and together."""
+    heads = "".join(
+        f'<th scope="col">{head}</th>'
+        for head in ("the strongest", "numbers", "influence", "found again", "same span, cos²", "chance")
+    )
+    rows = []
+    for size, cosine, chance, influence in of.blocks:
+        numbers = ", ".join(map(str, of.order[: min(size, 5)])) + (", …" if size > 5 else "")
+        cells = (
+            f"{size}",
+            numbers,
+            f"{influence:.0%}",
+            f"{int(of.again[:size].sum())}",
+            f"{cosine:.2f}",
+            f"{chance:.2f}",
+        )
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return (
+        f'<div class="scroll"><table class="facts"><caption>{escape(side)}</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

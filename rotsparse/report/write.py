@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rotsparse._core.files import adopt, make_folder, write_atomically
 from rotsparse._core.types import Data
 from rotsparse.engine.solution import Solution
+from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.control import Control
 from rotsparse.layers.base import Layer
@@ -35,6 +36,7 @@ def write_report(
     finding: str,
     remarks: Sequence[str] = (),
     control: Control | None = None,
+    agreement: Mapping[str, Agreement] | None = None,
     pictures: Mapping[str, tuple[Figure, str]] | None = None,
     floor: float | None = None,
     function_error: float | None = None,
@@ -43,8 +45,9 @@ def write_report(
 
     `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
     fit of the latter. The page begins with `finding` and `remarks`, and lists `config`, with its "versions" in a table
-    of their own. `control` holds what null models reach, `pictures` further figures with their captions, `floor` is a
-    lower bound of the solution's objective, `function_error` the error of folding; `None` leaves them out.
+    of their own. `control` holds what null models reach, `agreement` is that of the restarts (`agreements`), `pictures`
+    are further figures with their captions, `floor` is a lower bound of the solution's objective, `function_error` the
+    error of folding; `None` leaves them out.
 
     Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
@@ -72,6 +75,7 @@ def write_report(
         figures=pngs,
         comparison=comparison,
         solution=solution,
+        agreement=agreement or {},
         examples=len(x_test),
         scale_inputs=scale_inputs,
         config=config,

@@ -14,6 +14,7 @@ from rotsparse._core.types import Data
 from rotsparse.data.moments import covariance, evenly_spaced
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
+from rotsparse.evaluation.agreement import Agreement, agreements
 from rotsparse.evaluation.compare import Comparison, compare_with_baselines
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.fit_nulls import quick_control
@@ -82,7 +83,7 @@ def run(
     made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), console=console) if control else None
     config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
     folders.write_json(folder / folders.CONFIG, config)
-    said, comparison = write_comparison(
+    said, comparison, agreement = write_comparison(
         folder,
         layer,
         train,
@@ -110,7 +111,7 @@ def run(
             "result": solution.result.name,
             "certificate": "" if solution.certificate is None else str(solution.certificate),
             "stages": [stage._asdict() for stage in solution.stages],
-            "agreement": _agreement(solution),
+            "agreement": _agreement(solution, agreement),
             "fit": solution.stats,
             "seconds": time.perf_counter() - begun,
         },
@@ -140,10 +141,10 @@ def write_comparison(
     control: Control | None,
     pictures: Pictures | None = None,
     console: Console,
-) -> tuple[list[str], Comparison]:
-    """Compare a solution with every baseline on held-out examples and write the report. Returns what was found (one
-    sentence, then remarks) and the comparison. For a source, baselines and the standard deviations that scale inputs
-    are computed on the sample that a fit keeps in memory."""
+) -> tuple[list[str], Comparison, dict[str, Agreement]]:
+    """Compare a solution with every baseline on held-out examples, and its restarts with each other, and write the
+    report. Returns what was found (one sentence, then remarks), the comparison and the agreement. For a source,
+    baselines and the standard deviations that scale inputs are computed on the sample that a fit keeps in memory."""
     from rotsparse.report import write  # imported here: Matplotlib takes half a second
 
     sample, source = in_memory(train)
@@ -155,7 +156,9 @@ def write_comparison(
     comparison, bases = compare_with_baselines(layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs)
     console.print(comparison.table())
     write_atomically(folder / TABLE, comparison.markdown().encode())
-    said = verdict(comparison, layer, solution, control)
+    scales: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
+    agreement = agreements(layer, test, solution, **scales)
+    said = verdict(comparison, layer, solution, control, agreement)
     if source is not None:
         said.append(
             f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
@@ -175,10 +178,10 @@ def write_comparison(
         pictures=None if pictures is None else pictures(bases),
         floor=floor,
         function_error=function_error,
-        scale_inputs=scale_inputs,
-        covariance=covariance(sample)[1],
+        agreement=agreement,
+        **scales,
     )
-    return said, comparison
+    return said, comparison, agreement
 
 
 def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) -> Control | None:
@@ -195,15 +198,16 @@ def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) 
         )
 
 
-def _agreement(solution: Solution) -> dict[str, Any] | None:
-    """For every space: how many directions were fitted, the share of them that every other restart found again, and the
-    |cos| of each direction with its match in each other restart. `None` after a single restart."""
+def _agreement(solution: Solution, agreement: dict[str, Agreement]) -> dict[str, Any] | None:
+    """For every space: how many directions were fitted, the share of them that every other restart found again, the
+    |cos| of each direction with its match in each other restart, and their influence. `None` after a single restart."""
     reproduced = solution.reproduced()
     if not reproduced:
         return None
     cosines = solution.agreement()
     return {
         space: {"fitted": len(again), "reproduced": again.mean(), "cosines": cosines[space]}
+        | agreement[space].to_json()
         for space, again in reproduced.items()
     }
 

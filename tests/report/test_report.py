@@ -17,6 +17,7 @@ from matplotlib.image import imread
 
 from rotsparse.data.moments import covariance
 from rotsparse.evaluation import baselines
+from rotsparse.evaluation.agreement import agreements
 from rotsparse.evaluation.compare import compare
 from rotsparse.evaluation.tables import CHOSEN
 from rotsparse.fit.default_method import default_method
@@ -43,7 +44,9 @@ def case():
     solution = find_rotations(layer, x, key=key, restarts=2, method=default_method(steps=20), scale_inputs=False)
     bases = {"learned": solution.rotations} | baselines.all_baselines(layer, x, key=key)
     comparison = compare(layer, x_test, bases, scale_inputs=False, key=key, resamples=20)
-    return SimpleNamespace(layer=layer, x_test=x_test, bases=bases, comparison=comparison, solution=solution)
+    agreement = agreements(layer, x_test, solution, scale_inputs=False)
+    of = {"layer": layer, "x_test": x_test, "bases": bases, "comparison": comparison}
+    return SimpleNamespace(**of, solution=solution, agreement=agreement)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +264,8 @@ def test_page_says_what_was_measured(case, folder):
     for cosines in case.solution.agreement().values():
         again = np.count_nonzero(cosines.min(axis=0) > 0.99)
         assert f"{again} of {cosines.shape[1]} fitted directions found again; mean |cos| {cosines.mean():.2f}" in text
+    for of in case.agreement.values():
+        assert of.sentence() in text
     assert "1.2.3" in text
 
 
@@ -279,7 +284,9 @@ def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
     for restricted in ({"active_subspace": 0.6}, {"hold": ("out",)}):
         fit: dict = {"restarts": 2, "method": default_method(steps=5), "scale_inputs": False, **restricted}
         solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), **fit)
-        write_report(tmp_path, **vars(case) | {"solution": solution}, scale_inputs=False, config={}, finding="None.")
+        agreement = agreements(case.layer, case.x_test, solution, scale_inputs=False)
+        changed = vars(case) | {"solution": solution, "agreement": agreement}
+        write_report(tmp_path, **changed, scale_inputs=False, config={}, finding="None.")
         text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
         sides = {side: mask for side, mask in solution.free.items() if mask.any()}
         assert "in" in sides and sum(mask.sum() for mask in sides.values()) < 11
@@ -293,8 +300,9 @@ def test_report_of_a_single_start_with_scaled_inputs(case, tmp_path):
     solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), method=default_method(steps=5))
     bases = {"learned": solution.rotations, "neurons": case.bases["neurons"]}
     comparison = compare(case.layer, case.x_test, bases, scale_inputs=True, key=jax.random.key(0), resamples=20)
-    changed = SimpleNamespace(**vars(case) | {"bases": bases, "comparison": comparison, "solution": solution})
-    write_report(tmp_path, **vars(changed), scale_inputs=True, config={}, finding="None.")
+    agreement = agreements(case.layer, case.x_test, solution)
+    changed = {"bases": bases, "comparison": comparison, "solution": solution, "agreement": agreement}
+    write_report(tmp_path, **vars(case) | changed, scale_inputs=True, config={}, finding="None.")
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "standard deviation of its input direction" in text
     for absent in ("restarts agree", "Floor", "Function error", "gap closed"):
