@@ -78,16 +78,7 @@ def adversarial_ablation(
     if not (0 < share < 1 and draws >= 1):
         raise ValueError(f"share should be between 0 and 1 and draws at least 1, got {share} and {draws}")
     whole = apply(ablation.layer, jnp.asarray(x))
-    if loss is None:
-        variance = float(np.var(np.asarray(whole, np.float64), axis=0).sum())
-        if variance == 0:
-            raise ValueError(
-                "the layer's outputs do not vary on x, so that no change is relative to anything: give a loss"
-            )
-
-        def loss(outputs: Float[Array, "n d_out"]) -> Array:
-            return jnp.sum(jnp.square(outputs - whole)) / (len(whole) * variance)
-
+    value_of = _relative_change(whole) if loss is None else loss
     small = np.flatnonzero(np.sqrt(ablation.importance) < threshold * np.sqrt(ablation.importance.mean()))
     count = round(share * len(small))
     if count == 0:
@@ -97,7 +88,7 @@ def adversarial_ablation(
         """The loss with these entries cut, wholly or in part, and its gradient at the small ones."""
         cuts = np.zeros(ablation.edges, x.dtype)
         cuts[cut] = part
-        value, slope = _loss_and_slope(ablation.relaxed, loss, x, cuts.reshape(ablation.importance.shape))
+        value, slope = _loss_and_slope(ablation.relaxed, value_of, x, cuts.reshape(ablation.importance.shape))
         return float(value), np.asarray(slope).ravel()[small]
 
     def climb(value: float, slope: np.ndarray, cut: np.ndarray) -> tuple[float, np.ndarray]:
@@ -120,12 +111,20 @@ def adversarial_ablation(
     return AdversarialAblation(
         small=len(small),
         cut=count,
-        whole=float(loss(whole)),
+        whole=float(value_of(whole)),
         random=tuple(value for value, _, _ in starts),
         worst=worst,
         every=of(small)[0],
         mask=cuts.reshape(ablation.importance.shape),
     )
+
+
+def _relative_change(whole: Float[Array, "n d_out"]) -> Loss:
+    """The mean squared change of outputs, relative to their variance."""
+    variance = float(np.var(np.asarray(whole, np.float64), axis=0).sum())
+    if variance == 0:
+        raise ValueError("the layer's outputs do not vary on x, so their changes have no scale: give a loss")
+    return lambda outputs: jnp.sum(jnp.square(outputs - whole)) / (len(whole) * variance)
 
 
 @eqx.filter_jit

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Rows
-from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.engine.solution import SAME, Solution
-from rotsparse.evaluation.metrics import Matrix
+from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import jacobians
 
@@ -89,23 +88,29 @@ class Agreement:
 
 
 def agreements(
-    layer: Layer, x: Rows, solution: Solution, *, scale_inputs: bool = True, covariance: Matrix | None = None
+    layer: Layer,
+    x: Rows,
+    solution: Solution,
+    *,
+    scale_inputs: bool = True,
+    scale_outputs: bool = False,
+    covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
 ) -> dict[str, Agreement]:
     """For every space of which directions were fitted, how far the restarts of a fit of this layer agree; `{}` after a
     single one. The influence is that on `x`, held-out inputs say. In a tied fit a direction's influence is the mean of
-    those as an input and as an output. `scale_inputs` and `covariance` are as in `metrics.evaluate`.
+    those as an input and as an output. Options are as in `metrics.evaluate`.
 
     One pass over the Jacobians for each restart. Raises `ValueError` where shapes do not fit.
     """
     if len(solution.candidates) == 1:
         return {}
     x = activations("x", x, layer.d_in)
-    sigma = None
-    if scale_inputs:
-        sigma = input_covariance(x)[1] if covariance is None else np.asarray(covariance, np.float64)
+    units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    units |= {"covariance": covariance, "covariance_out": covariance_out}
     best = int(np.argmin(solution.candidate_values))
     candidates = [{name: np.asarray(r, np.float64) for name, r in of.items()} for of in solution.candidates]
-    influences = [_influences(layer, x, bases, sigma) for bases in candidates]
+    influences = [_influences(layer, x, bases, units) for bases in candidates]
     found = {}
     for space, cosines in solution.agreement().items():
         free = np.flatnonzero(solution.free[space])
@@ -125,11 +130,9 @@ def agreements(
     return found
 
 
-def _influences(layer, x, bases, sigma) -> dict[str, np.ndarray]:
+def _influences(layer, x, bases, units) -> dict[str, np.ndarray]:
     """For every space, the share of the mean squared (scaled) Jacobian that each of its directions holds."""
-    r_in, r_out = bases["in"], bases.get("out", bases["in"])
-    if sigma is not None:
-        r_in = r_in * np.sqrt(np.maximum(np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True), 0))[:, None]
+    r_in, r_out = scaled_rows(layer, x, bases["in"], bases.get("out", bases["in"]), **units)
     square = sum(np.square(z, dtype=np.float64).sum(axis=0) for z in jacobians(layer, x, r_in, r_out))
     share = square / np.sum(square)
     columns, rows = share.sum(axis=0), share.sum(axis=1)

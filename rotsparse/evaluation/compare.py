@@ -19,7 +19,9 @@ from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, Matrix, MatrixOut, examine
+from rotsparse.evaluation.metrics import examine
+from rotsparse.evaluation.names import HIGHER_IS_SPARSER
+from rotsparse.evaluation.units import Matrix, MatrixOut
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked

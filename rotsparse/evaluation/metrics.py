@@ -8,40 +8,18 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
-from rotsparse._core.checks import activations, weight
+from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.types import Rows
-from rotsparse.data.moments import covariance as input_covariance
 from rotsparse.evaluation.concentration import Concentration, concentration, without_top
 from rotsparse.evaluation.curves import THRESHOLDS, Curves, count_below, count_below_each, curves
+from rotsparse.evaluation.names import HIGHER_IS_SPARSER
+from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows, sized
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
+from rotsparse.layers.jacobians import jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
-from rotsparse.objectives.jacobian import VARIANCE_FLOOR
-
-Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
-MatrixOut = Float[Array, "d_out d_out"] | Float[np.ndarray, "d_out d_out"]
-
-# `gap_closed` is computed by `compare`, which has the random basis and the floor at hand.
-HIGHER_IS_SPARSER: dict[str, bool] = {
-    "edges_90": False,
-    "edges_99": False,
-    "edges_99_by_row": False,
-    "edges_99_by_column": False,
-    "edges_99_without_top": False,
-    "fraction_below_0.1_rms": True,
-    "small_by_row": True,
-    "small_by_column": True,
-    "small_without_top": True,
-    "hoyer": True,
-    "gini": True,
-    "participation_ratio": False,
-    "top_1_percent_energy": True,
-    "top_5_percent_energy": True,
-    "gap_closed": True,
-}
 
 # A row, a column or a rest with a smaller rms than this, in units of the rms of all entries, has no influence: rounding
 # errors of float32 are as large.
@@ -134,20 +112,22 @@ def examine(
 ) -> Evaluation:
     """`evaluate`, with the concentration and the curves, which the same passes over the examples give."""
     x, rotations = activations("x", x, layer.d_in), checked("rotations", rotations)
-    r_in = _sized("r_in", rotations.r_in, layer.d_in)
-    r_out = _sized("r_out", rotations.r_out, layer.d_out)
-    if scale_inputs:
-        sigma = input_covariance(x)[1] if covariance is None else _sized("covariance", covariance, layer.d_in)
-        r_in = r_in * np.sqrt(np.maximum(np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True), 0))[:, None]
-    if scale_outputs:
-        sigma = LayerStatistics(layer, x).outputs[1] if covariance_out is None else covariance_out
-        r_out = r_out / _deviations(r_out, _sized("covariance_out", sigma, layer.d_out))[:, None]
+    r_in, r_out = scaled_rows(
+        layer,
+        x,
+        rotations.r_in,
+        rotations.r_out,
+        scale_inputs=scale_inputs,
+        scale_outputs=scale_outputs,
+        covariance=covariance,
+        covariance_out=covariance_out,
+    )
     entries = layer.d_in * layer.d_out
     if scale_outputs:
         mean = sum(np.square(z, dtype=np.float64).sum() for z in jacobians(layer, x, r_in, r_out)) / len(x)
     else:
         # ‖Z‖_F² = Σ_i r_i JᵀJ r_iᵀ, whatever R_out: the rms needs no pass of its own.
-        jtj = jacobian_gram(layer, x) if gram is None else _sized("gram", gram, layer.d_in)
+        jtj = jacobian_gram(layer, x) if gram is None else sized("gram", gram, layer.d_in)
         mean = np.einsum("id,de,ie->", r_in, jtj, r_in, optimize=True)
     rms = math.sqrt(max(mean, 0) / entries)
     if rms == 0:
@@ -281,14 +261,6 @@ class _Units:
         return np.count_nonzero(z < (0.1 * self.rms).astype(z.dtype), axis=1) / self.entries
 
 
-def _deviations(r_out: Float[np.ndarray, "d d"], sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d"]:
-    """The standard deviation of each rotated output."""
-    floor = VARIANCE_FLOOR * np.trace(sigma) / len(sigma)
-    if not floor > 0:
-        raise ValueError("the layer's outputs do not vary, so they have no standard deviation to be measured in")
-    return np.sqrt(np.maximum(np.einsum("od,de,oe->o", r_out, sigma, r_out, optimize=True), 0) + floor)
-
-
 def _rms(mean_square, **axis):
     return np.sqrt(mean_square.mean(**axis))
 
@@ -322,7 +294,3 @@ def _mean(values: Float[np.ndarray, "n"], counts) -> Interval:
     total = counts.sum(axis=1)
     resampled = (counts @ values[defined])[total > 0] / total[total > 0]
     return bootstrap_interval(values[defined].mean(), resampled)
-
-
-def _sized(name: str, value, d: int) -> Float[np.ndarray, "d d"]:
-    return np.asarray(weight(name, value, (d, d)), np.float64)

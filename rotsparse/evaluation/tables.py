@@ -9,8 +9,7 @@ from rich.text import Text
 from rotsparse._core.intervals import Interval
 from rotsparse._core.printable import markdown, visible
 from rotsparse.evaluation.concentration import Concentration
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import CONCENTRATION, heading, number, shown
+from rotsparse.evaluation.names import CONCENTRATION, HIGHER_IS_SPARSER, heading, number, shown
 
 Metrics = Mapping[str, Mapping[str, Interval]]
 """`metrics[basis][metric]`; every basis has the same metrics."""

@@ -4,13 +4,14 @@ All magnitudes are in units of `rms(Z)`, the root mean square of all entries ove
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Data
-from rotsparse.data.moments import covariance as input_covariance
+from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.rotations import Rotations
@@ -45,20 +46,23 @@ def picture_data(
     bases: dict[str, Rotations],
     *,
     scale_inputs: bool,
-    covariance: Float[Data, "d_in d_in"] | None = None,
+    scale_outputs: bool = False,
+    covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
     examples: int = 3,
 ) -> PictureData:
     """Compute the arrays for all figures from held-out inputs `x`, with one pass over the examples for each basis.
 
-    `bases` holds at least "neurons" and "learned". `scale_inputs` and `covariance` are as in `metrics.evaluate`. The
-    single examples are spread evenly over `x`. The curves come from a histogram with bins 1% wide.
+    `bases` holds at least "neurons" and "learned". Scales and covariances are as in `metrics.evaluate`. The single
+    examples are spread evenly over `x`. The curves come from a histogram with bins 1% wide.
 
     Raises `ValueError` if one of the two is missing, `x` does not fit, or the Jacobian is zero for every example.
     """
     x = activations("x", x, layer.d_in)
     if not {BEFORE, AFTER} <= set(bases):
         raise ValueError(f"a report needs bases called {BEFORE!r} and {AFTER!r}, got {', '.join(bases) or 'none'}")
-    sigma = input_covariance(x)[1] if covariance is None else np.asarray(covariance, np.float64)
+    units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    units |= {"covariance": covariance, "covariance_out": covariance_out}
     picked = x[np.linspace(0, len(x) - 1, min(examples, len(x))).round().astype(int)]
     entries = layer.d_in * layer.d_out
     # Logarithmic steps for the few largest entries, even steps for the many small ones.
@@ -66,12 +70,9 @@ def picture_data(
 
     mean, single, curves = {}, {}, {}
     for name, rotations in bases.items():
-        r_in = np.asarray(rotations.r_in, np.float64)
-        if scale_inputs:
-            variance = np.einsum("id,de,ie->i", r_in, sigma, r_in, optimize=True)
-            r_in = r_in * np.sqrt(np.maximum(variance, 0))[:, None]
+        r_in, r_out = scaled_rows(layer, x, rotations.r_in, rotations.r_out, **units)
         total, square_sum, counts = np.zeros((layer.d_out, layer.d_in)), 0.0, np.zeros(_BINS, np.int64)
-        for z in jacobians(layer, x, r_in, rotations.r_out, chunk_bytes=_CHUNK_BYTES):
+        for z in jacobians(layer, x, r_in, r_out, chunk_bytes=_CHUNK_BYTES):
             z = np.abs(z)
             total += z.sum(axis=0, dtype=np.float64)
             square_sum += np.square(z, dtype=np.float64).sum()
@@ -82,7 +83,7 @@ def picture_data(
         curves[name] = _magnitudes(counts, ranks) / rms
         if name in (BEFORE, AFTER):
             mean[name] = total / (len(x) * rms)
-            single[name] = np.abs(np.concatenate(list(jacobians(layer, picked, r_in, rotations.r_out)))) / rms
+            single[name] = np.abs(np.concatenate(list(jacobians(layer, picked, r_in, r_out)))) / rms
     return PictureData(mean, single, ranks, curves)
 
 

@@ -20,8 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.compare import Comparison
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
-from rotsparse.evaluation.names import basis_name, metric_name
+from rotsparse.evaluation.names import HIGHER_IS_SPARSER, basis_name, metric_name
 from rotsparse.report.data import AFTER, BEFORE, PictureData
 from rotsparse.report.ordering import diagonal_order
 

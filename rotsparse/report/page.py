@@ -15,10 +15,10 @@ from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.control import Control
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER
 from rotsparse.evaluation.names import (
     CONCENTRATION,
     CONCENTRATION_MEANING,
+    HIGHER_IS_SPARSER,
     LABELS,
     basis_name,
     heading,
@@ -41,6 +41,7 @@ def render(
     agreement: Mapping[str, Agreement],
     examples: int,
     scale_inputs: bool,
+    scale_outputs: bool,
     config: dict[str, Any],
     control: Control | None = None,
     captions: Mapping[str, str] | None = None,
@@ -49,7 +50,7 @@ def render(
 ) -> str:
     """The page. `figures` holds PNG files by the names of `write_report`, and further ones that have their caption in
     `captions`; `examples` is the number of held-out ones."""
-    captions, own = captions or {}, _captions(examples, scale_inputs, floor is not None)
+    captions, own = captions or {}, _captions(examples, scale_inputs, scale_outputs, floor is not None)
     embedded = {name: _figure(figures[name], caption) for name, caption in {**own, **captions}.items()}
     config = dict(config)
     versions = config.pop("versions", {})
@@ -75,8 +76,9 @@ def render(
     )
 
 
-def _captions(examples: int, scale_inputs: bool, has_floor: bool) -> dict[str, str]:
+def _captions(examples: int, scale_inputs: bool, scale_outputs: bool, has_floor: bool) -> dict[str, str]:
     scaled = " Every column is multiplied by the standard deviation of its input direction." if scale_inputs else ""
+    scaled += " Every row is divided by the standard deviation of its output direction." if scale_outputs else ""
     limit = " No rotations get below the floor; to reach it, one pair would have to diagonalise all Jacobians."
     return {
         "heat_maps": "Every square says how far one output direction (row) moves for a small change along one input "

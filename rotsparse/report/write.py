@@ -15,6 +15,7 @@ from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
 from rotsparse.evaluation.control import Control
+from rotsparse.evaluation.units import Matrix, MatrixOut
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.report import figures
@@ -31,7 +32,9 @@ def write_report(
     comparison: Comparison,
     solution: Solution,
     scale_inputs: bool,
-    covariance: Float[Data, "d_in d_in"] | None = None,
+    scale_outputs: bool = False,
+    covariance: Matrix | None = None,
+    covariance_out: MatrixOut | None = None,
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),
@@ -44,14 +47,15 @@ def write_report(
     """Write `figures/*.png` and then `report.html` into a run folder, each file atomically.
 
     `bases`, which `comparison` compares on held-out `x_test`, hold at least "neurons" and "learned"; `solution` is the
-    fit of the latter. The page begins with `finding` and `remarks`, and lists `config`, with its "versions" in a table
-    of their own. `control` holds what null models reach, `agreement` is that of the restarts (`agreements`), `pictures`
-    are further figures with their captions, `floor` is a lower bound of the solution's objective, `function_error` the
-    error of folding; `None` leaves them out.
+    fit of the latter. Scales and covariances are those of `comparison`. The page begins with `finding` and `remarks`,
+    and lists `config`, with its "versions" in a table of their own. `control` holds what null models reach, `agreement`
+    is that of the restarts (`agreements`), `pictures` are further figures with their captions, `floor` is a lower bound
+    of the solution's objective, `function_error` the error of folding; `None` leaves them out.
 
     Raises `ValueError` for bases or inputs that do not fit, `OSError` if the folder is missing or cannot be written.
     """
-    data = picture_data(layer, x_test, bases, scale_inputs=scale_inputs, covariance=covariance)
+    scales = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    data = picture_data(layer, x_test, bases, **scales, covariance=covariance, covariance_out=covariance_out)
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     adopt(folder)
@@ -77,7 +81,7 @@ def write_report(
         solution=solution,
         agreement=agreement or {},
         examples=len(x_test),
-        scale_inputs=scale_inputs,
+        **scales,
         config=config,
         control=control,
         captions={name: caption for name, (_, caption) in pictures.items()},

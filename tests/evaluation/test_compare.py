@@ -13,8 +13,8 @@ from rich.console import Console
 from rotsparse._core.intervals import Interval
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.compare import Comparison, _floor_of_examples, compare, compare_with_baselines
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate
-from rotsparse.evaluation.names import LABELS
+from rotsparse.evaluation.metrics import evaluate
+from rotsparse.evaluation.names import HIGHER_IS_SPARSER, LABELS
 from rotsparse.evaluation.verdict import against_baselines
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.fold import fold

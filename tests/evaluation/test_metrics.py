@@ -14,7 +14,8 @@ from rotsparse.data import moments
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.concentration import without_top
 from rotsparse.evaluation.curves import THRESHOLDS
-from rotsparse.evaluation.metrics import HIGHER_IS_SPARSER, evaluate, examine
+from rotsparse.evaluation.metrics import evaluate, examine
+from rotsparse.evaluation.names import HIGHER_IS_SPARSER
 from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations

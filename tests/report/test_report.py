@@ -84,10 +84,12 @@ class Page(html.parser.HTMLParser):
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale_inputs", [False, True])
-def test_picture_data_is_what_numpy_gets_with_all_jacobians_in_memory(case, scale_inputs):
+@pytest.mark.parametrize(("scale_inputs", "scale_outputs"), [(False, False), (True, False), (True, True)])
+def test_picture_data_is_what_numpy_gets_with_all_jacobians_in_memory(case, scale_inputs, scale_outputs):
     sigma = covariance(case.x_test)[1]
-    data = picture_data(case.layer, case.x_test, case.bases, scale_inputs=scale_inputs, examples=4)
+    sigma_out = np.cov(np.asarray(case.layer(case.x_test), np.float64).T, bias=True)
+    scales = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    data = picture_data(case.layer, case.x_test, case.bases, **scales, examples=4)
     assert set(data.curves) == set(case.bases)
     for name, rotations in case.bases.items():
         r_in = np.asarray(rotations.r_in, np.float64)
@@ -95,6 +97,8 @@ def test_picture_data_is_what_numpy_gets_with_all_jacobians_in_memory(case, scal
         z = np.abs(np.asarray(rotations.r_out, np.float64) @ z @ r_in.T)
         if scale_inputs:
             z = z * np.sqrt(np.diag(r_in @ sigma @ r_in.T))
+        if scale_outputs:
+            z = z / np.sqrt(np.diag(rotations.r_out @ sigma_out @ rotations.r_out.T))[:, None]
         z /= np.sqrt(np.mean(np.square(z)))
         if name in ("neurons", "learned"):
             np.testing.assert_allclose(data.mean[name], z.mean(axis=0), rtol=2e-3, atol=1e-4)
