@@ -49,6 +49,11 @@ class Agreement:
     blocks: tuple[Block, ...]
 
     @property
+    def side(self) -> str:
+        """What the space is in words."""
+        return {"in": "input", "out": "output"}.get(self.space, self.space)
+
+    @property
     def again(self) -> Bool[np.ndarray, "k"]:
         """Which directions every other restart finds again."""
         return self.cosines > SAME
@@ -69,14 +74,15 @@ class Agreement:
 
     def sentence(self) -> str:
         """How many directions are found again and what they carry; and the largest subspace, if it carries more."""
-        side = {"in": "input ", "out": "output "}.get(self.space, "")
         found = int(self.again.sum())
         if found:
             verb, they = ("is", "it carries") if found == 1 else ("are", "they carry")
-            said = f"{found} of {len(self.order)} {side}directions {verb} found again by every start (|cos| > {SAME}); "
-            said += f"{they} {self.carried:.0%} of the influence."
+            said = (
+                f"{found} of {len(self.order)} {self.side} directions {verb} found again by every start "
+                f"(|cos| > {SAME}); {they} {self.carried:.0%} of the influence."
+            )
         else:
-            said = f"None of {len(self.order)} {side}directions is found again by every start (|cos| > {SAME})."
+            said = f"None of {len(self.order)} {self.side} directions is found again by every start (|cos| > {SAME})."
         same = [b for b in self.blocks if b.size > 1 and b.cosine > SAME_SUBSPACE and b.chance < SAME_SUBSPACE / 2]
         if same and same[-1].influence > self.carried:
             block = same[-1]

@@ -301,7 +301,7 @@ def verdict(
     layer: Layer,
     solution: Solution,
     control: Control | None,
-    agreement: Mapping[str, Agreement] | None = None,
+    agreement: Mapping[str, Agreement],
 ) -> list[str]:
     """What a fit found: the conclusion in a sentence or two, and the sentences that it rests on.
 
@@ -361,18 +361,15 @@ def finding(comparison: Comparison, layer: Layer) -> str:
     )
 
 
-def remarks(
-    comparison: Comparison, layer: Layer, solution: Solution, agreement: Mapping[str, Agreement] | None = None
-) -> list[str]:
+def remarks(comparison: Comparison, layer: Layer, solution: Solution, agreement: Mapping[str, Agreement]) -> list[str]:
     """Where the learned basis is ahead and where not; which directions other starts find again, and what influence they
-    carry (where `agreements` were computed); and what is no news."""
+    carry (by `agreements`); and what is no news."""
     said = [against_baselines(comparison)]
     if {comparison.best("participation_ratio"), comparison.best("top_1_percent_energy")} != {"learned"}:
         said.append(
             "Participation ratio and top-1% energy look only at the few largest entries, which an SVD makes as large "
             "as can be; the objective asks for zeros elsewhere."
         )
-    reproduced = solution.reproduced()
     if isinstance(layer, ClosedForm) and layer.left is None:
         # An elementwise φ pins the outputs of a single layer to its neurons.
         found = int(np.sum(np.max(np.abs(np.asarray(solution.rotations.r_out)), axis=1) > SAME))
@@ -381,23 +378,16 @@ def remarks(
             "discovery: the nonlinearity pins the outputs of a single layer to its neurons, and finding them again is "
             "a check of the method."
         )
-    if reproduced:
-        if agreement:
-            said.append(" ".join(of.sentence() for of in agreement.values()))
-            shares = {space: of.carried for space, of in agreement.items()}
-        else:
-            counts = (
-                f"{again.sum()} of the {len(again)} {_side(space)} directions" for space, again in reproduced.items()
-            )
-            said.append(f"Other restarts find {' and '.join(counts)} again (|cos| > {SAME}).")
-            shares = {space: again.mean() for space, again in reproduced.items()}
-        undetermined = [_side(space) for space, share in shares.items() if share < 0.5]
+    if agreement:
+        said.append(" ".join(of.sentence() for of in agreement.values()))
+        undetermined = [of.side for of in agreement.values() if of.carried < 0.5]
         least = float(np.min(solution.candidate_values))
         behind = (float(np.max(solution.candidate_values)) - least) / max(abs(least), 1e-12)
         if undetermined and behind < ABOUT_AS_SPARSE:
             said.append(
-                f"Most {' and '.join(undetermined)} directions are not determined by these data: other starts give "
-                f"other ones that are as sparse (objectives within {behind:.1%}): do not read meaning into single ones."
+                f"The {' and '.join(undetermined)} directions with most of the influence are not determined by these "
+                f"data: other starts give other ones that are as sparse (objectives within {behind:.1%}): do not read "
+                "meaning into single ones."
             )
         elif undetermined:
             said.append(
@@ -406,7 +396,3 @@ def remarks(
                 "meaning into single ones."
             )
     return said
-
-
-def _side(space: str) -> str:
-    return {"in": "input", "out": "output"}.get(space, space)
