@@ -73,7 +73,7 @@ class Agreement:
         }
 
     def sentence(self) -> str:
-        """How many directions are found again and what they carry; and the largest subspace, if it carries more."""
+        """How many directions are found again and what they carry; and the largest subspace, if it carries 5% more."""
         found = int(self.again.sum())
         if found:
             verb, they = ("is", "it carries") if found == 1 else ("are", "they carry")
@@ -84,7 +84,7 @@ class Agreement:
         else:
             said = f"None of {len(self.order)} {self.side} directions is found again by every start (|cos| > {SAME})."
         same = [b for b in self.blocks if b.size > 1 and b.cosine > SAME_SUBSPACE and b.chance < SAME_SUBSPACE / 2]
-        if same and same[-1].influence > self.carried:
+        if same and same[-1].influence > self.carried + 0.05:
             block = same[-1]
             said += (
                 f" Together, the {block.size} strongest span nearly the same subspace in every start (mean cos² "
