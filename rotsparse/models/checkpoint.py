@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from rotsparse._core.reading import regular_file
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _OTHER_FORMATS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".npz")
@@ -23,7 +25,7 @@ _ALIGNMENT = 64  # bytes: JAX copies what is not aligned so
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError` if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         pointer = ": it is a Git LFS pointer" if is_lfs_pointer(path) else ""
         raise ValueError(f"cannot read {path}: {str(error)[:200] or type(error).__name__}{pointer}") from None
@@ -35,9 +37,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_lfs_pointer(path: Path) -> bool:
     """Whether Git left a note in place of a large file."""
     try:
-        with path.open("rb") as f:
+        with regular_file(path).open("rb") as f:
             return f.read(40).startswith(b"version https://git-lfs.github.com")
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -118,7 +120,7 @@ def _opened(path: Path):
     if is_lfs_pointer(path):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
     try:
-        return safe_open(path, framework="numpy").__enter__()
+        return safe_open(regular_file(path), framework="numpy").__enter__()
     except Exception as error:  # the library raises exceptions of its own, and Rust's
         raise ValueError(f"cannot read {path}: {error}. Damaged or truncated: fetch it again") from None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rotsparse._core.reading import regular_file
 from rotsparse.models.checkpoint import aligned, aligned_empty, is_lfs_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -43,7 +44,7 @@ class GgufFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._data = np.memmap(path, np.uint8, "r")
+            self._data = np.memmap(regular_file(path), np.uint8, "r")
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the GGUF file {path}: {error}") from None
         if is_lfs_pointer(path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from rotsparse._core.files import write_atomically
+from rotsparse._core.reading import regular_file
 from rotsparse.models.config import Rotary, TransformerConfig
 from rotsparse.models.model import Model, named, nested
 
@@ -33,7 +34,7 @@ def load_llama2c(path: str | os.PathLike) -> Model:
     """
     path = Path(path)
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(regular_file(path), dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the llama2.c checkpoint {path}: {error}") from None
     if len(data) < _HEADER.size:
@@ -193,8 +194,8 @@ class Llama2cTokenizer:
 
 def _read_vocabulary(path, vocab_size):
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = regular_file(path).read_bytes()
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error}") from None
     tokens, scores, at = [], [], 4
     while at < len(data):

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
 
-from rotsparse._core.reading import reading
+from rotsparse._core.reading import reading, regular_file
 from rotsparse.models.checkpoint import is_lfs_pointer, read_json
 from rotsparse.models.gguf import load_gguf
 from rotsparse.models.gguf_tokenizer import gguf_tokenizer, save_tokenizer
@@ -124,7 +124,7 @@ class HuggingFaceTokenizer:
         if not Path(path).exists():
             raise ValueError(f"there is no {path}: save the tokenizer beside the model, in its fast form")
         try:
-            fast = Fast.from_file(str(path))
+            fast = Fast.from_file(str(regular_file(path)))
         except BaseException as error:  # the library raises bare exceptions, and Rust's panics are not even those
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

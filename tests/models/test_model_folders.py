@@ -7,6 +7,7 @@ import pytest
 
 from rotsparse.models.huggingface import load_huggingface
 from rotsparse.models.huggingface_writer import save_huggingface
+from rotsparse.models.load import load_model, load_tokenizer
 from tiny_models import same_parameters, tiny
 
 
@@ -104,3 +105,26 @@ def test_companions_are_kept_and_weights_are_not(folder, tmp_path):
     save_huggingface(tiny("llama"), tmp_path / "again", tokenizer_from=folder)
     found = {str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*") if path.is_file()}
     assert found == {*kept, "config.json", "model.safetensors", ".rotsparse"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(folder, file):
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    refused(folder, "it is a FIFO")
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.bin"])
+def test_a_fifo_in_the_place_of_a_model_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="it is a FIFO"):
+        load_model(tmp_path / name)
+    with pytest.raises(ValueError, match="it is a FIFO"):
+        load_tokenizer(tmp_path / name, tiny("llama"))
+
+
+def test_a_fifo_in_the_place_of_a_tokenizer_is_not_waited_for(folder):
+    pytest.importorskip("tokenizers", reason="needs the extra `models`")
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="it is a FIFO"):
+        load_tokenizer(folder, tiny("llama"))
