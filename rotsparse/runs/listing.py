@@ -71,9 +71,9 @@ def table(folder: str | Path) -> Table:
 
 
 def _run(folder: Path) -> Run:
-    names = folders.STATUS, folders.CONFIG, layer_run.METRICS
-    status, config, metrics = (folders.seen_object(folder / name) for name in names)
-    damaged = [name for name in names if os.path.lexists(folder / name) and not folders.seen_object(folder / name)]
+    seen = {name: folders.seen_object(folder / name) for name in (folders.STATUS, folders.CONFIG, layer_run.METRICS)}
+    damaged = [name for name, content in seen.items() if not content and os.path.lexists(folder / name)]
+    status, config, metrics = seen.values()
     config = _object(status.get("config")) or config
     # Versions that wrote no status left only complete runs.
     state, note = str(status.get("state", folders.COMPLETE)), str(status.get("error", ""))

@@ -235,6 +235,16 @@ def test_a_changed_json_file_is_noticed(tmp_path):
     assert folders.read_json(tmp_path / "a.json") == {"seed": 3, "x": [0.1, None]}
 
 
+def test_a_damaged_run_is_listed_as_such(tmp_path):
+    with folders.new_run(tmp_path / "a", config={"command": "fit"}) as run:
+        folders.write_json(run / "config.json", {"command": "fit", "versions": {}})
+        folders.write_json(run / "metrics.json", {"result": "ALL_STEPS"})
+    metrics = tmp_path / "a" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace("ALL", "ALT"))
+    (found,) = listing.runs_in(tmp_path)
+    assert (found.state, found.note) == ("complete", "metrics.json damaged")
+
+
 def test_json(tmp_path):
     folders.write_json(
         tmp_path / "a.json", {"x": np.float32(0.5), 1: [np.arange(2), float("nan")], "n": None, "s": "é"}
