@@ -40,7 +40,7 @@ def test_cross_entropy(model, tokens):
 
 def test_inspect(rotsparse):
     code, printed = rotsparse("inspect", str(FILE))
-    assert code == 0 and "parameters    134,515,008" in printed
+    assert code == 0 and "parameters 134,515,008" in printed
 
 
 def test_a_fold_is_a_hugging_face_folder(model, tokens, tmp_path):
@@ -66,23 +66,25 @@ def test_transformers_reads_the_same(model, tokens):
     np.testing.assert_allclose(ours, peers.peer_output(theirs, tokens[:, :256]), atol=1e-3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_memory_of_a_capture(tmp_path):
     """No more than 1.3 times the float32 weights and the activations of a layer for one batch, beyond what the
     interpreter and the libraries take."""
     script = f"""
-import resource, sys
 import gguf, tokenizers
 import jax, jax.numpy as jnp
 from rotsparse import models
 jax.jit(jnp.matmul)(jnp.ones((8, 8)), jnp.ones((8, 8))).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # getrusage would count that of the process that started this one, too
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+before = peak()
 model = models.load_model({str(FILE)!r})
 text = models.TextFile({str(TEXT)!r}, models.load_tokenizer({str(FILE)!r}, model))
 models.capture(model, text, [(29, "input")], {str(tmp_path / "out")!r}, sequences=16)
 c = model.config
 batch = 4 * 8 * 128 * (128 * c.n_heads + 4 * c.d_model + 3 * c.d_hidden)
-print((1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - batch) / (4 * model.n_parameters()))
+print((peak() - before - batch) / (4 * model.n_parameters()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     print("times the weights:", done.stdout)
-    assert float(done.stdout) < 1.3
+    assert 1 < float(done.stdout) < 1.3
