@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from rotsparse._core.reading import regular_file
-from rotsparse.models.checkpoint import aligned, aligned_empty, is_lfs_pointer
+from rotsparse.models.checkpoint import aligned_empty, is_lfs_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_NUMBERS = 1 << 20  # that are dequantised together
+_NUMBERS = 1 << 18  # that are dequantised together
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,25 @@ class GgufFile:
     def floats(self, name: str) -> np.ndarray:
         """A tensor, dequantised to float32. Raises `ValueError` if its format is unknown."""
         gguf, tensor = library(), self.tensors[name]
-        # Read, not mapped: pages of a map would stay in memory beside the weights.
-        stored = np.fromfile(self.path, np.uint8, tensor.size, offset=self._start + tensor.start)
         kind = gguf.GGMLQuantizationType(tensor.kind)
-        if kind.name in ("F32", "F16"):
-            return aligned(stored.view("<f4" if kind.name == "F32" else "<f2").reshape(tensor.shape), np.float32)
+        plain = {"F32": "<f4", "F16": "<f2"}.get(kind.name)
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        columns = tensor.shape[-1]
-        rows, floats = stored.reshape(-1, columns // block * size), aligned_empty(tensor.shape, np.float32)
-        step = max(1, _NUMBERS // columns)
-        try:
+        floats = aligned_empty(tensor.shape, np.float32)
+        rows = floats.reshape(-1, tensor.shape[-1])
+        row_bytes = rows.shape[1] // block * size
+        step = max(1, _NUMBERS // rows.shape[1])
+        # Read a few rows at a time, not mapped: pages of a map would stay in memory beside the weights.
+        with self.path.open("rb") as file:
+            file.seek(self._start + tensor.start)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
-                floats.reshape(-1, columns)[start : start + step] = gguf.dequantize(part, kind)
-        except NotImplementedError:
-            raise ValueError(f"{self.path}: the gguf library cannot read tensor {name!r}, a {kind.name}") from None
+                stored = np.fromfile(file, np.uint8, len(part) * row_bytes).reshape(len(part), row_bytes)
+                try:
+                    part[...] = gguf.dequantize(stored, kind) if plain is None else stored.view(plain)
+                except NotImplementedError:
+                    raise ValueError(
+                        f"{self.path}: the gguf library cannot read tensor {name!r}, a {kind.name}"
+                    ) from None
         return floats
 
     def _description(self, cursor: "_Cursor") -> tuple[str, GgufTensor]:
