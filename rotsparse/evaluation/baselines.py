@@ -13,11 +13,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
-from threadpoolctl import threadpool_limits
 
 from rotsparse._core.intervals import numpy_generator
 from rotsparse._core.types import Rows
-from rotsparse.fit.weight_bases import absorbed, rounded
+from rotsparse.fit.weight_bases import absorbed, few_threads, rounded
 from rotsparse.fit.weight_bases import most_exact_zeros as most_exact_zeros
 from rotsparse.fit.weight_bases import sparse_weights as sparse_weights
 from rotsparse.fit.weight_bases import triangular as triangular
@@ -224,11 +223,6 @@ def _polar(a: Matrix) -> Matrix:
     return left @ right
 
 
-def _few_threads(d: int) -> threadpool_limits:
-    """A context for loops over small matrices, where many threads wait for each other far longer than they compute."""
-    return threadpool_limits(1 if d <= 512 else None, user_api="blas")
-
-
 def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random.Generator, side: str) -> Matrix:
     # Imported where it is used: scikit-learn takes longer to import than everything else here together.
     from sklearn.decomposition import FastICA
@@ -244,7 +238,7 @@ def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random
     whitened = ((v - mean) @ kept.T) / np.sqrt(variances[varying])
     start = _positive_qr(rng.standard_normal((len(kept), len(kept))))
     fast_ica = FastICA(whiten=False, w_init=start, max_iter=_ICA_ITERATIONS)  # pyright: ignore[reportArgumentType]
-    with _few_threads(len(kept)), warnings.catch_warnings(record=True) as caught:
+    with few_threads(len(kept)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         try:
             components = fast_ica.fit(whitened).components_
@@ -280,7 +274,7 @@ def _varimax(loadings: Float[np.ndarray, "d k"]) -> Float[np.ndarray, "k k"]:
     shift = 0.01 * bound
     turn, turned = np.eye(loadings.shape[1]), loadings
     reached = np.square(turned).var(axis=0).sum()
-    with _few_threads(len(turn)):
+    with few_threads(len(turn)):
         for _ in range(_VARIMAX_ITERATIONS):
             square = np.square(turned)
             step = _polar(loadings.T @ (turned * (square - square.mean(axis=0))) + shift * turn)

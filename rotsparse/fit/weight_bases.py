@@ -6,6 +6,7 @@ for a sparse basis: at the width of most layers compiling a program would take l
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
 from rotsparse._core.types import Rows
 from rotsparse.layers.base import ClosedForm, Layer
@@ -17,7 +18,7 @@ Matrix = Float[np.ndarray, "_ _"]
 
 # The search for a sparse basis: beyond this width steps take longer, as its cube, and there are fewer.
 _STEPS, _WIDTH, _FEWEST_STEPS = 2000, 160, 100
-_BATCH = 256
+_BATCH = 2048  # rows; fewer find planted bases less often
 _EPS = 0.1
 _ANGLE = 0.4
 
@@ -108,6 +109,11 @@ def gram_schmidt(rows: Float[np.ndarray, "k d"]) -> Float[np.ndarray, "d d"]:
     return np.linalg.qr(rows.T, mode="complete")[0].T
 
 
+def few_threads(d: int) -> threadpool_limits:
+    """A context for loops over small matrices, where many threads wait for each other far longer than they compute."""
+    return threadpool_limits(1 if d <= 512 else None, user_api="blas")
+
+
 def _sparse_basis(rows: Float[np.ndarray, "k d"]) -> Float[np.ndarray, "d d"]:
     """The rotation R that makes `rows Rᵀ` sparse, by `Log(0.1)`: annealing as in `Anneal`, from the neurons."""
     d = rows.shape[1]
@@ -118,20 +124,21 @@ def _sparse_basis(rows: Float[np.ndarray, "k d"]) -> Float[np.ndarray, "d d"]:
     steps = int(np.clip(_STEPS * (_WIDTH / d) ** 3, _FEWEST_STEPS, _STEPS))
     r = np.eye(d, dtype=np.float32)
     mean, square, probe = np.zeros_like(r), np.zeros_like(r), rng.standard_normal(d).astype(np.float32)
-    for step in range(steps):
-        batch = rows if len(rows) <= _BATCH else rows[rng.integers(0, len(rows), _BATCH)]
-        z = batch @ r.T
-        gradient = (z / (_EPS**2 + np.square(z))).T @ z
-        gradient = gradient - gradient.T
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.9 * square + 0.1 * np.square(gradient)
-        turn = mean / np.sqrt(square + 1e-12 * square.mean() + np.finfo(np.float32).tiny)
-        for _ in range(3):  # power iterations; the last direction is a good first one
-            probe = turn.T @ (turn @ probe)
-            probe /= max(np.linalg.norm(probe), np.finfo(np.float32).tiny)
-        angle = np.float32(_ANGLE * (1 - step / steps))
-        r = r - (turn * min(np.float32(1), angle / max(1.1 * np.linalg.norm(turn @ probe), angle))) @ r
-        for _ in range(2):
-            r = 1.5 * r - 0.5 * (r @ r.T) @ r
+    with few_threads(d):
+        for step in range(steps):
+            batch = rows if len(rows) <= _BATCH else rows[rng.integers(0, len(rows), _BATCH)]
+            z = batch @ r.T
+            gradient = (z / (_EPS**2 + np.square(z))).T @ z
+            gradient = gradient - gradient.T
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.9 * square + 0.1 * np.square(gradient)
+            turn = mean / np.sqrt(square + 1e-12 * square.mean() + np.finfo(np.float32).tiny)
+            for _ in range(3):  # power iterations; the last direction is a good first one
+                probe = turn.T @ (turn @ probe)
+                probe /= max(np.linalg.norm(probe), np.finfo(np.float32).tiny)
+            angle = np.float32(_ANGLE * (1 - step / steps))
+            r = r - (turn * min(np.float32(1), angle / max(1.1 * np.linalg.norm(turn @ probe), angle))) @ r
+            for _ in range(2):
+                r = 1.5 * r - 0.5 * (r @ r.T) @ r
     left, _, right = np.linalg.svd(r.astype(np.float64))
     return left @ right
