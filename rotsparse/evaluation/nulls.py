@@ -7,6 +7,7 @@ Each keeps everything but the structure in question, and answers one question:
 | `random_weights` | the mean square of each weight matrix, biases | weights that are not Gaussian noise |
 | `rate_matched` | also how often each neuron is active | sparsity that its activity rates do not explain |
 | `same_spectrum` | the singular values of each matrix | sparsity that low rank does not explain |
+| `shuffled_weights` | each neuron's activity and weights, in another order | more than uneven weights explain |
 | `re_paired` | every matrix as it is, but for the order of neurons | inputs wired to outputs through specific neurons |
 | `unpaired` | the same, gates and what they gate re-ordered, too | gates that go with what they gate |
 | `shuffled_inputs` | the distribution of each input | sparsity that follows from dependence of the inputs |
@@ -56,20 +57,22 @@ def rate_matched(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> Layer:
     """
     if not isinstance(layer, ClosedForm):
         raise ValueError(_no_weights(layer))
-    null = random_weights(layer, key=key)
-    assert isinstance(null, ClosedForm)
-    bias = next(name for weight, name in _BIAS_OF.items() if weight in layer.weights())
-    trained, redrawn = (_preactivations(of, getattr(of, bias), x) for of in (layer, null))
-    rate = (trained > 0).mean(axis=0)
-    # Between the entries with so many above: as many of them are then above zero.
-    ranked, above = np.sort(redrawn, axis=0), np.rint(rate * len(redrawn)).astype(int)
-    padded = np.concatenate([ranked[:1] - 1, ranked, ranked[-1:] + 1])
-    at = len(redrawn) - above
-    columns = np.arange(padded.shape[1])
-    shift = -(padded[at, columns] + padded[at + 1, columns]) / 2
-    before = getattr(null, bias)
-    moved = shift if before is None else np.asarray(before, np.float64) + shift
-    return replace_fields(null, **{bias: moved.astype(null.rights[0].dtype)})
+    return _with_rates_of(layer, random_weights(layer, key=key), x)
+
+
+def shuffled_weights(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> Layer:
+    """The weights into every neuron in random order among its inputs, those out of it among its outputs, and the biases
+    shifted as in `rate_matched`: neurons keep their norms, the values of their weights and their activity, however
+    uneven these are.
+
+    Raises `ValueError` for a layer that is not made of weights.
+    """
+    if not isinstance(layer, ClosedForm):
+        raise ValueError(_no_weights(layer))
+    rng = numpy_generator(key)
+    axes = {name: 0 if name in _FROM_NEURONS else 1 for name in _matrices(layer)}
+    new = {name: rng.permuted(np.asarray(w), axis=axes[name]) for name, w in _matrices(layer).items()}
+    return _with_rates_of(layer, layer.with_weights(**new), x)
 
 
 def same_spectrum(layer: Layer, *, key: PRNGKeyArray) -> Layer:
@@ -91,7 +94,7 @@ def re_paired(layer: AnyLayer, *, key: PRNGKeyArray) -> AnyLayer:
 
     Raises `ValueError` for a layer whose outputs are its neurons: there is nothing to re-pair.
     """
-    names = [name for name in ("w_out", "w_down") if name in layer.weights()]
+    names = [name for name in _FROM_NEURONS if name in layer.weights()]
     if not names:
         raise ValueError(
             f"re_paired shuffles which hidden neuron feeds which output of an MLP or GatedMLP block; a "
@@ -117,6 +120,7 @@ def draw_nulls(layer: Layer, x: Rows, *, key: PRNGKeyArray, draws: int) -> dict[
         "random weights": lambda k: random_weights(layer, key=k),
         "rates matched": lambda k: rate_matched(layer, x, key=k),
         "same spectrum": lambda k: same_spectrum(layer, key=k),
+        "weights shuffled": lambda k: shuffled_weights(layer, x, key=k),
     }
     if layer.left is not None:
         kinds["neurons re-paired"] = lambda k: re_paired(layer, key=k)
@@ -150,8 +154,28 @@ def random_perturbation(x: Rows, replaced: Rows, *, key: PRNGKeyArray) -> Float[
     return x + direction * (length / jnp.linalg.norm(direction, axis=-1, keepdims=True))
 
 
+# Matrices with a column for every neuron; the others have a row.
+_FROM_NEURONS = ("w_out", "w_down")
+
 # The bias that moves the gates of a layer, by its first weight.
 _BIAS_OF = {"w": "b", "w_in": "b_in", "w_gate": "b_gate"}
+
+
+def _with_rates_of(layer: ClosedForm, null: Layer, x: Rows) -> Layer:
+    """The null with the biases of its neurons shifted so that they are active as often as in the layer."""
+    assert isinstance(null, ClosedForm)
+    bias = next(name for weight, name in _BIAS_OF.items() if weight in layer.weights())
+    trained, redrawn = (_preactivations(of, getattr(of, bias), x) for of in (layer, null))
+    rate = (trained > 0).mean(axis=0)
+    # Between the entries with so many above: as many of them are then above zero.
+    ranked, above = np.sort(redrawn, axis=0), np.rint(rate * len(redrawn)).astype(int)
+    padded = np.concatenate([ranked[:1] - 1, ranked, ranked[-1:] + 1])
+    at = len(redrawn) - above
+    columns = np.arange(padded.shape[1])
+    shift = -(padded[at, columns] + padded[at + 1, columns]) / 2
+    before = getattr(null, bias)
+    moved = shift if before is None else np.asarray(before, np.float64) + shift
+    return replace_fields(null, **{bias: moved.astype(null.rights[0].dtype)})
 
 
 def _preactivations(layer: ClosedForm, bias: AnyArray | None, x: Rows) -> Float[np.ndarray, "n hidden"]:

@@ -223,6 +223,7 @@ _EXPLAINS = {
     "random weights": "The size of the weights",
     "rates matched": "How often each neuron is active",
     "same spectrum": "The singular values of the weights",
+    "weights shuffled": "The sizes of each neuron's weights",
     "neurons re-paired": "Each weight matrix by itself, whichever neuron feeds which output,",
     "gates unpaired": "Each weight matrix by itself, whichever gate goes with which neuron,",
 }

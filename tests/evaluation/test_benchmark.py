@@ -19,7 +19,7 @@ from rotsparse.evaluation.verdict import SHARE
 KEY = jax.random.key(0)
 # Without pair searches, which take longer to compile than to run.
 ANNEAL: dict[str, Any] = {"method": rs.Anneal(steps=600)}
-NULLS = ["random weights", "rates matched", "same spectrum", "neurons re-paired"]
+NULLS = ["random weights", "rates matched", "same spectrum", "weights shuffled", "neurons re-paired"]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def planted(rng):
 
 def test_every_layer_kind_has_its_nulls(rng):
     x = normal(rng, 20, 4)
-    usual = ["random weights", "rates matched", "same spectrum"]
+    usual = ["random weights", "rates matched", "same spectrum", "weights shuffled"]
     block = rs.MLP(normal(rng, 6, 4), None, normal(rng, 4, 6))
     gated = rs.GatedMLP(normal(rng, 6, 4), normal(rng, 6, 4), normal(rng, 4, 6))
     for layer, more in (

@@ -15,6 +15,7 @@ from rotsparse.evaluation.nulls import (
     re_paired,
     same_spectrum,
     shuffled_inputs,
+    shuffled_weights,
 )
 from rotsparse.evaluation.verdict import beyond_control, identifiability
 
@@ -47,10 +48,14 @@ def blocks(rng):
     }
 
 
+RATED = {"rates matched": rate_matched, "weights shuffled": shuffled_weights}
+
+
+@pytest.mark.parametrize("null_of", RATED.values(), ids=RATED)
 @pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
-def test_rate_matched_keeps_how_often_each_neuron_is_active(kind, rng):
+def test_nulls_keep_how_often_each_neuron_is_active(kind, null_of, rng):
     layer, x = blocks(rng)[kind], rng.standard_normal((400, 8)).astype(np.float32) + 0.5
-    null = rate_matched(layer, x, key=jax.random.key(0))
+    null = null_of(layer, x, key=jax.random.key(0))
     w, b = {"mlp": ("w_in", "b_in"), "dense": ("w", "b"), "gated": ("w_gate", "b_gate")}[kind]
     normed = x if layer.norm is None else np.asarray(layer.norm(x))
 
@@ -61,6 +66,17 @@ def test_rate_matched_keeps_how_often_each_neuron_is_active(kind, rng):
     np.testing.assert_allclose(rates(null), rates(layer), atol=1.5 / len(x))
     assert not np.allclose(rates(random_weights(layer, key=jax.random.key(0))), rates(layer), atol=0.05)
     assert getattr(null, b).dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
+def test_shuffled_weights_keep_the_values_of_every_neuron(kind, rng):
+    layer, x = blocks(rng)[kind], rng.standard_normal((100, 8)).astype(np.float32)
+    null = shuffled_weights(layer, x, key=jax.random.key(0))
+    for name, w in layer.weights().items():
+        if w.ndim == 2:
+            own, shuffled = ((m.T if name in ("w_out", "w_down") else m) for m in (w, null.weights()[name]))
+            np.testing.assert_array_equal(np.sort(own, axis=1), np.sort(shuffled, axis=1))
+            assert np.mean(own == shuffled) < 0.4
 
 
 @pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
