@@ -292,10 +292,11 @@ def anchors(text: str) -> set[str]:
 
 def test_benchmarks_publish_into_pages_that_have_their_markers(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), str(ROOT / "benchmarks"), *sys.path])
+    import constructed
     import pca
     import summary
 
-    for page, name in ((summary.PAGE, "bench"), (pca.PAGE, "pca")):
+    for page, name in ((summary.PAGE, "bench"), (pca.PAGE, "pca"), (constructed.PAGE, "constructed")):
         text = page.read_text()
         begin, end = text.index(f"<!-- {name}:begin -->"), text.index(f"<!-- {name}:end -->")
         assert text[begin:end].count("\n| ") > 10

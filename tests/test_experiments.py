@@ -152,7 +152,32 @@ def test_every_benchmark_has_rows_in_the_summary():
         "summary",
         "pca",
         "nulls",
-    }  # two have tables of their own
+        "constructed",
+    }  # these have tables of their own
+
+
+def test_constructed_layers_are_what_they_say_and_rules_decide():
+    import constructed
+
+    config = constructed.Config(d=8, examples=(100, 50))
+    for kind, make in {**constructed.NOTHING, **constructed.STRUCTURE}.items():
+        problem = make(np.random.default_rng(0), config)
+        assert problem.layer(jnp.asarray(problem.test)).shape == (len(problem.test), problem.layer.d_out)
+        assert (problem.oracle is not None) == (kind in constructed.STRUCTURE)
+    exact = constructed.STRUCTURE["block, planted"](np.random.default_rng(0), config)
+    assert exact.oracle is not None
+    turned = [constructed.figures(exact.layer, exact.train, exact.test, r) for r in (
+        exact.oracle, rs.Rotations.haar(jax.random.key(0), 8, 8))]  # fmt: skip
+    assert all(turned[0][name][0] > turned[1][name][0] for name in turned[0])
+
+    def case(learned, *draws):
+        figures = [dict.fromkeys(turned[0], (share, 0.001)) for share in (learned, *draws)]
+        return constructed.Case("", True, figures[0], figures[0], {"random weights": figures[1:]})
+
+    for rule in constructed.RULES.values():
+        assert rule(case(0.5, 0.2, 0.21, 0.22)) and not rule(case(0.21, 0.2, 0.21, 0.22))
+    table = constructed.rules_table([case(0.5, 0.2, 0.21, 0.22), case(0.2, 0.2, 0.21, 0.22)])
+    assert table.count("50.0% (1 of 2)") == len(constructed.RULES)
 
 
 def test_blocks_of_layers_are_their_composition(x64, rng):
