@@ -31,7 +31,7 @@ from rotsparse.evaluation.concentration import without_top
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.metrics import NO_INFLUENCE
 from rotsparse.evaluation.nulls import draw_nulls
-from rotsparse.evaluation.verdict import structure
+from rotsparse.evaluation.verdict import GAIN, structure
 from rotsparse.layers.base import Layer
 from rotsparse.objectives.base import sampled
 
@@ -337,7 +337,7 @@ class Rule:
     statistics: tuple[str, ...]
     nulls: tuple[str, ...]
     reach: str = "interval"
-    gain: float = 1.1
+    gain: float = GAIN
 
     def __call__(self, case: Case, figures: Figures | None = None) -> bool:
         of = [name for name in self.nulls if name in case.nulls]
@@ -387,7 +387,7 @@ RULES: dict[str, Callable[..., bool]] = {
     "the same without weights shuffled": Rule(("global", "without top"), MATCHED),
     "the same, draws of all nulls pooled": Rule(("global", "without top"), WEIGHTS, "pooled"),
     "the same, above the largest draw": Rule(("global", "without top"), WEIGHTS, "draws"),
-    "the same, odds larger by 1.3": Rule(("global", "without top"), WEIGHTS, gain=1.3),
+    "the same, odds larger by 1.1 only": Rule(("global", "without top"), WEIGHTS, gain=1.1),
     "small entries row by row": Rule(("by row",), WEIGHTS),
     "edges@99": Rule((EDGES,), WEIGHTS),
     "small entries; neurons re-paired, too": Rule(("global",), (*WEIGHTS, "neurons re-paired")),
