@@ -143,8 +143,7 @@ def _gain(solution):
 GAIN = 1.3
 """A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
 name, however sure. Odds, because shares of nearly one (of directions that hardly vary) leave no room for factors.
-(Chosen by `benchmarks/constructed.py`: with 1.1, four of 180 layers of noise were called structure, all of rank 4.)
-"""
+Chosen by `benchmarks/constructed.py`: with 1.1, four of 180 layers of noise, all of rank 4, passed."""
 
 # What a layer is judged by against its nulls: the share of small entries, of all and without the strongest directions.
 SHARE, WITHOUT_TOP, EDGES = "fraction_below_0.1_rms", "small_without_top", "edges_99"
