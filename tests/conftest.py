@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Annotations are checked at every call of a function of these packages, arrays with their shapes. Before the first
-# import of rotsparse: what is imported already stays unchecked.
-CHECKED = ["_core", "data", "layers", "evaluation", "report", "examples"]
+# Annotations are checked at every call of a function of these packages, arrays with their shapes: all packages but the
+# command line and the runs, which handle few arrays. Before the first import of rotsparse, because what is imported
+# already stays unchecked.
+CHECKED = ["_core", "data", "layers", "objectives", "engine", "solvers", "fit", "models", "examples"]
+CHECKED += ["evaluation", "report"]
 jaxtyping.install_import_hook([f"rotsparse.{package}" for package in CHECKED], "typechecking.checked")
 
 from rotsparse.cli import commands  # noqa: E402

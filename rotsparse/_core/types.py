@@ -1,5 +1,7 @@
 """Types of user input."""
 
+from typing import Any, Protocol, runtime_checkable
+
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -9,6 +11,16 @@ AnyArray = Array | np.ndarray
 
 Data = AnyArray
 """What users hand in."""
+
+
+@runtime_checkable
+class Vectors(Protocol):
+    """Anything with a length whose elements are vectors, such as a `grain.MapDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
 
 Rows = Float[AnyArray, "n d"]
 """Examples, one a row."""

@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
+from rotsparse._core.types import AnyArray
 from rotsparse.data.devices import Devices
 from rotsparse.data.sources import read_ahead
 from rotsparse.engine._state import FitState
@@ -113,7 +114,7 @@ def _run_slice(devices: Devices, layout, shared, restarts, fetched, stretch: int
 
 
 @jax.jit
-def _step_keys(keys: PRNGKeyArray, steps: Int[Array, "steps"]) -> PRNGKeyArray:
+def _step_keys(keys: Key[Array, "restarts"], steps: Int[AnyArray, "steps"]) -> Key[Array, "restarts steps"]:
     """The key of every step of every restart."""
     return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(steps))(keys)
 

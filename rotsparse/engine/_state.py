@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from rotsparse._core.orthogonal import worst_error
 from rotsparse.data.devices import Devices
 from rotsparse.engine.history import History
-from rotsparse.objectives.base import Bases
+
+# The rotations of all restarts, by the name of the space.
+Stacked = dict[str, Float[Array, "restarts _ _"]]
 
 # Rotations with a larger entry of |RRᵀ - I| are neither saved nor loaded.
 NOT_ORTHOGONAL = 1e-3
@@ -26,9 +28,9 @@ class FitState(eqx.Module):
     with the lowest checked value of each restart. `seconds` counts the running time, earlier sessions included.
     """
 
-    bases: Bases
+    bases: Stacked
     method: Any
-    best: Bases
+    best: Stacked
     step: Int[np.ndarray, ""]
     best_values: Float[np.ndarray, "restarts"]
     best_step: Int[np.ndarray, "restarts"]
@@ -39,7 +41,7 @@ class FitState(eqx.Module):
     seconds: Float[np.ndarray, ""]
 
     @classmethod
-    def first(cls, method: Any, starts: Bases, checks: int, devices: Devices) -> "FitState":
+    def first(cls, method: Any, starts: Stacked, checks: int, devices: Devices) -> "FitState":
         """The state before the first step of a method, with room for `checks` checks."""
         leaf = next(iter(starts.values()))
         restarts = len(leaf)

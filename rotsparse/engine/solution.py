@@ -109,7 +109,7 @@ class Solution:
     candidates: tuple[Bases, ...]
     candidate_values: np.ndarray
     stats: dict[str, Any]
-    free: dict[str, Bool[np.ndarray, "d"]]
+    free: dict[str, Bool[np.ndarray, "_"]]
     stages: tuple[Stage, ...] = ()
     certificate: Certificate | None = None
 
@@ -130,7 +130,7 @@ class Solution:
             raise KeyboardInterrupt
         return self
 
-    def lifted(self, lift: Callable[[Bases], Bases], free: dict[str, Bool[np.ndarray, "d"]]) -> "Solution":
+    def lifted(self, lift: Callable[[Bases], Bases], free: dict[str, Bool[np.ndarray, "_"]]) -> "Solution":
         """Extend the solution of a restricted problem (some spaces, or some directions) to the whole one: `lift`
         extends the rotations, and `free` says which directions of the whole could be turned. Values stay those of the
         restricted problem."""

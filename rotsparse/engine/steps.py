@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rotsparse._core.interrupt import Interrupted
 from rotsparse.data.devices import Devices
 from rotsparse.engine._compiled import CompiledFit, values_of
-from rotsparse.engine._state import FitState
+from rotsparse.engine._state import FitState, Stacked
 from rotsparse.engine.method import Method, Problem
 from rotsparse.engine.record import Record
 from rotsparse.engine.run import Run
@@ -209,7 +209,7 @@ def _loop(
                 state = fit.judge(state)
             record.show(
                 done,
-                best=values.mean(axis=1).min(),
+                best=float(values.mean(axis=1).min()),
                 error=error,
                 objective=values.mean(axis=1),
                 checked=state.last_check if check else None,
@@ -256,7 +256,7 @@ def _before_failure(
 def _solution(
     method: Stepwise,
     state: FitState,
-    starts: Bases,
+    starts: Stacked,
     problem: Problem,
     result: Result,
     detail: str,

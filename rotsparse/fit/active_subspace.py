@@ -7,9 +7,10 @@ components among themselves and leaves the rest as they are.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool
 
 from rotsparse._core.orthogonal import matmul
+from rotsparse._core.types import Rows
 from rotsparse.data.moments import covariance
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply
@@ -25,7 +26,7 @@ class ActiveSubspace:
     Raises `ValueError` unless `energy` is in (0, 1].
     """
 
-    def __init__(self, layer: Layer, x: Float[Array, "n d_in"], energy: float):
+    def __init__(self, layer: Layer, x: Rows, energy: float):
         if not 0 < energy <= 1:
             raise ValueError(f"active_subspace is a share of the variance: expected a number in (0, 1], got {energy}")
         self.pca, self.kept = {}, {}
@@ -42,7 +43,7 @@ class ActiveSubspace:
         return objective.within(Subspace(objective.layer, frames["in"], frames["out"]))
 
     @property
-    def free(self) -> dict[str, Bool[np.ndarray, "d"]]:
+    def free(self) -> dict[str, Bool[np.ndarray, "_"]]:
         """Which directions of the lifted rotations a fit can turn."""
         return {space: np.arange(len(directions)) < self.kept[space] for space, directions in self.pca.items()}
 

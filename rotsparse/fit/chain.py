@@ -23,7 +23,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks
 from rotsparse._core.orthogonal import haar
-from rotsparse._core.types import Data
+from rotsparse._core.types import Data, Vectors
 from rotsparse.data.sources import Mapped, Source, in_memory
 from rotsparse.engine.history import History
 from rotsparse.engine.method import Method
@@ -43,7 +43,7 @@ from rotsparse.solvers.anneal import Anneal
 
 def fit_chain(
     layers: Sequence[Layer],
-    x: Float[Data, "n d_in"] | Source,
+    x: Float[Data, "n d_in"] | Source | Vectors,
     *,
     key: PRNGKeyArray,
     joint: bool,
@@ -105,7 +105,7 @@ def fit_chain(
 
 def chain_objectives(
     layers: Sequence[Layer],
-    x: Float[Data, "n d_in"] | Source,
+    x: Float[Data, "n d_in"] | Source | Vectors,
     *,
     joint: bool,
     measure: Measure,

@@ -10,7 +10,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks
 from rotsparse._core.files import adopt
-from rotsparse._core.types import Data
+from rotsparse._core.types import Data, Vectors
 from rotsparse.data.moments import Moments, stream_moments
 from rotsparse.data.sources import Source, as_source, in_memory
 from rotsparse.engine.method import Method
@@ -32,13 +32,13 @@ PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 
 def find_rotations(
     layer: Layer,
-    x: Float[Data, "n d_in"] | Source,
+    x: Float[Data, "n d_in"] | Source | Vectors,
     *,
     key: PRNGKeyArray,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
     method: Method = default_method(),  # noqa: B008 (immutable)
     restarts: int = 1,
-    validation: Float[Data, "n d_in"] | Source | None = None,
+    validation: Float[Data, "m d_in"] | Source | Vectors | None = None,
     start: Rotations | None = None,
     scale_inputs: bool = True,
     scale_outputs: bool = False,

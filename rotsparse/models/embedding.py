@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rotsparse._core.types import AnyArray
 from rotsparse.layers.norms import Norm, layer_norm
 from rotsparse.models.config import TransformerConfig
-from rotsparse.models.model import AnyArray, Params
+from rotsparse.models.model import Params
 
 
 def norm_of(p: Params, config: TransformerConfig) -> Norm:

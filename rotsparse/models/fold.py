@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from rotsparse._core import checks
 from rotsparse._core.errors import CheckError
+from rotsparse._core.types import AnyArray
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
-from rotsparse.models.model import AnyArray, Model
+from rotsparse.models.model import Inputs, Model
 from rotsparse.models.stream import keep_mean, moved_mean, rotate_stream, stream_places
 from rotsparse.models.transformer import run
 
@@ -46,7 +47,7 @@ class FoldedModel:
 def fold_stream(
     model: Model,
     rotations: Float[AnyArray, "d d"] | Sequence[Float[AnyArray, "d d"]],
-    tokens: Int[AnyArray, "batch tokens"],
+    tokens: Inputs,
 ) -> FoldedModel:
     """The same model with its residual stream in coordinates `z = R x`.
 
@@ -79,7 +80,7 @@ def fold_stream(
     return _checked(model, exact, folded, tokens)
 
 
-def fold_mlp(model: Model, layer: int, rotations: Rotations, tokens: Int[AnyArray, "batch tokens"]) -> FoldedModel:
+def fold_mlp(model: Model, layer: int, rotations: Rotations, tokens: Inputs) -> FoldedModel:
     """The same model with one MLP in rotated coordinates: its sites `input` and `output` are `R_in u` and `R_out y`.
 
     The model multiplies by `R_in` behind the norm and by `R_outᵀ` in front of the sum whenever it runs. This works for
@@ -158,7 +159,7 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
     return FoldedModel(rounded, float(error), float(rounded_error), float(exact_error), scale)
 
 
-def outputs(model: Model, tokens: Int[AnyArray, "batch tokens"]) -> Float[np.ndarray, "batch tokens out"]:
+def outputs(model: Model, tokens: Inputs) -> Float[np.ndarray, "batch tokens out"]:
     """What `run` returns, to compare two models by: with matrix products in the full precision of their type, which
     accelerators round to less unless told. Compiles nothing: compiling a network takes longer than one look at it."""
     with jax.default_matmul_precision("highest"):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from rotsparse.models.model import AnyArray, Model
+from rotsparse._core.types import AnyArray
+from rotsparse.models.model import Model
 from rotsparse.models.transformer import step
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rotsparse._core.reading import reading, regular_file
 from rotsparse.models.checkpoint import is_lfs_pointer, read_json
@@ -17,6 +17,7 @@ from rotsparse.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2
 from rotsparse.models.model import Model
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token numbers and back. `prefix` and `suffix` are what the model expects around every sequence;
     `special` are the tokens that stand for no text (separators too), `pad` is the one that fills up sequences."""

@@ -19,11 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
+from rotsparse._core.types import AnyArray
 from rotsparse.models.config import TransformerConfig
 
 Params = dict[str, Any]
-AnyArray = jax.Array | np.ndarray
+Inputs = Int[AnyArray, "batch tokens"] | Float[AnyArray, "batch channels height width"]
+"""What a model reads: tokens, or images."""
 
 
 @dataclass(frozen=True)

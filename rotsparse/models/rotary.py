@@ -7,11 +7,12 @@ the files are written for.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """How the frequencies of a context extension follow from the plain ones."""
 

@@ -12,9 +12,10 @@ Pure arithmetic on float64 arrays: `fold` checks what goes in and what comes out
 import numpy as np
 from jaxtyping import Float
 
+from rotsparse._core.types import AnyArray
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.embedding import norm_of
-from rotsparse.models.model import AnyArray, Params
+from rotsparse.models.model import Params
 
 
 def stream_places(config: TransformerConfig) -> list[str]:

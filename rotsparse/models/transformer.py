@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rotsparse._core.types import AnyArray
 from rotsparse.layers.activations import as_activation
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.embedding import affine, embed_image, embed_tokens, norm_of, position_bias
-from rotsparse.models.model import AnyArray, Params
+from rotsparse.models.model import Inputs, Params
 
 SITES = ("residual", "input", "hidden", "output")
 
@@ -42,7 +43,7 @@ Intervention = Callable[[Array], Array]
 def run(
     params: Params,
     config: TransformerConfig,
-    tokens: Int[AnyArray, "batch tokens"] | Float[AnyArray, "batch channels height width"],
+    tokens: Inputs,
     *,
     mask: Bool[AnyArray, "batch tokens"] | None = None,
     token_types: Int[AnyArray, "batch tokens"] | None = None,

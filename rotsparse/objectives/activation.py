@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from rotsparse._core import checks
 from rotsparse._core.orthogonal import skew
-from rotsparse._core.types import Data
+from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
 from rotsparse.data.moments import Moments
 from rotsparse.data.sources import Source, in_memory
@@ -32,7 +32,7 @@ class ActivationSparsity(MeasuredObjective):
 
     def __init__(
         self,
-        x: Float[Data, "n d"] | Source,
+        x: Float[Data, "n d"] | Source | Vectors,
         measure: Measure,
         *,
         space: str = "in",
@@ -54,7 +54,7 @@ class ActivationSparsity(MeasuredObjective):
     def spaces(self):
         return {self.space: self.x.shape[1]}
 
-    def on(self, x: Float[Data, "n d"] | Source) -> "ActivationSparsity":
+    def on(self, x: Float[Data, "n d"] | Source | Vectors) -> "ActivationSparsity":
         """The same objective on other examples (of a source, on the sample that is kept in memory)."""
         return ActivationSparsity(in_memory(x)[0], self.measure, space=self.space, precision=self.precision)
 

@@ -6,18 +6,22 @@ one of these for each term.
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.data.devices import Devices
 from rotsparse.data.examples import Examples
 from rotsparse.objectives.measures import Measure, with_eps
 
-Bases = dict[str, Float[Array, "d d"]]
+if TYPE_CHECKING:
+    Bases = dict[str, Array]
+else:  # NumPy arrays are accepted too, but a type checker would then refuse the `dict[str, Array]` of a user
+    Bases = dict[str, Float[AnyArray, "_ _"]]
 
 # Memory for the per-example arrays of one chunk. Larger chunks are not faster: this size keeps the matrix products of a
 # core busy and their results in the cache.
@@ -123,7 +127,7 @@ def sampled(
 
 
 def reading(
-    objective: Objective, keys: PRNGKeyArray, batch_size: int | None, devices: Devices
+    objective: Objective, keys: Key[Array, "restarts steps"], batch_size: int | None, devices: Devices
 ) -> Callable[[], tuple[Any, ...]]:
     """A function that reads the examples that `sampled` draws with each of these keys `[restarts, steps]`."""
     split = jax.vmap(jax.vmap(objective.split_key))(keys)

@@ -11,7 +11,7 @@ from rotsparse.objectives.base import Bases, Objective, add_grads
 class WeightedSum(Objective):
     """`Σ_k w_k F_k`. Each term has its own spaces; terms that name the same space share its rotation.
 
-    Raises `ValueError` for no terms, another number of weights, or a space of two dimensions.
+    Raises `ValueError` for no terms, another number of weights, or a space that has different dimensions in two terms.
     """
 
     terms: tuple[Objective, ...]

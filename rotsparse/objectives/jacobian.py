@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from rotsparse._core import checks
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
-from rotsparse._core.types import Data
+from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
 from rotsparse.data.moments import Moments, covariance
 from rotsparse.data.sources import Source, in_memory
@@ -44,8 +44,8 @@ class JacobianSparsity(MeasuredObjective):
     One value with its gradient costs `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in, or the size of a
     drawn submatrix, and h = d_hidden.
 
-    Raises `ValueError` for inputs that do not fit the layer or are not finite, for a Jacobian that is zero or overflows
-    on all examples, for a tied fit of a layer with d_in ≠ d_out, and for scaled outputs that do not vary.
+    Raises `ValueError` for inputs that do not fit the layer or are not finite, for a Jacobian that is zero on all
+    examples or overflows, for a tied fit of a layer with d_in ≠ d_out, and for scaled outputs that do not vary.
     """
 
     layer: Layer
@@ -63,7 +63,7 @@ class JacobianSparsity(MeasuredObjective):
     def __init__(
         self,
         layer: Layer,
-        x: Float[Data, "n d_in"] | Source,
+        x: Float[Data, "n d_in"] | Source | Vectors,
         measure: Measure,
         *,
         scale_inputs: bool = True,
@@ -110,7 +110,7 @@ class JacobianSparsity(MeasuredObjective):
             chunk=chunk_size(subspace, CHUNK_BYTES),
         )
 
-    def on(self, x: Float[Data, "n d_in"] | Source) -> "JacobianSparsity":
+    def on(self, x: Float[Data, "n d_in"] | Source | Vectors) -> "JacobianSparsity":
         """The same objective on other examples, such as held-out ones (of a source, on the sample that is kept in
         memory). Its normalisation is computed from them."""
         return JacobianSparsity(

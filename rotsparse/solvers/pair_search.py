@@ -143,7 +143,7 @@ class _Sweep(eqx.Module):
     bases: Bases
     value: Float[np.ndarray, ""]
     sweep: Int[np.ndarray, ""]
-    fresh: dict[str, Bool[np.ndarray, "d"]]
+    fresh: dict[str, Bool[np.ndarray, "_"]]
     done: Bool[np.ndarray, ""]
     delta: Float[np.ndarray, ""]
     tested: dict[str, Int[np.ndarray, ""]]

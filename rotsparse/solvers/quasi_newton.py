@@ -10,7 +10,7 @@ The step is `Ω_ij = -Γ_ij d / h_ij`, with h floored and no entry above tan 45�
 
 Each step evaluates the objective once, at the trial point. If the objective is not lower there, the next trial is half
 a step from the last accepted point; after a few such failures, a step along the gradient. The objective of accepted
-points never rises.
+points never rises, up to rounding.
 """
 
 from typing import NamedTuple
