@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.norms import Norm, layer_norm
@@ -32,10 +32,10 @@ def affine(p: Mapping[str, Any], name: str, x):
 def embed_tokens(
     params: Params,
     config: TransformerConfig,
-    tokens: Int[AnyArray, "batch tokens"],
-    token_types: Int[AnyArray, "batch tokens"] | None,
+    tokens: Integer[AnyArray, "batch tokens"],
+    token_types: Integer[AnyArray, "batch tokens"] | None,
     positions: Int[Array, "*batch tokens"],
-) -> Float[Array, "batch tokens d"]:
+) -> Float[AnyArray, "batch tokens d"]:
     """The stream in front of the first layer."""
     x = params["embed"][tokens] * config.embedding_scale
     if "positions" in params:
@@ -56,7 +56,7 @@ def _rows_of_positions(config, tokens, positions):
 
 def embed_image(
     params: Params, config: TransformerConfig, images: Float[AnyArray, "batch channels height width"]
-) -> Float[Array, "batch tokens d"]:
+) -> Float[AnyArray, "batch tokens d"]:
     """A class token, and the patches row by row.
 
     Raises `ValueError` for images of another size.

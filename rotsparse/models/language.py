@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from rotsparse._core.types import AnyArray
 from rotsparse.models.model import Model
@@ -13,7 +13,7 @@ from rotsparse.models.transformer import step
 
 
 def cross_entropy(
-    logits: Float[Array, "batch tokens vocab"], tokens: Int[AnyArray, "batch tokens"]
+    logits: Float[Array, "batch tokens vocab"], tokens: Integer[AnyArray, "batch tokens"]
 ) -> Float[Array, "batch tokens-1"]:
     """Nats of every token but the first, given those before it: `-log p(t_i | t_<i)`."""
     log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
@@ -22,7 +22,7 @@ def cross_entropy(
 
 def generate(
     model: Model,
-    prompts: Int[AnyArray, "batch prompt"],
+    prompts: Integer[AnyArray, "batch prompt"],
     length: int,
     *,
     key: PRNGKeyArray | None = None,

@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from rotsparse._core.types import AnyArray
 from rotsparse.models.config import TransformerConfig
 
 Params = dict[str, Any]
-Inputs = Int[AnyArray, "batch tokens"] | Float[AnyArray, "batch channels height width"]
+Inputs = Integer[AnyArray, "batch tokens"] | Float[AnyArray, "batch channels height width"]
 """What a model reads: tokens, or images."""
 
 

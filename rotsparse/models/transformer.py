@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.activations import as_activation
@@ -46,7 +46,7 @@ def run(
     tokens: Inputs,
     *,
     mask: Bool[AnyArray, "batch tokens"] | None = None,
-    token_types: Int[AnyArray, "batch tokens"] | None = None,
+    token_types: Integer[AnyArray, "batch tokens"] | None = None,
     capture: tuple[tuple[int, str], ...] = (),
     intervene: Mapping[tuple[int, str], Intervention] | None = None,
 ) -> tuple[Float[Array, "batch tokens out"], dict[tuple[int, str], Array]]:

@@ -251,7 +251,7 @@ def _floored(variance, sigma):
     return jnp.maximum(variance, 0) + VARIANCE_FLOOR * jnp.trace(sigma) / len(sigma)
 
 
-def _checked_gram(layer: Layer, x: Float[Array, "n d_in"]) -> Float[Array, "d_in d_in"]:
+def _checked_gram(layer: Layer, x: Float[Array, "n width"]) -> Float[Array, "d_in d_in"]:
     """`E[JᵀJ]`. Raises `ValueError` if the root mean square of the Jacobian is zero or overflows."""
     gram = jacobian_gram(layer, x)
     mean = np.trace(gram)

@@ -1,7 +1,6 @@
 """`find_rotations`: it finds planted rotations, is deterministic, never returns something worse, and says how it
 ended."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -314,8 +313,9 @@ def test_solution_round_trip(tmp_path):
     loaded = Solution.load(tmp_path / "solution.npz")
     assert same_bits(solution.candidates, loaded.candidates) and same_bits(solution.bases, loaded.bases)
     assert same_bits(solution.free, loaded.free)
-    arrays: dict[str, Any] = {"bases": {}, "candidates": (), "candidate_values": None, "history": None, "free": {}}
-    assert dataclasses.replace(loaded, **arrays) == dataclasses.replace(solution, **arrays)
+    arrays = {"bases", "candidates", "candidate_values", "history", "free"}
+    scalars = [{name: value for name, value in vars(s).items() if name not in arrays} for s in (loaded, solution)]
+    assert scalars[0] == scalars[1]
     content = (tmp_path / "solution.npz").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"not a zip"):
         (tmp_path / "damaged.npz").write_bytes(damaged)

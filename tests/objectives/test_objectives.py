@@ -281,7 +281,7 @@ def test_bad_input(rng):
         JacobianSparsity(layer, x, log, space_out="in")
 
 
-def test_submatrices_that_cannot_be_drawn(rng):
+def test_submatrices_that_cannot_be_drawn(rng, untyped):
     layer, x, key = make_layers(rng)["dense"], draw(rng, N, D).astype(np.float32), jax.random.key(0)
     objective = JacobianSparsity(layer, x, measures.Log())
     for size in [(1, 3), (2, 0), (2,), (2, 2, 2)]:
