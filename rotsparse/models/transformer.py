@@ -12,7 +12,7 @@ There is no dropout, because models are not trained here.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ def run(
     Raises `ValueError` for a point that is not there, or more tokens than the model has positions.
     """
     probe = _Probe(config, capture, intervene or {})
+    x: Any  # NumPy or JAX, as the parameters are
     if config.patches is not None:
         x = embed_image(params, config, tokens)
     else:
@@ -106,7 +107,7 @@ def step(
         visible = _visible(config, index, position[None], n)[None]
         return _attention(p, config, index, u, position[None], visible, n, remember=remember)
 
-    x = embed_tokens(params, config, token[:, None], None, position[None])
+    x: Any = embed_tokens(params, config, token[:, None], None, position[None])
     for index, layer in enumerate(params["layers"]):
         x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), {}))
     return _output(params, config, x)[:, 0], cache
