@@ -165,7 +165,7 @@ def test_an_interrupted_fit_goes_on(stage, tmp_path, monkeypatch):
     assert resumed.value < resumed.start_value
 
 
-def test_bad_input():
+def test_bad_input(untyped):
     x, _ = planted(n=50)
     with pytest.raises(ValueError, match=r"start should have shape \[12, 12\]"):
         rs.find_basis(x, key=KEY, start=np.eye(11, dtype=np.float32))
