@@ -71,8 +71,8 @@ def train(seed: int = 0, *, steps: int = STEPS) -> Addition:
     params = fit(_initial(jax.random.key(seed)))
     right = np.argmax(_logits(params, unseen), axis=1) == unseen.sum(axis=1) % MODULUS
     layer = MLP(params["w_in"], params["b_in"], params["w_out"], activation="relu")
-    inputs = [np.asarray(_inputs(params, of)) for of in (seen, unseen)]
-    return Addition(layer, np.asarray(params["embedding"]), *inputs, float(np.mean(right)))
+    inputs, unseen_inputs = (np.asarray(_inputs(params, of)) for of in (seen, unseen))
+    return Addition(layer, np.asarray(params["embedding"]), inputs, unseen_inputs, float(np.mean(right)))
 
 
 def waves(embedding: Float[AnyArray, "modulus width"], directions: Float[AnyArray, "k width"]) -> Waves:

@@ -9,6 +9,7 @@ the identity; it may have fewer rows than columns, and then selects a subspace.
 """
 
 import abc
+from typing import Self
 
 import equinox as eqx
 import jax
@@ -56,7 +57,7 @@ class Layer(eqx.Module):
         """The layer's weight matrices and biases by name; empty for a layer without weights."""
         return {}
 
-    def with_weights(self, **weights: AnyArray) -> "Layer":
+    def with_weights(self, **weights: AnyArray) -> Self:
         """The same layer with some of its `weights()` replaced. Raises `ValueError` for an unknown name or another
         shape."""
         own = self.weights()
