@@ -81,6 +81,7 @@ from rotsparse.solvers.combine import Then as Then
 from rotsparse.solvers.combine import WithMeasure as WithMeasure
 from rotsparse.solvers.fixed_point import FixedPoint as FixedPoint
 from rotsparse.solvers.fixed_point_newton import FixedPointNewton as FixedPointNewton
+from rotsparse.solvers.hinted import Hinted as Hinted
 from rotsparse.solvers.pair_search import PairSearch as PairSearch
 from rotsparse.solvers.pair_search import certify as certify
 from rotsparse.solvers.power_method import PowerMethod as PowerMethod

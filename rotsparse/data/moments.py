@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from rotsparse._core.files import check_new_file, npz, write_atomically
 from rotsparse._core.reading import load_npz
@@ -107,6 +107,46 @@ def covariance(
         first = next(blocks)
         moments = functools.reduce(Moments.with_block, blocks, Moments.none(first.shape[1]).with_block(first))
     return moments.mean, moments.covariance
+
+
+# A row this many times as far from the median row as half of the rows are says nothing about how far rows go.
+FAR = 5.0
+
+
+def scale_covariance(x: Rows) -> Float[np.ndarray, "d d"]:
+    """The covariance that standard deviations are taken from: that of all rows but those that are more than `FAR` times
+    as far from the median row as the median distance. Without such rows it is the covariance itself, to the bit.
+
+    In the residual stream of a transformer one row in a hundred (an attention sink) can hold 99% of the variance; the
+    deviation of a direction would then be the sinks'.
+    """
+    far = _far(x)
+    if not far.any():
+        return Moments.of(x).covariance
+    near = (np.asarray(x[rows])[~far[rows]] for rows in _slices(x))
+    return functools.reduce(Moments.with_block, near, Moments.none(x.shape[1])).covariance
+
+
+def far_rows(x: Rows) -> int:
+    """How many rows `scale_covariance` leaves out."""
+    return int(np.count_nonzero(_far(x)))
+
+
+def _far(x: Rows) -> Bool[np.ndarray, "n"]:
+    middle = np.median(np.asarray(evenly_spaced(x, _MEDIAN_ROWS)), axis=0).astype(np.float64)
+    distances = np.concatenate(
+        [np.linalg.norm(np.asarray(x[rows], np.float64) - middle, axis=1) for rows in _slices(x)]
+    )
+    limit = FAR * np.median(distances)
+    return distances > limit if limit > 0 else np.zeros(len(distances), bool)
+
+
+_MEDIAN_ROWS = 1024  # enough for a middle that a few rows do not move
+
+
+def _slices(x: Rows) -> Iterator[slice]:
+    step = block_rows(x.shape[1])
+    return (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def stream_moments(source: Source, path: str | os.PathLike | None = None, *, save_seconds: float = 60.0) -> Moments:

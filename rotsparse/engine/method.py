@@ -17,10 +17,11 @@ from rotsparse.objectives.base import Bases, Objective
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The objective to minimise. `validation`: the same objective on held-out examples; if given, the best rotations
-    are chosen on it."""
+    are chosen on it. `hints`: rotations that are known to be good starts, for methods that take them."""
 
     objective: Objective
     validation: Objective | None = None
+    hints: tuple[Bases, ...] = ()
 
     @property
     def judge(self) -> Objective:
@@ -44,6 +45,11 @@ class Method(eqx.Module):
 
         Raises `ValueError` if the method does not apply to the objective.
         """
+
+    @property
+    def takes_hints(self) -> bool:
+        """Whether `run` makes use of the problem's `hints`."""
+        return False
 
     @property
     def descends(self) -> bool:

@@ -124,6 +124,13 @@ class Solution:
             )
         return Rotations(self.bases["in"], self.bases.get("out", self.bases["in"]))
 
+    @property
+    def best(self) -> int:
+        """Which of the candidates the result is: the one with the lowest judged objective, unless the method chose
+        another."""
+        same = [all(np.array_equal(c[name], r) for name, r in self.bases.items()) for c in self.candidates]
+        return same.index(True) if any(same) else int(np.argmin(self.candidate_values))
+
     def completed(self) -> "Solution":
         """Return self, or raise `KeyboardInterrupt` if the fit was interrupted."""
         if self.result is Result.INTERRUPTED:
@@ -167,7 +174,7 @@ class Solution:
         A direction that independent restarts all find at |cos| ≈ 1 is identified by the data; one that none finds
         again is not, however sparse the result. Raises `ValueError` after a single restart.
         """
-        best = int(np.argmin(self.candidate_values))
+        best = self.best
         others = [candidate for i, candidate in enumerate(self.candidates) if i != best]
         if not others:
             raise ValueError("agreement compares restarts, and this fit had one: use restarts=2 or more")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Data
-from rotsparse.data.moments import covariance
+from rotsparse.data.moments import scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
@@ -133,7 +133,7 @@ def benchmark(
     solution = learn(layer, LEARNED)
     seconds[LEARNED] = time.perf_counter() - begun
     controls = measured(
-        nulls, test, find, scale_inputs=scale_inputs, covariance=covariance(sample)[1], key=keys[3]
+        nulls, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(sample), key=keys[3]
     )  # fmt: skip
     comparison, _ = compare_with_baselines(
         layer, sample, test, {LEARNED: solution.rotations}, scale_inputs=scale_inputs, keys=(keys[2], keys[3]),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.types import Data, Rows
-from rotsparse.data.moments import covariance as input_covariance
+from rotsparse.data.moments import scale_covariance
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
@@ -107,7 +107,7 @@ def compare(
     x = activations("x_test", x_test, layer.d_in)
     gram = jacobian_gram(layer, x)
     if scale_inputs and covariance is None:
-        covariance = input_covariance(x)[1]
+        covariance = scale_covariance(x)
     if scale_outputs and covariance_out is None:
         covariance_out = LayerStatistics(layer, x).outputs[1]
     options: dict[str, Any] = {
@@ -158,7 +158,7 @@ def compare_with_baselines(
     options: dict[str, Any] = {
         "scale_inputs": scale_inputs,
         "scale_outputs": scale_outputs,
-        "covariance": input_covariance(train)[1],
+        "covariance": scale_covariance(train),
         "covariance_out": LayerStatistics(layer, train).outputs[1] if scale_outputs else None,
     }
     return compare(layer, test, bases, **options, key=keys[1]), bases

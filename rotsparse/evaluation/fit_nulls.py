@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core.types import Data
-from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.data.moments import evenly_spaced, scale_covariance
 from rotsparse.evaluation.compare import compare
 from rotsparse.evaluation.control import Control, Metrics
 from rotsparse.evaluation.nulls import draw_nulls
@@ -80,7 +80,7 @@ def quick_control(
         return find_rotations(layer, train, key=keys[1], **options).completed().rotations
 
     found = measured(
-        {"learned": [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=covariance(train)[1],
+        {"learned": [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(train),
         key=keys[2],
     )  # fmt: skip
     return Control(found.pop("learned")[0], found, f"{steps} steps of annealing each, {draws} draws of each null")

@@ -16,7 +16,6 @@ Each keeps everything but the structure in question, and answers one question:
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rotsparse._core.intervals import numpy_generator
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.types import AnyArray, Rows
-from rotsparse.layers.base import ClosedForm, Layer, normalized
+from rotsparse.layers.base import AnyLayer, ClosedForm, Layer, normalized
 from rotsparse.layers.gated import GatedMLP
-
-AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 def random_weights(layer: Layer, *, key: PRNGKeyArray) -> Layer:

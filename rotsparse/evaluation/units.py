@@ -5,10 +5,9 @@ from jaxtyping import Array, Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.types import Rows
-from rotsparse.data.moments import covariance as input_covariance
+from rotsparse.data.moments import scale_covariance
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import LayerStatistics
-from rotsparse.objectives.jacobian import VARIANCE_FLOOR
+from rotsparse.objectives.jacobian import VARIANCE_FLOOR, output_covariance
 
 Matrix = Float[Array, "d d"] | Float[np.ndarray, "d d"]
 MatrixOut = Float[Array, "d_out d_out"] | Float[np.ndarray, "d_out d_out"]
@@ -29,17 +28,17 @@ def scaled_rows(
 
     Row i of `r_in` is multiplied by `√(r_i Σ r_iᵀ)` where inputs are scaled, and row o of `r_out` divided by
     `√(r_o Σ_y r_oᵀ + ε)` where outputs are, with ε a millionth of the mean variance, as in a fit. Σ and Σ_y are
-    `covariance` and `covariance_out`, or those of `x` and of the layer's outputs on it.
+    `covariance` and `covariance_out`, or the `scale_covariance` of `x` and of the layer's outputs on it.
 
     Raises `ValueError` where shapes do not fit, or outputs that should be scaled do not vary.
     """
     rows_in, rows_out = sized("r_in", r_in, layer.d_in), sized("r_out", r_out, layer.d_out)
     if scale_inputs:
-        sigma = input_covariance(x)[1] if covariance is None else sized("covariance", covariance, layer.d_in)
+        sigma = scale_covariance(x) if covariance is None else sized("covariance", covariance, layer.d_in)
         variance = np.einsum("id,de,ie->i", rows_in, sigma, rows_in, optimize=True)
         rows_in = rows_in * np.sqrt(np.maximum(variance, 0))[:, None]
     if scale_outputs:
-        sigma = LayerStatistics(layer, x).outputs[1] if covariance_out is None else covariance_out
+        sigma = output_covariance(layer, x) if covariance_out is None else covariance_out
         sigma = sized("covariance_out", sigma, layer.d_out)
         floor = VARIANCE_FLOOR * np.trace(sigma) / len(sigma)
         if not floor > 0:

@@ -5,6 +5,7 @@ from rotsparse.objectives.measures import GemanMcClure, Measure, TopK
 from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.combine import Each, Then, WithMeasure
 from rotsparse.solvers.fixed_point_newton import FixedPointNewton
+from rotsparse.solvers.hinted import Hinted
 from rotsparse.solvers.power_method import PowerMethod
 from rotsparse.solvers.refine import Refine
 
@@ -17,11 +18,13 @@ ROWS = 256
 
 def default_method(*, steps: int = STEPS, batch_size: int = 16) -> Method:
     """The default for layers: annealing on minibatches (more `steps` find better optima), then pair searches for as
-    long as they pay. `Refine` is skipped for layers larger than 256×256, tied fits, and measures that are not
+    long as they pay; and annealing at small angles from the bases in which the layer's weights are sparse, which
+    `find_rotations` knows. `Refine` is skipped for layers larger than 256×256, tied fits, and measures that are not
     elementwise.
     """
     polish = Anneal(steps=-(-steps // 4), angle=0.1, batch_size=batch_size)
-    return Then(Anneal(steps=steps, batch_size=batch_size), Refine(polish))
+    near = Anneal(steps=-(-steps // 2), angle=0.1, batch_size=batch_size)
+    return Hinted(Then(Anneal(steps=steps, batch_size=batch_size), Refine(polish)), near)
 
 
 def default_basis_method(measure: Measure, *, steps: int = STEPS, batch_size: int = ROWS) -> Method:

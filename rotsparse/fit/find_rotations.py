@@ -1,5 +1,6 @@
 """`find_rotations`: fit the rotations of one layer."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float, PRNGKeyArray
 from rotsparse._core import checks
 from rotsparse._core.files import adopt
 from rotsparse._core.types import Data, Vectors
-from rotsparse.data.moments import Moments, stream_moments
+from rotsparse.data.moments import FAR, Moments, far_rows, stream_moments
 from rotsparse.data.sources import Source, as_source, in_memory
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
@@ -19,7 +20,8 @@ from rotsparse.engine.solution import Solution
 from rotsparse.fit.active_subspace import ActiveSubspace
 from rotsparse.fit.default_method import default_method
 from rotsparse.fit.minimize import minimize
-from rotsparse.layers.base import Layer
+from rotsparse.fit.weight_bases import sparse_weights
+from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.combined import Held
@@ -62,8 +64,9 @@ def find_rotations(
     - `key`: the same key and inputs give the same bits on the same machine.
     - `measure`: the sparsity measure S.
     - `method`: how to minimise it. The default, `default_method()`, anneals and then runs pair searches for as long as
-      they pay; these leave a certificate. `Anneal(steps=20_000)` takes more steps; `Riemannian(optax.adam(0.1))` uses
-      any optax optimiser.
+      they pay; these leave a certificate. Without a `start` it also anneals from the bases in which the weights are
+      sparse, and keeps what leaves fewer entries above ε. `Anneal(steps=20_000)` takes more steps;
+      `Riemannian(optax.adam(0.1))` uses any optax optimiser.
     - `restarts`: number of independent starts; the best result is returned, and `Solution.agreement` compares them.
     - `validation`: held-out inputs; if given, the best step and the best restart are chosen on them (on a sample, if
       they are a source).
@@ -124,10 +127,14 @@ def find_rotations(
         subspace = ActiveSubspace(layer, objective.x, active_subspace)
         small, small_held_out = subspace.restrict(objective), held_out and subspace.restrict(held_out)
         solution = minimize(small, method=method, validation=small_held_out, **options)
-        return solution.lifted(subspace.lift, subspace.free)
+        return _remarked(solution.lifted(subspace.lift, subspace.free), objective)
 
     held = {name: first[name] for name in hold}
     free: Objective = Held(objective, held) if held else objective
+    if start is None and not tie and method.takes_hints and isinstance(layer, ClosedForm):
+        hint = sparse_weights(layer, objective.x)
+        known = {"in": jnp.asarray(hint.r_in, dtype), "out": jnp.asarray(hint.r_out, dtype)}
+        options["hints"] = ({name: known[name] for name in free.spaces},)
     free_held_out = Held(held_out, held) if held and held_out is not None else held_out
     solution = minimize(free, first, method=method, validation=free_held_out, **options)
 
@@ -135,7 +142,19 @@ def find_rotations(
         return held | bases
 
     turned = {name: np.full(d, name not in held) for name, d in objective.spaces.items()}
-    return solution.lifted(lift, turned) if held else solution
+    return _remarked(solution.lifted(lift, turned) if held else solution, objective)
+
+
+def _remarked(solution: Solution, objective: JacobianSparsity) -> Solution:
+    """Say in the detail that rows were left out of the standard deviations, if some were."""
+    far = far_rows(objective.x) if objective.covariance is not None else 0
+    if not far:
+        return solution
+    remark = (
+        f"{far:,} of {len(objective.x):,} examples lie more than {FAR:g} times as far from the median as most do "
+        "(attention sinks?) and are left out of the standard deviations that scale entries"
+    )
+    return dataclasses.replace(solution, detail="; ".join(filter(None, (solution.detail, remark))))
 
 
 def kept_moments(x, run: Run, name: str = "moments") -> Moments | None:

@@ -1,6 +1,7 @@
 """`minimize`: run a method on any objective."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ def minimize(
     key: PRNGKeyArray,
     restarts: int = 1,
     validation: Objective | None = None,
+    hints: Sequence[Bases] = (),
     run: Run | str | os.PathLike | None = None,
 ) -> Solution:
     """Minimise any objective over the rotations of its spaces.
@@ -29,6 +31,7 @@ def minimize(
       begins; the others begin at Haar-random rotations.
     - `method`: such as `Anneal()`, `Riemannian(optax.adam(0.1))` or `Then(Anneal(), PairSearch())`.
     - `validation`: the same objective on other examples; the best step and the best restart are chosen on it.
+    - `hints`: rotations that are known to be good starts, for methods that take them (`Hinted`).
     - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
     The returned objective (on `validation`, if given) never exceeds the start's. The same key and inputs give the same
@@ -44,7 +47,7 @@ def minimize(
         start = {name: jnp.eye(d, dtype=dtype) for name, d in spaces.items()}
     starts = _starts({name: start[name] for name in spaces}, restarts, jax.random.fold_in(key, 0))
     with Run.of(run).listening() as listening:
-        return method.run(Problem(objective, validation), starts, key=key, run=listening)
+        return method.run(Problem(objective, validation, tuple(hints)), starts, key=key, run=listening)
 
 
 def _starts(start: Bases, restarts: int, key: PRNGKeyArray) -> tuple[Bases, ...]:

@@ -9,7 +9,7 @@ the identity; it may have fewer rows than columns, and then selects a subspace.
 """
 
 import abc
-from typing import Self
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -22,6 +22,8 @@ from rotsparse.layers.activations import Activation
 from rotsparse.layers.norms import Norm
 
 Matrix = Float[AnyArray, "_ _"]
+
+AnyLayer = TypeVar("AnyLayer", bound="Layer")
 
 
 class Layer(eqx.Module):
@@ -57,7 +59,7 @@ class Layer(eqx.Module):
         """The layer's weight matrices and biases by name; empty for a layer without weights."""
         return {}
 
-    def with_weights(self, **weights: AnyArray) -> Self:
+    def with_weights(self: AnyLayer, **weights: AnyArray) -> AnyLayer:
         """The same layer with some of its `weights()` replaced. Raises `ValueError` for an unknown name or another
         shape."""
         own = self.weights()

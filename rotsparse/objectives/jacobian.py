@@ -11,7 +11,7 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments, covariance
+from rotsparse.data.moments import Moments, far_rows, scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply, chunk_size, jacobian_gram
@@ -81,8 +81,11 @@ class JacobianSparsity(MeasuredObjective):
         self.gram = _checked_gram(layer, self.x)
         self.covariance = None
         if scale_inputs:
-            moments = self.data.moments() if moments is None else moments
-            self.covariance = jnp.asarray(moments.covariance, self.x.dtype)
+            if source is None or far_rows(self.x):
+                found = scale_covariance(self.x)
+            else:
+                found = (self.data.moments() if moments is None else moments).covariance
+            self.covariance = jnp.asarray(found, self.x.dtype)
         self.covariance_out = None
         if scale_outputs:
             self.covariance_out = jnp.asarray(output_covariance(layer, self.x), self.x.dtype)
@@ -232,7 +235,7 @@ class JacobianSparsity(MeasuredObjective):
 
 def output_covariance(layer: Layer, x: Float[Data, "n d_in"]) -> Float[np.ndarray, "d_out d_out"]:
     """The covariance of `y = f(x)`. Raises `ValueError` where no output varies."""
-    found = covariance(x, lambda rows: apply(layer, jnp.asarray(rows)))[1]
+    found = scale_covariance(np.asarray(apply(layer, jnp.asarray(x))))
     if not np.trace(found) > 0:
         raise ValueError("the layer's outputs do not vary, so they have no standard deviation to be measured in")
     return found

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
-from rotsparse.data.moments import covariance, evenly_spaced
+from rotsparse.data.moments import evenly_spaced, scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
@@ -156,7 +156,7 @@ def write_comparison(
     comparison, bases = compare_with_baselines(layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs)
     console.print(comparison.table())
     write_atomically(folder / TABLE, comparison.markdown().encode())
-    scales: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": covariance(sample)[1]}
+    scales: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": scale_covariance(sample)}
     agreement = agreements(layer, test, solution, **scales)
     said = verdict(comparison, layer, solution, control, agreement)
     if source is not None:

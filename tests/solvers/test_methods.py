@@ -47,6 +47,7 @@ METHODS = {
     "then": (rs.Then(ANNEAL, rs.Riemannian(steps=10)), EVERY),
     "best of": (rs.BestOf(ANNEAL, rs.Riemannian(steps=10)), EVERY),
     "each": (rs.Each(ANNEAL), EVERY),
+    "hinted": (rs.Hinted(ANNEAL, ANNEAL), EVERY),
     "with measure": (rs.Then(rs.WithMeasure(rs.GemanMcClure(0.6), ANNEAL), ANNEAL), EVERY),
 }
 TAKEN = [(method, problem) for method, (_, taken) in METHODS.items() for problem in sorted(taken)]
