@@ -16,7 +16,7 @@ import pytest
 import rotsparse as rs
 from helpers import ROOT, SHARED
 from rotsparse.evaluation.substitution import KeepLargest, substitute
-from rotsparse.examples import digits
+from rotsparse.examples import addition, digits
 from rotsparse.layers.files import load_layer, save_layer
 
 FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -53,9 +53,10 @@ def execute(block: str, names: dict) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def network():
-    """The digits network, which every example trains, is trained once."""
+    """The networks that the examples train are trained once, the one that adds for a few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "train", functools.cache(digits.train))
+        patch.setattr(addition, "train", functools.cache(functools.partial(addition.train, steps=300)))
         yield
 
 

@@ -25,6 +25,7 @@ from rotsparse.evaluation.units import Matrix, MatrixOut
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
+from rotsparse.objectives.jacobian import output_covariance
 from rotsparse.objectives.measures import GemanMcClure, Measure
 
 
@@ -109,7 +110,7 @@ def compare(
     if scale_inputs and covariance is None:
         covariance = scale_covariance(x)
     if scale_outputs and covariance_out is None:
-        covariance_out = LayerStatistics(layer, x).outputs[1]
+        covariance_out = output_covariance(layer, x)
     options: dict[str, Any] = {
         "scale_inputs": scale_inputs,
         "scale_outputs": scale_outputs,
@@ -159,7 +160,7 @@ def compare_with_baselines(
         "scale_inputs": scale_inputs,
         "scale_outputs": scale_outputs,
         "covariance": scale_covariance(train),
-        "covariance_out": LayerStatistics(layer, train).outputs[1] if scale_outputs else None,
+        "covariance_out": output_covariance(layer, train) if scale_outputs else None,
     }
     return compare(layer, test, bases, **options, key=keys[1]), bases
 
