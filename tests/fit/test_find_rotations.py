@@ -281,7 +281,7 @@ def test_the_default_searches_pairs_and_leaves_a_certificate():
     assert "no rotation of two rows improves" in str(complete.certificate)
     assert str(complete.certificate) in complete.summary()
     assert alone.certificate is None
-    assert [stage.name for stage in complete.stages] == ["Anneal", "Refine"]
+    assert [stage.name for stage in complete.stages] == ["Anneal", "Refine", "Anneal from hints"]
     assert complete.value <= alone.value
     assert complete.rotations.orthogonality_error() < 1e-5
     objective = JacobianSparsity(layer, x, measures.Log(0.1), scale_inputs=False)
