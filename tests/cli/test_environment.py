@@ -263,8 +263,8 @@ def test_kills(count, inputs):
         "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *FIT[5:], "--out", "models", "--resume",
                       "--overwrite"),
         "report": ("report", "run"),
-        "demo": ("demo", "--network", "digits", "--steps", "20", "--examples", "100", "--control", "none", "--out", "shown",
-                 "--overwrite"),
+        "demo": ("demo", "--network", "digits", "--steps", "20", "--examples", "100", "--control", "none",
+                 "--out", "shown", "--overwrite"),
         "fold-model": ("fold-model", *model, "--rotations", "models", "--out", "folded"),
     }  # fmt: skip
     kills = 0
