@@ -12,7 +12,7 @@ import numpy as np
 
 import rotsparse as rs
 from rotsparse.evaluation.fit_nulls import REDRAWS
-from rotsparse.examples import digits
+from rotsparse.examples import addition, digits
 from rotsparse.layers.base import Layer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -34,7 +34,9 @@ def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> It
     """Every network by name, not yet loaded: that raises `Missing` where files are not in the folders `data` and
     `minilm`."""
     raw = {"scale_inputs": False}
+    yield "addition modulo 59, MLP", _addition
     yield "digits, layer 2 (raw)", lambda: _digits(raw)
+    yield "digits, hidden 1 → logits", _digits_block
     yield "x², middle layer", lambda: _x_squared()
     yield "planted, n = 32 (raw)", lambda: _planted(seed, raw)
     yield "MNIST, hidden 1 → hidden 2 (raw)", lambda: _mnist(data, seed, "hidden 1 → hidden 2", raw)
@@ -45,6 +47,18 @@ def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> It
         yield f"stories260K, MLP {i}", lambda i=i: _stories(data, i)
     for i in () if quick else (0, 5):
         yield f"MiniLM, MLP {i}", lambda i=i: _minilm(data, minilm, i)
+
+
+def _addition() -> Case:
+    network = addition.train(0)
+    return Case(network.layer, network.train, network.test, {})
+
+
+def _digits_block() -> Case:
+    network = digits.train(0)
+    first, second, third = network.layers
+    train, test = (np.asarray(first(jnp.asarray(x))) for x in (network.train, network.test))
+    return Case(rs.MLP(second.w, second.b, third.w, third.b), train, test, {})
 
 
 def _digits(options) -> Case:

@@ -1,10 +1,9 @@
 """Claim: of the layers at hand, few are sparser than every null model, and the strictest null is rarely that of random
 weights.
 
-Every layer and three draws of each of its nulls (random weights, the same with activity rates matched, the same
-spectrum, hidden neurons re-paired) are fitted alike. What counts is the share of the entries of held-out Jacobians
-below a tenth of a root mean square: that of all entries, and, so that one large row cannot decide, that of each row.
-± is half the 95% prediction interval of one more draw.
+Every layer and three draws of each of its nulls (`draw_nulls`) are fitted alike, and `verdict.structure` judges: by the
+share of the entries of held-out Jacobians below a tenth of their root mean square, of all entries and without the
+strongest 1% of rows and columns.
 """
 
 import dataclasses
@@ -15,23 +14,25 @@ import jax
 import numpy as np
 import tyro
 from _networks import Case, Missing, cases
+from _publish import publish
 from _results import Results, described
 from rich.console import Console
 
 import rotsparse as rs
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
-from rotsparse._core.intervals import Interval
 from rotsparse._core.modules import replace_fields
-from rotsparse.data.moments import covariance
-from rotsparse.evaluation.nulls import random_weights, rate_matched, re_paired, same_spectrum
-from rotsparse.evaluation.verdict import another_redraw
+from rotsparse.data.moments import scale_covariance
+from rotsparse.evaluation.control import Control, counted
+from rotsparse.evaluation.fit_nulls import REDRAWS, measured
+from rotsparse.evaluation.nulls import draw_nulls
+from rotsparse.evaluation.verdict import EDGES, SHARE, WITHOUT_TOP, Structure, structure
 from rotsparse.layers.activations import identity
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import jacobians
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
 TRAINED = "trained"
-DRAWS = 3
+METRICS = (SHARE, WITHOUT_TOP, EDGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Config:
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
     steps: int = 2000
+    publish: bool = False
+    """Put the table into docs/results.md."""
 
 
 def one_block(layer: Layer) -> Layer:
@@ -62,89 +65,81 @@ def one_block(layer: Layer) -> Layer:
     return layer
 
 
-def nulls_of(layer: Layer, x: np.ndarray, key) -> dict[str, list[Layer]]:
-    """Some draws of every null that the layer has."""
-    kinds: dict[str, Any] = {
-        "random weights": lambda k: random_weights(layer, key=k),
-        "rates matched": lambda k: rate_matched(layer, x, key=k),
-        "same spectrum": lambda k: same_spectrum(layer, key=k),
-        "re-paired": lambda k: re_paired(layer, key=k),
-    }
-    if not layer.weights().keys() & {"w_out", "w_down"}:  # outputs are neurons: nothing to re-pair
-        del kinds["re-paired"]
-    return {name: [draw(k) for k in jax.random.split(key, DRAWS)] for name, draw in kinds.items()}
-
-
-def small_entries(layer: Layer, train: np.ndarray, test: np.ndarray, options: dict[str, Any]) -> tuple[float, float]:
-    """After a fit: the share of held-out entries below 0.1 rms of all entries, and below 0.1 rms of their row."""
-    r = rs.find_rotations(layer, train, **options).completed().rotations
-    r_in, r_out = np.asarray(r.r_in, np.float64), np.asarray(r.r_out, np.float64)
-    scales = np.ones(layer.d_in)
-    if options.get("scale_inputs", True):
-        scales = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", r_in, covariance(train)[1], r_in), 0))
-    scaled = (r_in * scales[:, None]).astype(np.float32)
-    energy = np.zeros((layer.d_out, layer.d_in))
-    for z in jacobians(layer, test, scaled, r_out):
-        energy += np.square(z, dtype=np.float64).sum(axis=0) / len(test)
-    row = np.sqrt(np.maximum(energy.mean(axis=1), np.finfo(float).tiny))[None, :, None]
-    below = [0, 0]
-    for z in jacobians(layer, test, scaled, r_out):
-        for i, rms in enumerate((np.sqrt(energy.mean()), row)):
-            below[i] += int(np.count_nonzero(np.abs(z) < 0.1 * rms))
-    entries = len(test) * layer.d_in * layer.d_out
-    return below[0] / entries, below[1] / entries
-
-
-def run(case: Case, config: Config) -> dict[str, list[tuple[float, float]]]:
-    """Both shares of the trained layer and of every draw of every null."""
+def run(case: Case, config: Config) -> Control | None:
+    """The metrics of the trained layer and of every draw of every null; `None` where there are no nulls."""
     rng = np.random.default_rng(config.seed)
     fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
-    trained = one_block(case.layer)
-    options = {k: v for k, v in case.options.items() if k in ("scale_inputs", "active_subspace")}
-    options |= {"key": jax.random.key(config.seed), "method": rs.Anneal(steps=config.steps)}
-    of = {TRAINED: [trained], **nulls_of(trained, train, jax.random.key(config.seed + 1))}
-    return {name: [small_entries(layer, train, test, options) for layer in layers] for name, layers in of.items()}
+    layer = one_block(case.layer)
+    nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=REDRAWS)
+    if not nulls:
+        return None
+    options: dict[str, Any] = {k: v for k, v in case.options.items() if k in ("scale_inputs", "active_subspace")}
+    scale_inputs = options.get("scale_inputs", True)
+
+    def find(layer: Layer, null: str, number: int) -> rs.Rotations:
+        key, method = jax.random.key(config.seed), rs.Anneal(steps=config.steps)
+        return rs.find_rotations(layer, train, key=key, method=method, **options).completed().rotations
+
+    found = measured(
+        {TRAINED: [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(train),
+        key=jax.random.key(config.seed + 2),
+    )  # fmt: skip
+    return Control(found.pop(TRAINED)[0], found, f"{config.steps} steps")
 
 
-def table(networks: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
-    """In Markdown: a network a row, "all entries | row by row" in every cell."""
-    kinds = list(dict.fromkeys(kind for of in networks.values() for kind in of))
-    lines = ["| network | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+def table(networks: dict[str, Control]) -> str:
+    """In Markdown: a network a row, "small entries | without the strongest | edges@99" in every cell."""
+    kinds = list(dict.fromkeys(kind for of in networks.values() for kind in of.nulls))
+    lines = ["| layer | trained | " + " | ".join(kinds) + " | verdict |", "|---|" + "---:|" * (len(kinds) + 1) + "---|"]
     for name, of in networks.items():
-        cells = []
+        cells = [_shown({metric: of.learned[metric].value for metric in METRICS})]
         for kind in kinds:
-            shares = np.array(of.get(kind, []))
-            cells.append(" \\| ".join(_shown(column) for column in shares.T) if len(shares) else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            known = kind in of.nulls
+            cells.append(_shown({m: of.another(kind, m).value for m in METRICS}) if known else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {_verdict(structure(of))} |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(shares: np.ndarray) -> str:
-    if len(shares) == 1:
-        return f"{shares[0]:.3f}"
-    m = another_redraw([Interval(float(s), float(s), float(s)) for s in shares])
-    return f"{m.value:.3f} ±{(m.high - m.low) / 2:.3f}"
+def _shown(values: dict[str, float]) -> str:
+    return " \\| ".join(f"{value:,.0f}" if counted(m) else f"{value:.3f}".lstrip("0") for m, value in values.items())
+
+
+def _verdict(found: Structure) -> str:
+    if not found.missed:
+        return f"structure; strictest: {found.strictest}"
+    if found.learned:
+        return "structure in the weights, not in their wiring"
+    beaten, missed = ", ".join(found.beaten), ", ".join(found.missed)
+    return f"beats {beaten}; not {missed}" if beaten else "nothing beyond chance"
 
 
 def main(config: Config) -> None:
-    console, results = Console(), Results(config)
     check_new_file(config.out.with_suffix(".md"), overwrite=True)
+    console, results = Console(), Results(config)
     config = dataclasses.replace(config, examples=(1000, 200), steps=600) if config.quick else config
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found: dict[str, Control] = {}
     for name, load in cases(config.data, config.minilm, seed=config.seed, quick=config.quick):
         if config.only and not name.startswith(config.only):
             continue
         try:
-            found[name] = run(load(), config)
+            control = run(load(), config)
         except Missing as missing:
             console.print(f"SKIPPED {name}: {missing}", highlight=False)
             continue
-        console.print(table({name: found[name]}), highlight=False, markup=False)
-        results.write(found)
+        if control is None:
+            console.print(f"SKIPPED {name}: this layer has no nulls", highlight=False)
+            continue
+        found[name] = control
+        console.print(table({name: control}), highlight=False, markup=False)
+        results.write({name: of.to_json() for name, of in found.items()})
     if found:
-        source = f"\n({results.form} form; {described([results.provenance])})\n"
-        write_atomically(config.out.with_suffix(".md"), f"{MARKDOWN}{table(found)}{source}".encode())
+        source = f"({results.form} form; {described([results.provenance])})\n"
+        text = f"{table(found)}\n{source}"
+        if config.publish:
+            publish(PAGE, "nulls", text)
+        elif results.out is not None:
+            write_atomically(results.out.with_suffix(".md"), f"{MARKDOWN}{text}".encode())
 
 
 if __name__ == "__main__":
