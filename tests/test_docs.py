@@ -1,6 +1,7 @@
 """What the documentation shows works: every Python and shell block of every page runs, every link leads somewhere."""
 
 import functools
+import inspect
 import os
 import re
 import shlex
@@ -64,7 +65,7 @@ def network():
 def few_steps(monkeypatch):
     """Fits without a method take few steps, and pair searches are left out."""
     monkeypatch.setattr(rs.Refine, "after", lambda self, problem, solution, **_: solution)
-    monkeypatch.setitem(rs.find_rotations.__kwdefaults__, "method", rs.Anneal(steps=STEPS))
+    monkeypatch.setitem(inspect.unwrap(rs.find_rotations).__kwdefaults__, "method", rs.Anneal(steps=STEPS))
     few = functools.partial(rs.default_basis_method, steps=STEPS)
     monkeypatch.setattr("rotsparse.fit.find_basis.default_basis_method", few)
 

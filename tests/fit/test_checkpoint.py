@@ -184,7 +184,7 @@ def test_no_damage_goes_unnoticed(count, tmp_path):
 def test_missing_files_and_folders_are_damage(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "step-00000002" / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="manifest.json: .*No such file"):
+    with pytest.warns(UserWarning, match="manifest.json: .*does not exist"):
         same(restore(tmp_path), a_state(1))
     assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
     save(tmp_path, 2)
