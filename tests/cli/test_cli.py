@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rotsparse.cli.arguments import fit_arguments
+from rotsparse.evaluation import fit_nulls
 from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
@@ -34,7 +35,21 @@ def files(folder, rng):
     return folder
 
 
-FIT = ("fit", "--layer", "layer.npz", "--activations", "x.npy", "--steps", "20", "--control", "none", "--out", "run")
+FIT = (
+    "fit",
+    "--layer",
+    "layer.npz",
+    "--activations",
+    "x.npy",
+    "--steps",
+    "20",
+    "--solver",
+    "annealing",
+    "--control",
+    "none",
+    "--out",
+    "run",
+)
 
 
 def test_fit_writes_a_run_folder(files, rotsparse):
@@ -188,6 +203,8 @@ def test_help_says_what_an_option_is_when_it_is_not_given(rotsparse, command):
 
 def test_demo_at_small_size(files, rotsparse, monkeypatch):
     monkeypatch.setattr(addition, "train", functools.partial(addition.train, steps=300))
+    monkeypatch.setattr(fit_nulls, "QUICK_STEPS", 20)
+    monkeypatch.setattr(fit_nulls, "FEWEST_STEPS", 20)
     code, said = rotsparse("demo", "--out", "demo", "--steps", 20, "--examples", 60)
     assert code == 0
     assert "null model" in said and "adds with waves" in said

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "models"), str(Path(__file__).parents[1])]
 
 from damage import READERS, damaged, survives
 
