@@ -1,8 +1,9 @@
 """Load a model and its tokenizer from a path, in any format that can be read."""
 
+import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -124,13 +125,8 @@ class HuggingFaceTokenizer:
             ) from None
         if not Path(path).exists():
             raise ValueError(f"there is no {path}: save the tokenizer beside the model, in its fast form")
-        try:
+        with _no_panic(path):
             fast = Fast.from_file(str(regular_file(path)))
-        except BaseException as error:  # the library raises bare exceptions, and Rust's panics are not even those
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            pointer = " (it is a Git LFS pointer)" if is_lfs_pointer(Path(path)) else ""
-            raise ValueError(f"cannot read the tokenizer {path}: {error}{pointer}") from None
         self._set_up(fast, path, vocab_size)
 
     @classmethod
@@ -141,7 +137,7 @@ class HuggingFaceTokenizer:
         return tokenizer
 
     def _set_up(self, fast, path, vocab_size):
-        self._fast = fast
+        self._fast, self._path = fast, path
         self.pad: int | None = (fast.padding or {}).get("pad_id")
         if self.pad is None:
             self.pad = fast.token_to_id(_stated_pad(Path(path)))
@@ -158,7 +154,8 @@ class HuggingFaceTokenizer:
             )
         self.prefix: Sequence[int]
         self.suffix: Sequence[int]
-        self.prefix, self.suffix = _around(fast, path)
+        with _no_panic(path):
+            self.prefix, self.suffix = _around(fast, path)
         self.special: AbstractSet[int] = frozenset(i for i, token in added.items() if token.special) | {
             *self.prefix,
             *self.suffix,
@@ -167,11 +164,26 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without `prefix` and `suffix`."""
         # The fast form leaves out where in the text each token is: half the time, two thirds of the memory.
-        return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _no_panic(self._path):
+            return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens; special ones are left out."""
-        return self._fast.decode(list(ids))
+        with _no_panic(self._path):
+            return self._fast.decode(list(ids))
+
+
+@contextlib.contextmanager
+def _no_panic(path: str | os.PathLike) -> Iterator[None]:
+    """Raise `ValueError` for whatever the tokenizers library raises: bare exceptions, and Rust's panics, which are not
+    even those."""
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        pointer = " (it is a Git LFS pointer)" if is_lfs_pointer(Path(path)) else ""
+        raise ValueError(f"cannot read the tokenizer {path}: {error}{pointer}") from None
 
 
 def _around(fast, path) -> tuple[list[int], list[int]]:
