@@ -111,12 +111,20 @@ def capture(
                 lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
-    return [_finished(writer) for writer in writers]
+    work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
+    tokens = None if isinstance(source, ImageFile) else partial(work.tokens, per_shard)
+    return [_finished(writer, tokens, partial(_word, source)) for writer in writers]
 
 
-def _finished(writer: StoreWriter) -> ActivationStore:
+def _word(source, token: int) -> str:
+    """The word of a token, or its number where there is no tokenizer or the token has no text."""
+    text = source.tokenizer.decode([token]) if isinstance(source, TextFile) else ""
+    return text or f"number {token}"
+
+
+def _finished(writer: StoreWriter, tokens, word) -> ActivationStore:
     if not writer.complete:
-        heavy = heavy_rows(ActivationStore(writer.folder, writer.manifest))
+        heavy = heavy_rows(ActivationStore(writer.folder, writer.manifest), tokens, word)
         writer.manifest["heavy_rows"] = None if heavy is None else asdict(heavy)
     return writer.finish()
 
@@ -151,8 +159,22 @@ class _Work:
         for shard, group in enumerate(itertools.islice(groups, first, None), start=first):
             yield shard, batches(shard, group)
 
+    def tokens(self, per_shard: int) -> Iterator[np.ndarray]:
+        """The token numbers of all rows, in their order, a batch at a time."""
+        for shard, group in enumerate(_groups(self.inputs.pieces(), per_shard)):
+            for start in range(0, len(group), self.batch):
+                pieces = [piece for piece, _ in group[start : start + self.batch]]
+                inputs, _, kept = self._drawn(pieces, shard * per_shard + start)
+                yield np.asarray(inputs)[kept]
+
     def _rows(self, params, pieces: list[np.ndarray], number: int) -> list[np.ndarray]:
         """The kept rows of a batch; `number` is that of its first sequence."""
+        inputs, mask, kept = self._drawn(pieces, number)
+        seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
+        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
+
+    def _drawn(self, pieces: list[np.ndarray], number: int):
+        """The inputs of a batch, their mask, and which positions are kept."""
         inputs, mask, counts = self.inputs.batch(pieces)
         kept = np.zeros_like(counts)
         for i in range(len(pieces)):
@@ -160,8 +182,7 @@ class _Work:
             # The draw depends only on the seed and the number of the sequence.
             rng = np.random.default_rng([self.seed, number + i])
             kept[i, rng.choice(places, size=max(1, round(self.keep * len(places))), replace=False)] = True
-        seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
-        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
+        return inputs, mask, kept
 
 
 def _groups(items: Iterator, size: int) -> Iterator[list]:

@@ -112,7 +112,8 @@ def test_capture_says_so(tmp_path):
     np.save(tmp_path / "t.npy", tokens.reshape(-1))
     source, points = models.TokenFile(tmp_path / "t.npy"), [(0, "residual"), (0, "input")]
     stores = capture(model, source, points, tmp_path / "out", length=25)
-    assert stores[0].manifest["heavy_rows"]["rows"] == 4
+    heavy = stores[0].manifest["heavy_rows"]
+    assert heavy["rows"] == 4 and heavy["token"] == "number 7" and heavy["share"] == 1
     assert stores[1].manifest["heavy_rows"] is None  # the norm has taken the size away
     again = capture(model, source, points[:1], tmp_path / "out", length=25)
     assert again[0].manifest == stores[0].manifest
