@@ -53,6 +53,8 @@ class Config:
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
     steps: int = 2000
+    scale_outputs: bool = False
+    """Fit and measure with outputs in units of their standard deviation, too."""
     publish: bool = False
     """Put the table into docs/results.md."""
 
@@ -75,6 +77,7 @@ def run(case: Case, config: Config) -> Control | None:
     if not nulls:
         return None
     options: dict[str, Any] = {k: v for k, v in case.options.items() if k in ("scale_inputs", "active_subspace")}
+    options["scale_outputs"] = config.scale_outputs
     scale_inputs = options.get("scale_inputs", True)
 
     def find(layer: Layer, null: str, number: int) -> rs.Rotations:
@@ -83,7 +86,7 @@ def run(case: Case, config: Config) -> Control | None:
 
     found = measured(
         {TRAINED: [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(train),
-        key=jax.random.key(config.seed + 2),
+        scale_outputs=config.scale_outputs, key=jax.random.key(config.seed + 2),
     )  # fmt: skip
     return Control(found.pop(TRAINED)[0], found, f"{config.steps} steps")
 
