@@ -1,8 +1,11 @@
 """Fixtures shared by all tests, and how hypothesis runs here."""
 
+import gc
+import itertools
 import os
 import signal
 import sys
+from pathlib import Path
 
 from helpers import ROOT
 
@@ -67,6 +70,18 @@ def pytest_collection_modifyitems(items):
         test = item.nodeid.partition("[")[0].removeprefix("tests/")
         if any(test == of or test.startswith((f"{of}/", f"{of}::")) for of in MEDIUM):
             item.add_marker(pytest.mark.medium)
+
+
+# Compiled programs are memory maps. Linux lets a process have 65,530 of them, and XLA crashes at the next one.
+MAPS, MOST_MAPS, LOOK_EVERY = Path("/proc/self/maps"), 25_000, 25
+tests_ended = itertools.count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    if next(tests_ended) % LOOK_EVERY == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # Shells start background jobs with Ctrl-C ignored, which processes that tests start would inherit.
