@@ -148,14 +148,14 @@ class Solution:
     def improved(self, bases: Bases, objective: Objective, validation: Objective | None) -> "Solution":
         """Replace the best rotations with `bases` if their judged objective is lower."""
         judged = judged_value(validation or objective, bases)
-        if not judged < self.candidate_values.min():
+        if not judged < self.candidate_values[self.best]:
             return self
         return self.replaced(bases, judged, objective, validation)
 
     def replaced(self, bases: Bases, judged: float, objective: Objective, validation: Objective | None) -> "Solution":
         """Put these rotations in place of the best ones. `judged`: their objective, on `validation` if there is one."""
         value, evident = evidence(objective, bases)
-        best = int(np.argmin(self.candidate_values))
+        best = self.best
         values = np.where(np.arange(len(self.candidates)) == best, judged, self.candidate_values)
         return dataclasses.replace(
             self,

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from rotsparse.engine.method import Method
@@ -49,22 +48,12 @@ class Hinted(Method):
             if hinted.result.broken_off:
                 return dataclasses.replace(solution, result=hinted.result)
             left = [entries_left(problem.judge, bases) for bases in (solution.bases, hinted.bases)]
-            (start,), (reached,) = problem.judged(starts[:1]), problem.judged([hinted.bases])
+            start, reached = problem.judged([starts[0], hinted.bases])
             kept = left[1] < left[0] and reached < start
             if kept:
-                index = solution.best
-                values = np.where(np.arange(len(solution.candidates)) == index, reached, solution.candidate_values)
-                solution = dataclasses.replace(
-                    solution,
-                    bases=hinted.bases,
-                    value=hinted.value,
-                    start_value=judged_value(problem.objective, starts[0]),
-                    validation_value=hinted.validation_value,
-                    candidates=tuple(hinted.bases if i == index else c for i, c in enumerate(solution.candidates)),
-                    candidate_values=values,
-                    certificate=None,
-                    stats=solution.stats | {name: hinted.stats[name] for name in _EVIDENT},
-                )
+                solution = solution.replaced(hinted.bases, float(reached), problem.objective, problem.validation)
+                start_value = judged_value(problem.objective, starts[0])
+                solution = dataclasses.replace(solution, start_value=start_value, certificate=None)
             share = f"{left[1]:.1%} of the entries above ε, against {left[0]:.1%} from the other starts"
             stage = hinted.stages[-1]._replace(
                 name=f"{hinted.stages[-1].name} from hints", remark=f"{share}: {'kept' if kept else 'dropped'}"
@@ -73,9 +62,6 @@ class Hinted(Method):
             return dataclasses.replace(
                 solution, stages=(*solution.stages, stage), stats=solution.stats | {"seconds": seconds}
             )
-
-
-_EVIDENT = ("gradient_norm", "orthogonality_error")
 
 
 class _Above(Measure):
