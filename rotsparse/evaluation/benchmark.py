@@ -100,6 +100,7 @@ def benchmark(
     key: PRNGKeyArray,
     nulls: Mapping[str, Sequence[Layer]] | None = None,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     **fit: Any,
 ) -> Benchmark:
     """Fit a layer on `train` and compare with every baseline, fitted on the same, on the held-out `test`.
@@ -117,11 +118,12 @@ def benchmark(
     if nulls is None:
         nulls = draw_nulls(layer, sample, key=keys[0], draws=REDRAWS)
     seconds: dict[str, float] = {}
+    units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
 
     def learn(layer: Layer, name: str) -> Solution:
         # Each fit has checkpoints and a log of its own.
         own: dict[str, Any] = {"run": Run.of(fit.get("run")).subrun(name)}
-        return find_rotations(layer, train, key=keys[1], scale_inputs=scale_inputs, **fit | own).completed()
+        return find_rotations(layer, train, key=keys[1], **units, **fit | own).completed()
 
     def find(layer: Layer, null: str, number: int) -> Rotations:
         begun = time.perf_counter()
@@ -132,13 +134,10 @@ def benchmark(
     begun = time.perf_counter()
     solution = learn(layer, LEARNED)
     seconds[LEARNED] = time.perf_counter() - begun
-    controls = measured(
-        nulls, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(sample), key=keys[3]
-    )  # fmt: skip
+    controls = measured(nulls, test, find, **units, covariance=scale_covariance(sample), key=keys[3])
     comparison, _ = compare_with_baselines(
-        layer, sample, test, {LEARNED: solution.rotations}, scale_inputs=scale_inputs, keys=(keys[2], keys[3]),
-        seconds=seconds,
-    )  # fmt: skip
+        layer, sample, test, {LEARNED: solution.rotations}, keys=(keys[2], keys[3]), seconds=seconds, **units
+    )
     again = solution.reproduced()
     return Benchmark(
         comparison=comparison,

@@ -54,6 +54,7 @@ def quick_control(
     *,
     key: PRNGKeyArray,
     scale_inputs: bool = True,
+    scale_outputs: bool = False,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
     draws: int = REDRAWS,
     shown: Callable[[str], None] = lambda name: None,
@@ -73,16 +74,16 @@ def quick_control(
         return None
     fits = 1 + draws * len(nulls)
     steps = int(np.clip(QUICK_FLOPS / (fits * BATCH * _flops(layer)), FEWEST_STEPS, QUICK_STEPS))
-    options = {"measure": measure, "scale_inputs": scale_inputs, "method": Anneal(steps=steps, batch_size=BATCH)} | fit
+    units = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    options = {"measure": measure, "method": Anneal(steps=steps, batch_size=BATCH)} | units | fit
 
     def find(layer: Layer, null: str, number: int) -> Rotations:
         shown("the layer itself" if layer is trained else f"{null}, draw {number + 1} of {draws}")
         return find_rotations(layer, train, key=keys[1], **options).completed().rotations
 
     found = measured(
-        {"learned": [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(train),
-        key=keys[2],
-    )  # fmt: skip
+        {"learned": [layer], **nulls}, test, find, **units, covariance=scale_covariance(train), key=keys[2]
+    )
     return Control(found.pop("learned")[0], found, f"{steps} steps of annealing each, {draws} draws of each null")
 
 

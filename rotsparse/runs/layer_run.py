@@ -186,7 +186,7 @@ def write_comparison(
 
 def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) -> Control | None:
     """A quick control of a fit, with its arguments where they decide what is compared."""
-    kept = ("measure", "scale_inputs", "scale_outputs", "tie", "hold", "active_subspace", "precision")
+    kept = ("measure", "scale_inputs", "tie", "hold", "active_subspace", "precision")
     with console.status("fitting null models ...") as status:
         return quick_control(
             layer,
