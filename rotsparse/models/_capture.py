@@ -88,13 +88,13 @@ def capture(
             for p in wanted
         ]
 
+    work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
     writers = open_writers()
     if not all(writer.complete for writer in writers):
         lock = FolderLock(folder)
         try:
             writers = open_writers()  # again, now that no other process writes
             first = min(writer.shards for writer in writers)
-            work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
             with _bar(progress) as bar:
                 task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
                 for shard, batches in work.shards(per_shard, first, partial(bar.update, task)):
@@ -111,7 +111,6 @@ def capture(
                 lock.release()
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
-    work = _Work(model, inputs, tuple(wanted), keep, batch, seed, np.dtype(dtype))
     tokens = None if isinstance(source, ImageFile) else partial(work.tokens, per_shard)
     return [_finished(writer, tokens, partial(_word, source)) for writer in writers]
 

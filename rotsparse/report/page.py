@@ -142,7 +142,7 @@ def _table(comparison: Comparison, names: Sequence[str], *, concentration: bool 
         cells = []
         for name in names:
             mark = ' class="best"' if best[name] == basis else ""
-            cells.append(f"<td{mark}>{metric_value(name, of[name].value)}<small>{_range(name, of[name])}</small></td>")
+            cells.append(f"<td{mark}>{_cell(name, of[name])}</td>")
         cells += [f"<td>{getattr(comparison.concentration[basis], part):.0%}</td>" for part in parts]
         mark = ' class="learned"' if basis == AFTER else ""
         rows.append(f'<tr{mark}><th scope="row">{escape(basis_name(basis))}</th>{"".join(cells)}</tr>')
@@ -159,7 +159,7 @@ def _nulls(control: Control) -> str:
     layers = {"this layer": control.learned} | {null: control.metrics(null) for null in control.nulls}
     rows = []
     for layer, of in layers.items():
-        cells = (f"{metric_value(m, of[m].value)}<small>{_range(m, of[m])}</small>" for m in names)
+        cells = (_cell(m, of[m]) for m in names)
         mark = ' class="learned"' if of is control.learned else ""
         rows.append(f'<tr{mark}><th scope="row">{escape(layer)}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
     made = f" Each fit: {control.made}." if control.made else ""
@@ -171,8 +171,10 @@ def _nulls(control: Control) -> str:
     )
 
 
-def _range(metric: str, m: Interval) -> str:
-    return f"{metric_value(metric, m.low)} to {metric_value(metric, m.high)}"
+def _cell(metric: str, m: Interval) -> str:
+    """A value, and its interval in small letters."""
+    low, high = metric_value(metric, m.low), metric_value(metric, m.high)
+    return f"{metric_value(metric, m.value)}<small>{low} to {high}</small>"
 
 
 def _glossary(comparison: Comparison) -> str:
