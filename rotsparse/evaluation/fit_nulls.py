@@ -74,8 +74,9 @@ def quick_control(
         return None
     fits = 1 + draws * len(nulls)
     steps = int(np.clip(QUICK_FLOPS / (fits * BATCH * _flops(layer)), FEWEST_STEPS, QUICK_STEPS))
-    units = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
-    options = {"measure": measure, "method": Anneal(steps=steps, batch_size=BATCH)} | units | fit
+    units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
+    method = Anneal(steps=steps, batch_size=BATCH)
+    options: dict[str, Any] = {"measure": measure, "method": method} | units | fit
 
     def find(layer: Layer, null: str, number: int) -> Rotations:
         shown("the layer itself" if layer is trained else f"{null}, draw {number + 1} of {draws}")
