@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotsparse._core.lock import FolderLock
-from rotsparse.data.store import ActivationStore, StoreWriter
+from rotsparse.data.store import NO_TOKEN, ActivationStore, StoreWriter
 from rotsparse.models.heavy_rows import heavy_rows
 from rotsparse.models.inputs import ImageInputs, TokenInputs
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import ImageFile, TextFile, TokenFile
 from rotsparse.models.transformer import Point, check_point, run
+from rotsparse.models.words import vocabulary
 
 
 def capture(
@@ -47,6 +49,9 @@ def capture(
     texts, only with `special`. Of the remaining positions of each sequence the share `keep` is kept, drawn without
     replacement by `seed`. Image models read whole images, and ignore `length`. `dtype` is float32, or float16 to halve
     the files. An interrupted capture resumes where it stopped; a complete one is only opened.
+
+    A store says of every row from which sequence and position it comes, and holds the tokens of all sequences, so that
+    rows can be shown in their context (also where `keep` leaves out their neighbours).
 
     The manifest of a store says under `heavy_rows` whether a few rows hold nearly all of the variance (see
     `heavy_rows`).
@@ -99,8 +104,8 @@ def capture(
                 task = bar.add_task(f"capture {', '.join(map(str, wanted))}", total=source.size)
                 for shard, batches in work.shards(per_shard, first, partial(bar.update, task)):
                     for rows in batches:
-                        for writer, array in zip(writers, rows, strict=True):
-                            writer.append(shard, array)
+                        for writer, array in zip(writers, rows.values, strict=True):
+                            writer.append(shard, array, **rows.beside)
                     for writer in writers:
                         writer.close(shard)
         finally:
@@ -112,7 +117,10 @@ def capture(
     if not all(writer.shards for writer in writers):
         raise ValueError(f"{source.path} holds no tokens")
     tokens = None if isinstance(source, ImageFile) else partial(work.tokens, per_shard)
-    return [_finished(writer, tokens, partial(_word, source)) for writer in writers]
+    words = None
+    if isinstance(source, TextFile) and not all(writer.complete for writer in writers):
+        words = vocabulary(source.tokenizer, model)
+    return [_finished(writer, tokens, partial(_word, source), words) for writer in writers]
 
 
 def _word(source, token: int) -> str:
@@ -121,11 +129,18 @@ def _word(source, token: int) -> str:
     return text or f"number {token}"
 
 
-def _finished(writer: StoreWriter, tokens, word) -> ActivationStore:
+def _finished(writer: StoreWriter, tokens, word, words) -> ActivationStore:
     if not writer.complete:
         heavy = heavy_rows(ActivationStore(writer.folder, writer.manifest), tokens, word)
         writer.manifest["heavy_rows"] = None if heavy is None else asdict(heavy)
-    return writer.finish()
+    return writer.finish(words)
+
+
+class _Rows(NamedTuple):
+    """What a batch gives: the rows at each point, and the arrays that lie beside the rows of every store."""
+
+    values: list[np.ndarray]
+    beside: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -140,14 +155,12 @@ class _Work:
     seed: int
     dtype: np.dtype
 
-    def shards(
-        self, per_shard: int, first: int, progress: Callable
-    ) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
-        """Every shard from number `first` on: its number, and its rows in batches, one array for each point."""
+    def shards(self, per_shard: int, first: int, progress: Callable) -> Iterator[tuple[int, Iterator[_Rows]]]:
+        """Every shard from number `first` on: its number, and its rows in batches."""
         # Weights that are aligned as JAX needs them are used in place, without a copy.
         params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), self.model.params)
 
-        def batches(shard: int, group: list) -> Iterator[list[np.ndarray]]:
+        def batches(shard: int, group: list) -> Iterator[_Rows]:
             for start in range(0, len(group), self.batch):
                 chunk = group[start : start + self.batch]
                 yield self._rows(params, [piece for piece, _ in chunk], shard * per_shard + start)
@@ -166,11 +179,14 @@ class _Work:
                 inputs, _, kept = self._drawn(pieces, shard * per_shard + start)
                 yield np.asarray(inputs)[kept]
 
-    def _rows(self, params, pieces: list[np.ndarray], number: int) -> list[np.ndarray]:
+    def _rows(self, params, pieces: list[np.ndarray], number: int) -> _Rows:
         """The kept rows of a batch; `number` is that of its first sequence."""
         inputs, mask, kept = self._drawn(pieces, number)
         seen = _forward(params, inputs, mask, config=self.model.config, points=self.points)
-        return [_stored(np.asarray(values)[kept], self.dtype, number) for values in seen]
+        beside = {"places": (np.argwhere(kept) + np.array([number, 0])).astype(np.int32)}
+        if mask is not None:
+            beside["tokens"] = np.where(mask, inputs, NO_TOKEN)[: len(pieces)].astype(np.int32)
+        return _Rows([_stored(np.asarray(values)[kept], self.dtype, number) for values in seen], beside)
 
     def _drawn(self, pieces: list[np.ndarray], number: int):
         """The inputs of a batch, their mask, and which positions are kept."""

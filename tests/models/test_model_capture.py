@@ -258,3 +258,81 @@ def test_text_that_is_no_text(tmp_path):
     source = TextFile(tmp_path / "latin.txt", load_tokenizer(STORIES / "tok512.bin", model))
     with pytest.raises(ValueError, match="no UTF-8 text"):
         capture(model, source, POINTS, tmp_path / "out", **SMALL)
+
+
+# --- where rows come from ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_every_row_knows_its_token_and_its_place(keep, model, tokens, tmp_path):
+    (store,) = capture(model, tokens, POINTS[:1], tmp_path / "out", keep=keep, **SMALL)
+    line = np.load(tokens.path)
+    places, sequences = store.places(), store.tokens()
+    assert places.shape == (len(store), 2) and sequences.shape == (8, 8)
+    np.testing.assert_array_equal(sequences.ravel()[:61], line)
+    assert (sequences.ravel()[61:] == store_module.NO_TOKEN).all()
+    for row, (sequence, position) in enumerate(places):
+        seen = run(model.params, model.config, line[None, sequence * 8 :][:, :8], capture=((0, "input"),))[1]
+        np.testing.assert_allclose(store[row], seen[0, "input"][0, position], atol=1e-5)
+    store.verify()
+    assert store.vocabulary() is None, "there was no tokenizer"
+
+
+def as_format_1(folder):
+    """Make a store one of the earlier format, which had rows alone."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = {**manifest, "format": "rotsparse activations 1"}
+    manifest["shards"] = [{k: shard[k] for k in ("file", "rows", "sha256")} for shard in manifest["shards"]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for path in [*folder.glob("*.places.npy"), *folder.glob("*.tokens.npy")]:
+        path.unlink()
+
+
+def test_a_store_of_format_1_opens_and_says_what_it_lacks(model, tokens, tmp_path):
+    expected = everything(capture(model, tokens, POINTS[:1], tmp_path / "out", **SMALL))[0]
+    as_format_1(tmp_path / "out/0.input")
+    store = open_store(tmp_path / "out/0.input", model.fingerprint())
+    store.verify()
+    np.testing.assert_array_equal(store.read(range(61)), expected)
+    with pytest.raises(ValueError, match=r"does not hold the places of its rows \(it was captured by an earlier"):
+        store.places()
+    with pytest.raises(ValueError, match="does not hold the tokens of its rows"):
+        store.tokens()
+    (again,) = capture(model, tokens, POINTS[:1], tmp_path / "out", **SMALL)
+    assert again.manifest["format"].endswith("1"), "a complete store is only opened"
+    manifest = json.loads((tmp_path / "out/0.input/manifest.json").read_text())
+    (tmp_path / "out/0.input/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(ValueError, match="was begun by an earlier version"):
+        capture(model, tokens, POINTS[:1], tmp_path / "out", **SMALL)
+
+
+def test_damage_beside_the_rows_is_noticed(model, tokens, tmp_path):
+    (store,) = capture(model, tokens, POINTS[:1], tmp_path / "out", **SMALL)
+    path = tmp_path / "out/0.input/00001.places.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckError, match=r"00001\.places\.npy is damaged"):
+        store.verify()
+    np.save(path, np.zeros((3, 2), np.int32))
+    with pytest.raises(CheckError, match="says of"):
+        store.places()
+    np.save(path, np.zeros((3, 2)))
+    with pytest.raises(CheckError, match="not what was written"):
+        store.places()
+    manifest = json.loads((tmp_path / "out/0.input/manifest.json").read_text())
+    manifest["shards"][0]["beside"]["places"]["file"] = "../../tokens.npy"
+    (tmp_path / "out/0.input/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"tokens\.npy"):
+        open_store(tmp_path / "out/0.input")
+
+
+@needs_stories
+def test_the_words_of_a_store_join_to_its_text(tmp_path):
+    model = load_model(STORIES / "stories260K.bin")
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl named Lily. é\n")
+    source = TextFile(tmp_path / "text.txt", load_tokenizer(STORIES / "tok512.bin", model))
+    (store,) = capture(model, source, [(0, "input")], tmp_path / "out", length=64)
+    words, tokens = store.vocabulary(), store.tokens()[0]
+    shown = "".join(words[t] for t in tokens if t != store_module.NO_TOKEN and t > 2)
+    assert shown.strip().startswith("Once upon a time, there was a little girl named Lily.")
+    store.verify()
