@@ -29,6 +29,11 @@ from rotsparse.models.fold import fold_stream as fold_stream
 from rotsparse.models.fold import obstacle as obstacle
 from rotsparse.models.fold import outputs as outputs
 from rotsparse.models.heavy_rows import HeavyRows as HeavyRows
+from rotsparse.models.interventions import Ablate as Ablate
+from rotsparse.models.interventions import Clamp as Clamp
+from rotsparse.models.interventions import Resample as Resample
+from rotsparse.models.interventions import Steer as Steer
+from rotsparse.models.interventions import Swap as Swap
 from rotsparse.models.language import cross_entropy as cross_entropy
 from rotsparse.models.language import generate as generate
 from rotsparse.models.layers import mlp_layer as mlp_layer

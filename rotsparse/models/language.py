@@ -1,7 +1,8 @@
 """Evaluation of language models: the cross-entropy of a text, and generated text."""
 
-from functools import partial
+from collections.abc import Mapping
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from rotsparse._core.types import AnyArray
 from rotsparse.models.model import Model
-from rotsparse.models.transformer import step
+from rotsparse.models.transformer import Intervention, check_point, step
 
 
 def cross_entropy(
@@ -27,8 +28,11 @@ def generate(
     *,
     key: PRNGKeyArray | None = None,
     temperature: float = 1.0,
+    intervene: Mapping[tuple[int, str], Intervention] | None = None,
 ) -> np.ndarray:
     """Continue each prompt to `length` tokens: the likeliest token each time, or, with a key, samples at `temperature`.
+    `intervene` maps points to functions that replace the values there (see `interventions`), at every position; they
+    see one position at a time, `[batch, 1, d]`.
 
     Raises `ValueError` if `length` exceeds the model's positions or the model has no head.
     """
@@ -40,18 +44,19 @@ def generate(
             f"length counts the prompt: expected more than its {prompts.shape[1]} tokens and at most the model's "
             f"{model.config.max_positions} positions, got {length}"
         )
-    return np.asarray(_generate(model.params, model.config, prompts, length, key, temperature))
+    points = {check_point(model.config, point): change for point, change in (intervene or {}).items()}
+    return np.asarray(_generate(model.params, model.config, prompts, length, key, jnp.asarray(temperature), points))
 
 
-@partial(jax.jit, static_argnames=("config", "length"))
-def _generate(params, config, prompts, length, key, temperature):
+@eqx.filter_jit
+def _generate(params, config, prompts, length, key, temperature, intervene):
     batch, start = prompts.shape
     cache = jnp.zeros((config.n_layers, 2, batch, length, config.n_kv_heads, config.d_head), params["embed"].dtype)
     tokens = jnp.pad(prompts, ((0, 0), (0, length - start)))
 
     def write(i, carry):
         tokens, cache = carry
-        logits, cache = step(params, config, tokens[:, i], i, cache)
+        logits, cache = step(params, config, tokens[:, i], i, cache, intervene=intervene)
         if key is None:
             chosen = jnp.argmax(logits, axis=-1)
         else:

@@ -60,23 +60,60 @@ def run(
     Raises `ValueError` for a point that is not there, or more tokens than the model has positions.
     """
     probe = _Probe(config, capture, intervene or {})
-    x: Any  # NumPy or JAX, as the parameters are
+    x = _embedded(params, config, tokens, mask, token_types)
+    x = _blocks(params, config, x, probe, mask=mask)
+    return _output(params, config, x), probe.captured
+
+
+def _embedded(params, config, tokens, mask, token_types) -> Any:  # NumPy or JAX, as the parameters are
+    """The stream in front of the first layer. Raises `ValueError` for more tokens than there are positions."""
     if config.patches is not None:
-        x = embed_image(params, config, tokens)
-    else:
-        if tokens.shape[1] > config.max_positions:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them "
-                "shorter"
-            )
-        places = jnp.arange(tokens.shape[1])
-        if mask is not None and config.position_offset and config.position_pad is None:
-            places = jnp.cumsum(mask, axis=1) * mask - 1  # OPT counts the tokens that are looked at
-        x = embed_tokens(params, config, tokens, token_types, places)
+        return embed_image(params, config, tokens)
+    if tokens.shape[1] > config.max_positions:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens a sequence, but the model has {config.max_positions} positions: cut them shorter"
+        )
+    places = jnp.arange(tokens.shape[1])
+    if mask is not None and config.position_offset and config.position_pad is None:
+        places = jnp.cumsum(mask, axis=1) * mask - 1  # OPT counts the tokens that are looked at
+    return embed_tokens(params, config, tokens, token_types, places)
+
+
+def stream_before(
+    params: Params,
+    config: TransformerConfig,
+    tokens: Inputs,
+    layer: int,
+    *,
+    mask: Bool[AnyArray, "batch tokens"] | None = None,
+) -> Float[Array, "batch tokens d_model"]:
+    """The residual stream in front of a layer's attention: where `run_from` goes on."""
+    shortened, probe = {**params, "layers": params["layers"][:layer]}, _Probe(config, (), {})
+    return _blocks(shortened, config, _embedded(params, config, tokens, mask, None), probe, mask=mask)
+
+
+def run_from(
+    params: Params,
+    config: TransformerConfig,
+    x: Float[Array, "batch tokens d_model"],
+    layer: int,
+    *,
+    mask: Bool[AnyArray, "batch tokens"] | None = None,
+    capture: tuple[tuple[int, str], ...] = (),
+    intervene: Mapping[tuple[int, str], Intervention] | None = None,
+) -> tuple[Float[Array, "batch tokens out"], dict[tuple[int, str], Array]]:
+    """What `run` returns, from the stream in front of a layer on: for many interventions there and behind it, the
+    layers in front need to run only once."""
+    probe = _Probe(config, capture, intervene or {})
+    return _output(params, config, _blocks(params, config, x, probe, mask=mask, first=layer)), probe.captured
+
+
+def _blocks(params, config, x, probe, *, mask, first=0):
+    """The stream behind the last layer, from the one in front of the layer `first`."""
     n = x.shape[1]
     positions = jnp.arange(n)
     bias = position_bias(params, n)
-    for index, layer in enumerate(params["layers"]):
+    for index, layer in enumerate(params["layers"][first:], start=first):
         visible = _visible(config, index, positions, n)
         visible = visible[None] if mask is None else visible[None] & mask[:, None, :]
 
@@ -84,7 +121,7 @@ def run(
             return _attention(p, config, index, u, positions, visible, n, bias=bias)
 
         x = _block(layer, config, x, attend, index, probe)
-    return _output(params, config, x), probe.captured
+    return x
 
 
 def step(
@@ -93,9 +130,11 @@ def step(
     token: Int[Array, "batch"],
     position: Int[Array, ""],
     cache: Float[Array, "layers 2 batch tokens heads d"],
+    *,
+    intervene: Mapping[tuple[int, str], Intervention] | None = None,
 ) -> tuple[Float[Array, "batch out"], Float[Array, "layers 2 batch tokens heads d"]]:
     """What `run` returns at one position of a causal model, given the keys and values of the positions before it in
-    `cache` (zeros of that shape at the start); and the cache with this position's."""
+    `cache` (zeros of that shape at the start); and the cache with this position's. `intervene` as in `run`."""
 
     def attend(index, p, u):
         def remember(k, v):
@@ -109,7 +148,7 @@ def step(
 
     x: Any = embed_tokens(params, config, token[:, None], None, position[None])
     for index, layer in enumerate(params["layers"]):
-        x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), {}))
+        x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), intervene or {}))
     return _output(params, config, x)[:, 0], cache
 
 
