@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -166,6 +166,22 @@ class Solution:
             candidate_values=values,
             stats=self.stats | evident,
         )
+
+    def renumbered(self, numbers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Solution":
+        """The same solution with the directions of some spaces in another order and with other signs: direction i of a
+        space becomes `signs[i]` times its earlier direction `order[i]`. The other restarts stay as they are."""
+
+        def changed(bases: Bases) -> Bases:
+            turned: dict[str, Any] = dict(bases)
+            for name, (order, signs) in numbers.items():
+                r = np.asarray(bases[name])
+                turned[name] = r[order] * signs.astype(r.dtype)[:, None]
+            return turned
+
+        best = self.best
+        candidates = tuple(changed(c) if i == best else c for i, c in enumerate(self.candidates))
+        free = self.free | {name: self.free[name][order] for name, (order, _) in numbers.items()}
+        return dataclasses.replace(self, bases=changed(self.bases), candidates=candidates, free=free)
 
     def agreement(self) -> dict[str, np.ndarray]:
         """How well the restarts agree: for every space, `|cos|` of each direction of the result with its match in each

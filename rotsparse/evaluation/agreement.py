@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Rows
 from rotsparse.engine.solution import SAME, Solution
-from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
+from rotsparse.evaluation.numbering import influences as shares
+from rotsparse.evaluation.units import Matrix, MatrixOut
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import jacobians
 
 # Subspaces whose mean squared cosine is above this count as the same.
 SAME_SUBSPACE = 0.9
@@ -116,7 +116,7 @@ def agreements(
     units |= {"covariance": covariance, "covariance_out": covariance_out}
     best = int(np.argmin(solution.candidate_values))
     candidates = [{name: np.asarray(r, np.float64) for name, r in of.items()} for of in solution.candidates]
-    influences = [_influences(layer, x, bases, units) for bases in candidates]
+    influences = [shares(layer, x, bases, units) for bases in candidates]
     found = {}
     for space, cosines in solution.agreement().items():
         free = np.flatnonzero(solution.free[space])
@@ -134,15 +134,6 @@ def agreements(
         lowest = cosines.min(axis=0)[orders[best]]
         found[space] = Agreement(space, orders[best], influence, lowest, tuple(blocks))
     return found
-
-
-def _influences(layer, x, bases, units) -> dict[str, np.ndarray]:
-    """For every space, the share of the mean squared (scaled) Jacobian that each of its directions holds."""
-    r_in, r_out = scaled_rows(layer, x, bases["in"], bases.get("out", bases["in"]), **units)
-    square = sum(np.square(z, dtype=np.float64).sum(axis=0) for z in jacobians(layer, x, r_in, r_out))
-    share = square / np.sum(square)
-    columns, rows = share.sum(axis=0), share.sum(axis=1)
-    return {"in": columns, "out": rows} if "out" in bases else {"in": (columns + rows) / 2}
 
 
 def _mean_squared_cosine(a, b) -> float:
