@@ -37,7 +37,7 @@ extras-dev := [dev]
 extras-docs := [docs]
 extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
-extras-peers := [tests,peers,release]
+extras-peers := [tests,peers,browser,release]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."

@@ -9,7 +9,8 @@ A layer, its inputs, and the rotations that make its per-example Jacobians spars
 
 The floors, top to bottom; imports go downward only:
 
-    cli, runs, report, evaluation     what the command line does, and the evidence
+    cli, runs, report, explain        what the command line does, and what is shown of a fit
+    evaluation                        the evidence
     models, examples                  trained networks
     fit                               find_rotations, find_basis, fit_chain, minimize, and their default methods
     solvers                           methods: Anneal, Riemannian, PairSearch, ..., and Then, BestOf, Each
@@ -74,6 +75,9 @@ from rotsparse.objectives.measures import SmoothedPower as SmoothedPower
 from rotsparse.objectives.measures import Tanh as Tanh
 from rotsparse.objectives.measures import TopK as TopK
 from rotsparse.objectives.measures import Welsch as Welsch
+from rotsparse.runs.effects import effects as effects
+from rotsparse.runs.opened import LayerRun as LayerRun
+from rotsparse.runs.opened import load_run as load_run
 from rotsparse.solvers.anneal import Anneal as Anneal
 from rotsparse.solvers.combine import BestOf as BestOf
 from rotsparse.solvers.combine import Each as Each

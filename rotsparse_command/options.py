@@ -213,6 +213,59 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Explain:
+    """Show what the directions of a run respond to, what they move and through which neurons: directions.html in the
+    run folder, and in that of every layer of a fit-model run.
+
+    Example: rotsparse explain runs/mlp
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder. For a fit-model run, every layer is explained."""
+    tokenizer: Annotated[Path | None, _default("the words that the capture kept")] = None
+    """For a run of a model: the tokenizer that gives the words of tokens (tokenizer.json, or llama2c's .bin)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the directions of one side of a run for another library.
+
+    Example: rotsparse export runs/stories/layer-4 --side out --out saes/layer-4
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run of one layer."""
+    out: Path
+    """The folder to write."""
+    side: Literal["in", "out"] = "out"
+    """Which of the two rotations."""
+    to: Literal["sae"] = "sae"
+    """sae: an orthogonal autoencoder without error, with two features for each direction, that SAELens loads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Steer:
+    """Go on with a text, as the model is and with one direction of a layer pushed at every token. The likeliest token
+    is taken each time.
+
+    Example: rotsparse steer runs/stories/layer-4 --tokenizer tok512.bin --direction out-3 --by 6 --prompt "Lily saw"
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run of a model's layer: layer-N in the folder of a fit-model run."""
+    direction: str
+    """A side and a number, such as in-3 or out-17, as on the page of `rotsparse explain`."""
+    prompt: str
+    """The beginning of the text."""
+    by: float = 4.0
+    """How far to push, in standard deviations of the direction's coordinate; may be negative."""
+    length: int = 60
+    """How many tokens to write."""
+    tokenizer: Annotated[Path | None, _default("the one in the model's folder or GGUF file")] = None
+    """The tokenizer: a tokenizer.json, or llama2c's .bin."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Runs:
     """List the runs in a folder: state, steps done, and lowest objective.
 
@@ -343,6 +396,9 @@ Command = (
     | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
     | Annotated[Fold, tyro.conf.subcommand("fold")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Capture, tyro.conf.subcommand("capture")]

@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 LANGUAGES = {"python", "sh", "text", "json"}
 
 # Pages with a test of their own below, because they need data, several processes or a batch system.
-APART = {"docs/models.md", "docs/sparse_inference.md", "docs/many_devices.md"}
+APART = {"docs/models.md", "docs/sparse_inference.md", "docs/many_devices.md", "docs/elsewhere.md"}
 
 STEPS = 20
 
@@ -183,6 +183,20 @@ def test_sparse_inference_of_a_real_model_runs(folder, few_steps):
     names: dict = {}
     execute(blocks("docs/sparse_inference.md", "python")[2], names)
     assert names["folded"].exact_error < 1e-9 * names["folded"].scale
+
+
+@pytest.mark.peers
+def test_the_page_on_other_libraries_runs(folder, few_steps, shell, capsys):
+    pytest.importorskip("sae_lens", reason="needs the extra `peers`")
+    names: dict = {}
+    for language, block in FENCE.findall(PAGES["docs/elsewhere.md"]):
+        if language == "python":
+            execute(block, names)
+        elif language == "sh":
+            shell(block)
+    said = capsys.readouterr().out
+    assert "64 128" in said and float(re.search("spread along the direction: (.*)", said)[1]) < 1e-3
+    assert float(said.split()[-1]) == pytest.approx(4, abs=1e-3)
 
 
 # --- many devices, and batch systems

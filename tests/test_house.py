@@ -15,7 +15,7 @@ PACKAGE = ROOT / "rotsparse"
 FLOORS = [
     {"cli"},
     {"runs"},
-    {"report"},
+    {"report", "explain"},
     {"evaluation"},
     {"models", "examples"},
     {"fit"},

@@ -81,3 +81,9 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
 def _constant(x: np.ndarray) -> bool:
     """Whether all examples are equal. In NumPy, because JAX would compile three programs."""
     return bool((x[1] == x[0]).all()) and bool((x == x[0]).all())
+
+
+def seed(value: int) -> None:
+    """Raise `ValueError` for a seed that the random generators do not accept."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {value}")

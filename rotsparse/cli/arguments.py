@@ -102,18 +102,24 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
 
 
-def check_seed(seed: int) -> None:
-    """Raise `ValueError` for a seed that the random generators do not accept."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {seed}")
+def again(command: str, options: Any) -> str:
+    """The command line that gives the same run again, without what only says how to run it."""
+    return " ".join(filter(None, ["rotsparse", command, spelled(options, leave_out=_HOW)]))
 
 
-def spelled(options: Any) -> str:
-    """The options of a group that differ from their defaults, as typed on the command line."""
+# Options that say how to run a command, and not what it computes.
+_HOW = ("overwrite", "resume", "tensorboard", "checkpoint_minutes", "devices")
+
+
+def spelled(options: Any, *, leave_out: tuple[str, ...] = ()) -> str:
+    """The options of a group that differ from their defaults, as typed on the command line; those of groups in it
+    too."""
     words = []
     for field in dataclasses.fields(options):
         value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        if value != field.default:
+        if dataclasses.is_dataclass(value):
+            words += filter(None, [spelled(value, leave_out=leave_out)])
+        elif value != field.default and field.name not in leave_out:
             values = () if value is True else value if isinstance(value, tuple) else (value,)
             words += [name, *(shlex.quote(str(v)) for v in values)]
     return " ".join(words)

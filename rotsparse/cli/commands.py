@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
 from rotsparse._core.reading import reading
-from rotsparse.cli import demo, model_commands
-from rotsparse.cli.arguments import check_seed, fit_arguments, plain, recorded, spelled
+from rotsparse.cli import demo, explain_command, export_command, model_commands, steer_command
+from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
-from rotsparse.data.sources import RowRange, Source, in_memory
-from rotsparse.engine.solution import Solution
+from rotsparse.data.sources import in_memory
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
 from rotsparse.evaluation.compare import compare_with_baselines
 from rotsparse.evaluation.control import Control
-from rotsparse.layers.activations import ACTIVATIONS
-from rotsparse.layers.base import Layer
-from rotsparse.layers.files import load_layer, open_activations, save_layer
+from rotsparse.layers.files import open_activations, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
-from rotsparse.runs import folders, inputs, layer_run, listing
+from rotsparse.runs import folders, inputs, layer_run, listing, loading
+from rotsparse.runs.opened import LayerRun
 from rotsparse_command import options as opt
 
 console = Console()
@@ -53,6 +50,12 @@ def run(command: Any) -> int:
             return fold(command)
         case opt.Report():
             return redraw(command)
+        case opt.Explain():
+            return explain_command.run(command, console)
+        case opt.Export():
+            return export_command.run(command, console)
+        case opt.Steer():
+            return steer_command.run(command, console)
         case opt.Runs():
             console.print(listing.table(command.folder))
             return 0
@@ -69,15 +72,16 @@ def run(command: Any) -> int:
 
 def fit(command: "opt.Fit") -> int:
     """`rotsparse fit`."""
-    layer, train, test = _inputs(command.layer)
+    layer, train, test = loading.inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
     options |= {"start": None if command.start is None else _rotations(command.start)}
     config = {"command": "fit", **plain(command), folders.INPUTS: _hashes(command.layer, start=command.start)}
-    run = command.run
+    run, known = command.run, {"again": again("fit", command)}
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:
         options = recorded(options, run, folder)
         solution = layer_run.run(
-            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config, console=console,
+            folder, layer, train, test, fit=options, seed=command.layer.seed, config=config | known,
+            console=console,
             control=command.control == "quick",
         )  # fmt: skip
     console.print(f"report: {visible(run.out / 'report.html')}")
@@ -94,7 +98,7 @@ def fit(command: "opt.Fit") -> int:
 
 def comparison(command: "opt.Compare") -> int:
     """`rotsparse compare`."""
-    layer, train, test = _inputs(command.layer)
+    layer, train, test = loading.inputs(command.layer)
     if command.out is not None:
         files.check_new_file(command.out, command.overwrite)
     train, _ = in_memory(train)
@@ -126,7 +130,7 @@ def comparison(command: "opt.Compare") -> int:
 
 def benchmarked(command: "opt.Benchmark") -> int:
     """`rotsparse benchmark`."""
-    layer, train, test = _inputs(command.layer)
+    layer, train, test = loading.inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
     with contextlib.ExitStack() as stack:
         folder = command.out and stack.enter_context(folders.new_run(command.out, overwrite=command.overwrite))
@@ -149,8 +153,8 @@ def fold(command: "opt.Fold") -> int:
             f"--out {command.out}: a layer is written as safetensors, so give a name that ends in .safetensors"
         )
     _check_layer(command.rotations, command.layer.layer)
-    layer, rotations = _layer(command.layer), _rotations(command.rotations)
-    x = _sample(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
+    layer, rotations = loading.layer(command.layer), _rotations(command.rotations)
+    x = loading.sample(command.layer.activations, open_activations(command.layer.activations, layer.d_in))
     files.check_new_file(command.out, command.overwrite)
     folded = fold_layer(layer, rotations, evenly_spaced(x, CHECKED_EXAMPLES))
     save_layer(command.out, folded.layer)
@@ -171,7 +175,7 @@ def redraw(command: "opt.Report") -> int:
         case "fit-model" if "layer_number" in config:
             _redraw(command.run, config)
         case "fit-model":
-            for folder in model_commands.layer_folders(command.run):
+            for folder in folders.layer_folders(command.run):
                 console.rule(folder.name)
                 _redraw(folder, folders.read_object(folder / folders.CONFIG))
         case "benchmark":
@@ -191,40 +195,32 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
     console.print(f"report: {visible(run / 'report.html')}")
 
 
-def _drawn(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _drawn(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `write_comparison` for a run. Raises `ValueError`, and other exceptions for files of a run that
     rotsparse did not write."""
-    metrics = folders.read_json(run / layer_run.METRICS)
-    solution = Solution.load(run / layer_run.SOLUTION)
-    # The input files of a demo and of a model's layer are in the run folder, those of a fit where the user keeps them.
-    found = {name: inputs.located(run, config, name) for name in ("layer", "activations", "test_activations")}
-    if found["layer"] is None or found["activations"] is None:
-        raise ValueError(f"{run / folders.CONFIG} names no layer or no activations: nothing to draw")
-    rest = {name: config[name] for name in ("activation", "norm", "input_scale", "seed") if name in config}
-    # A model's layer file already contains its skip matrix.
-    skip = config["command"] == "fit" and config["skip"]
-    layer, train, test = _inputs(opt.EvaluationOptions(**found, **rest, skip=skip))
-    check_seed(config["seed"])
+    run = LayerRun(folder, config)
     if not isinstance(config.get("versions", {}), dict):
-        raise ValueError(f"{run / folders.CONFIG} does not say which versions the run had")
-    function_error, floor = metrics["function_error"], metrics["objective"]["floor"]
+        raise ValueError(f"{folder / folders.CONFIG} does not say which versions the run had")
+    function_error, floor = run.metrics["function_error"], run.metrics["objective"]["floor"]
+    layer, train, test = run.inputs
+    checks.seed(config["seed"])
     return {
         "layer": layer,
         "train": train,
         "test": test,
-        "solution": solution,
+        "solution": run.solution,
         "scale_inputs": config["input_scale"] == "std",
         "floor": None if floor is None else float(floor),
         "function_error": float(function_error),
-        "control": None if metrics.get("control") is None else Control.from_json(metrics["control"]),
-        "pictures": demo.pictures(run, config) if config["command"] == "demo" else None,
+        "control": None if run.metrics.get("control") is None else Control.from_json(run.metrics["control"]),
+        "pictures": demo.pictures(folder, config) if config["command"] == "demo" else None,
     }
 
 
 def _rotations(path: Path) -> Rotations:
     """Read rotations from a file or a run folder. Raises `ValueError` if there are none."""
     if path.is_dir() and not (path / layer_run.ROTATIONS).exists():
-        layers = model_commands.layer_folders(path)
+        layers = folders.layer_folders(path)
         advice = f"choose one of its layers, such as {layers[0]}" if layers else "is it the folder of a complete run?"
         raise ValueError(f"{path} holds no {layer_run.ROTATIONS}: {advice}")
     return Rotations.load(path / layer_run.ROTATIONS if path.is_dir() else path)[0]
@@ -264,33 +260,3 @@ def _named(paths: Sequence[Path]) -> dict[str, Path]:
     while len({place[-depth:] for place in places}) < len(places):
         depth += 1
     return {"/".join(place[-depth:]): path for place, path in zip(places, paths, strict=True)}
-
-
-def _layer(options: "opt.LayerOptions") -> Layer:
-    return load_layer(options.layer, ACTIVATIONS[options.activation], norm=options.norm, skip=options.skip)
-
-
-def _inputs(options: "opt.EvaluationOptions") -> tuple[Layer, np.ndarray | Source, np.ndarray]:
-    """The layer, the activations to fit on, and the held-out activations (a sample of those that stay on disk)."""
-    check_seed(options.seed)
-    layer = _layer(options)
-    x = open_activations(options.activations, layer.d_in)
-    if options.test_activations is not None:
-        return layer, x, _sample(options.test_activations, open_activations(options.test_activations, layer.d_in))
-    if len(x) < 10:
-        raise ValueError(
-            f"{options.activations} holds {len(x)} examples, too few to hold a fifth of them out: give at least 10, or "
-            "--test-activations"
-        )
-    held_out = len(x) // 5
-    if isinstance(x, Source):
-        border = len(x) - held_out
-        test = _sample(options.activations, RowRange(x, range(border, len(x))))
-        return layer, RowRange(x, range(border)), test
-    order = np.random.default_rng(options.seed).permutation(len(x))
-    return layer, x[order[held_out:]], x[order[:held_out]]
-
-
-def _sample(path: Path, x: np.ndarray | Source) -> np.ndarray:
-    """The sample of activations that is kept in memory. Raises `ValueError` if it is not finite."""
-    return np.asarray(checks.activations(str(path), x.resident(), x.shape[1])) if isinstance(x, Source) else x

@@ -9,20 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from rotsparse._core import checks
 from rotsparse._core.printable import visible
-from rotsparse.cli.arguments import check_seed, plain
+from rotsparse.cli import explain_command
+from rotsparse.cli.arguments import again, plain
+from rotsparse.cli.demo_directions import LABELS
 from rotsparse.cli.output import Console
 from rotsparse.engine.run import Run
 from rotsparse.evaluation.baselines import pca
 from rotsparse.examples import addition, digits
+from rotsparse.explain.page import PAGE
 from rotsparse.fit.default_method import default_method
 from rotsparse.layers.base import Layer
 from rotsparse.layers.files import load_activations, save_array, save_layer
 from rotsparse.objectives.measures import Log
 from rotsparse.runs import folders, inputs, layer_run
+from rotsparse.runs.opened import LayerRun
 from rotsparse_command import options
-
-EMBEDDING = "embedding.npy"
 
 
 class Subject(NamedTuple):
@@ -34,12 +37,15 @@ class Subject(NamedTuple):
     said: str
     steps: int
     scale_inputs: bool
+    labels: list[str]  # of the test examples
     embedding: Float[np.ndarray, "modulus d"] | None = None
+    pictures: Float[np.ndarray, "m height width"] | None = None  # of the test examples
+    pixels: Float[np.ndarray, "d height width"] | None = None  # what each input reads from a picture
 
 
 def run(command: "options.Demo", console: Console) -> int:
     """Train, fit, report. Returns the exit code."""
-    check_seed(command.seed)
+    checks.seed(command.seed)
     with folders.new_run(command.out, overwrite=command.overwrite) as folder:
         of = _SUBJECTS[command.network](command.seed, console)
         train, test = of.train[: command.examples], of.test[: command.examples]
@@ -52,13 +58,15 @@ def run(command: "options.Demo", console: Console) -> int:
         save_layer(folder / "layer.safetensors", of.layer)
         save_array(folder / "activations.npy", train)
         save_array(folder / "test_activations.npy", test)
-        config: dict[str, Any] = {"command": "demo", **plain(command)}
+        config: dict[str, Any] = {"command": "demo", **plain(command), "again": again("demo", command)}
         config |= {"layer": "layer.safetensors", "activations": "activations.npy", "activation": "relu"}
         config |= {"test_activations": "test_activations.npy", "input_scale": "std" if of.scale_inputs else "none"}
         names = ["layer", "activations", "test_activations"]
-        if of.embedding is not None:
-            save_array(folder / EMBEDDING, of.embedding)
-            names, config = [*names, "embedding"], config | {"embedding": EMBEDDING}
+        for name, array in {"embedding": of.embedding, "pictures": of.pictures, "pixels": of.pixels}.items():
+            if array is not None:
+                save_array(folder / f"{name}.npy", array)
+                names, config = [*names, name], config | {name: f"{name}.npy"}
+        folders.write_json(folder / LABELS, {"labels": of.labels[: len(test)]})
         config[folders.INPUTS] = inputs.hashes(**{name: folder / config[name] for name in names})
         fit = {"measure": Log(0.1), "scale_inputs": of.scale_inputs, "restarts": 2, "run": Run(progress=True)}
         fit["method"] = default_method(steps=command.steps or of.steps)
@@ -81,7 +89,9 @@ def run(command: "options.Demo", console: Console) -> int:
                 "figures/waves.png.",
                 highlight=False,
             )
+        explain_command.explain(LayerRun(folder, folders.read_object(folder / folders.CONFIG)))
     console.print(f"report: {visible(command.out / 'report.html')}")
+    console.print(f"its directions: {visible(command.out / PAGE)}")
     return 0 if layer_run.succeeded(solution) else 1
 
 
@@ -108,7 +118,8 @@ def _addition(seed: int, console: Console) -> Subject:
     console.print(f"training a network to add modulo {addition.MODULUS} ...")
     network = addition.train(seed)
     said = f"{network.accuracy:.1%} right on pairs it has not seen; the MLP block"
-    return Subject(network.layer, network.train, network.test, said, 4000, True, network.embedding)
+    labels = [f"{a} + {b}" for a, b in network.unseen]
+    return Subject(network.layer, network.train, network.test, said, 4000, True, labels, network.embedding)
 
 
 def _digits(seed: int, console: Console) -> Subject:
@@ -116,7 +127,15 @@ def _digits(seed: int, console: Console) -> Subject:
     network = digits.train(seed)
     train, test = (np.asarray(network.layers[0](jnp.asarray(x))) for x in (network.train, network.test))
     return Subject(
-        network.layers[1], train, test, f"held-out accuracy {network.accuracy:.1%}; the second layer", 8000, False
+        network.layers[1],
+        train,
+        test,
+        f"held-out accuracy {network.accuracy:.1%}; the second layer",
+        8000,
+        False,
+        [f"image {i}" for i in range(len(test))],
+        pictures=np.asarray(network.test, np.float32).reshape(-1, 8, 8),
+        pixels=np.asarray(network.layers[0].w, np.float32).reshape(-1, 8, 8),
     )
 
 

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rotsparse import models
+from rotsparse._core import checks
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
 from rotsparse._core.reading import reading
-from rotsparse.cli.arguments import check_positive, check_seed, fit_arguments, plain, recorded, spelled
+from rotsparse.cli.arguments import again, check_positive, fit_arguments, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
@@ -70,7 +71,7 @@ def capture(command: "options.Capture", console: Console) -> int:
     """`rotsparse capture`."""
     model = models.load_model(command.source.model)
     layers = _layer_numbers(command.layers, model)
-    check_seed(command.seed)
+    checks.seed(command.seed)
     for name in ("sequences", "batch"):
         check_positive(name, getattr(command, name))
     try:
@@ -105,7 +106,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
     model = models.load_model(command.model)
     arguments = fit_arguments(command.fit, command.input_scale)
     check_positive("examples", command.examples)
-    check_seed(command.seed)
+    checks.seed(command.seed)
     if command.skip and command.site != "residual":
         raise ValueError("--skip adds the stream in front of the norm: it needs --site residual")
     # Check all inputs before the first fit.
@@ -141,7 +142,8 @@ def fit(command: "options.FitModel", console: Console) -> int:
             written = inputs.hashes(
                 **{name: of_layer / layer_config[name] for name in ("layer", "activations", "test_activations")}
             )
-            own = config | layer_config | {"layer_number": i, folders.INPUTS: config[folders.INPUTS] | written}
+            known = {"layer_number": i, "again": again("fit-model", command)}
+            own = config | layer_config | known | {folders.INPUTS: config[folders.INPUTS] | written}
             fit = recorded(arguments, run, of_layer)
             layer_run.run(
                 of_layer,
@@ -171,12 +173,6 @@ def fit(command: "options.FitModel", console: Console) -> int:
     console.print(f"a report for each layer: {visible(run.out)}/layer-*/report.html")
     console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
-
-
-def layer_folders(run: Path) -> list[Path]:
-    """The folders of a fit-model run's layers, in their order."""
-    numbers = (path.parent.name.removeprefix("layer-") for path in run.glob(f"layer-*/{layer_run.METRICS}"))
-    return [run / f"layer-{i}" for i in sorted(int(number) for number in numbers if number.isdecimal())]
 
 
 def fold(command: "options.FoldModel", console: Console) -> int:

@@ -27,13 +27,14 @@ TRAINED_ON = 0.6  # of all pairs
 
 class Addition(NamedTuple):
     """A trained network: its MLP block without the skip connection, the embedding of every number, the block's inputs
-    for the pairs that it was trained on and for the others, and its accuracy on these."""
+    for the pairs that it was trained on and for the others, its accuracy on these, and these pairs."""
 
     layer: MLP
     embedding: Float[np.ndarray, "modulus width"]
     train: Float[np.ndarray, "n width"]
     test: Float[np.ndarray, "m width"]
     accuracy: float
+    unseen: Int[np.ndarray, "m 2"]
 
 
 class Waves(NamedTuple):
@@ -72,7 +73,7 @@ def train(seed: int = 0, *, steps: int = STEPS) -> Addition:
     right = np.argmax(_logits(params, unseen), axis=1) == unseen.sum(axis=1) % MODULUS
     layer = MLP(params["w_in"], params["b_in"], params["w_out"], activation="relu")
     inputs, unseen_inputs = (np.asarray(_inputs(params, of)) for of in (seen, unseen))
-    return Addition(layer, np.asarray(params["embedding"]), inputs, unseen_inputs, float(np.mean(right)))
+    return Addition(layer, np.asarray(params["embedding"]), inputs, unseen_inputs, float(np.mean(right)), unseen)
 
 
 def waves(embedding: Float[AnyArray, "modulus width"], directions: Float[AnyArray, "k width"]) -> Waves:

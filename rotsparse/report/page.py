@@ -29,6 +29,7 @@ from rotsparse.evaluation.names import (
 from rotsparse.evaluation.tables import CHOSEN
 from rotsparse.evaluation.verdict import EDGES, SHARE, WITHOUT_TOP
 from rotsparse.report.data import AFTER, BEFORE
+from rotsparse.report.subject import title
 
 
 def render(
@@ -53,8 +54,10 @@ def render(
     captions, own = captions or {}, _captions(examples, scale_inputs, scale_outputs, floor is not None)
     embedded = {name: _figure(figures[name], caption) for name, caption in {**own, **captions}.items()}
     config = dict(config)
-    versions = config.pop("versions", {})
+    versions, again = config.pop("versions", {}), config.pop("again", None)
     return Template(files("rotsparse.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title(config)),
+        again="" if again is None else f"<pre><code>{escape(again)}</code></pre>",
         finding=escape(finding),
         remarks="".join(f"<p>{escape(remark)}</p>" for remark in remarks),
         tiles=_tiles(comparison, solution, function_error),

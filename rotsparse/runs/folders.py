@@ -27,6 +27,15 @@ from rotsparse._core.reading import regular_file
 
 CONFIG = "config.json"
 
+# Files of a fit's results.
+METRICS = "metrics.json"
+SOLUTION = "solution.npz"
+ROTATIONS = "rotations.safetensors"
+TABLE = "table.md"
+
+# In the metadata of the rotations: how their directions are ordered.
+NUMBERED = "by influence"
+
 # The state of a run, its config, when it began, and the error if it failed: all that is known before there are results.
 STATUS = "status.json"
 RUNNING, INTERRUPTED, FAILED, COMPLETE = "running", "interrupted", "failed", "complete"
@@ -200,6 +209,12 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     then, today = (found if isinstance(found := config.get(INPUTS), dict) else {} for config in (before, now))
     names = [name for name in today if then.get(name) != today[name]]
     return [f"{now.get(name, name)} has changed: its SHA-256 was {then.get(name)}, is {today[name]}" for name in names]
+
+
+def layer_folders(run: Path) -> list[Path]:
+    """The folders of a fit-model run's layers, in their order."""
+    numbers = (path.parent.name.removeprefix("layer-") for path in run.glob(f"layer-*/{METRICS}"))
+    return [run / f"layer-{i}" for i in sorted(int(number) for number in numbers if number.isdecimal())]
 
 
 def write_json(path: str | os.PathLike, content: Mapping[Any, Any]) -> None:

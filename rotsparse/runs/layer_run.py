@@ -1,5 +1,6 @@
 """The main job: fit a layer, compare it with every baseline on held-out examples, fold it, and write a run folder."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,20 +12,26 @@ from rich.console import Console
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
-from rotsparse.data.moments import evenly_spaced, scale_covariance
+from rotsparse.data.moments import scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
 from rotsparse.evaluation.compare import Comparison, compare_with_baselines
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.fit_nulls import quick_control
+from rotsparse.evaluation.numbering import numbered
 from rotsparse.evaluation.verdict import verdict
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
-from rotsparse.runs import folders
+from rotsparse.objectives.measures import Measure
+from rotsparse.runs import folders, loading
+from rotsparse.runs.folders import METRICS as METRICS
+from rotsparse.runs.folders import NUMBERED, SOLUTION
+from rotsparse.runs.folders import ROTATIONS as ROTATIONS
+from rotsparse.runs.folders import TABLE as TABLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,18 +39,8 @@ if TYPE_CHECKING:
 # Draws figures of the bases that are compared: a figure and its caption by name.
 Pictures = Callable[[dict[str, Rotations]], Mapping[str, tuple["Figure", str]]]
 
-METRICS = "metrics.json"
-SOLUTION = "solution.npz"
-ROTATIONS = "rotations.safetensors"
-TABLE = "table.md"
-
 # The floor takes a singular value decomposition of every example; so many examples give three digits.
 FLOOR_EXAMPLES = 256
-
-# Each basis is compared on evenly spaced examples with so many Jacobian entries in total. For wide layers this takes
-# minutes, and the intervals are already narrow.
-COMPARED_ENTRIES = 2**26
-FEWEST_COMPARED = 200
 
 
 def run(
@@ -60,7 +57,8 @@ def run(
     pictures: Pictures | None = None,
 ) -> Solution:
     """Fit on `train`, report on `test`, and write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
-    `report.html` and `figures/` into `folder`.
+    `report.html` and `figures/` into `folder`. Directions are numbered by their influence on `test`
+    (`evaluation.numbering`), in all of these.
 
     `fit` holds the arguments of `find_rotations`, `config` the options of the command. With `control` the layer and its
     null models are fitted once more, by a few hundred steps each (`quick_control`). `pictures` draws further figures
@@ -73,13 +71,15 @@ def run(
     solution = find_rotations(layer, train, key=key, **fit)
     console.print(solution.summary(), highlight=False)
     solution.completed()
+    shown = loading.compared(layer, test)
+    units = {"scale_inputs": scale_inputs, "covariance": scale_covariance(in_memory(train)[0])}
+    solution = numbered(layer, shown, solution, **units)
     # The floor is a bound for unscaled Jacobians between whole spaces.
     whole = not scale_inputs and fit.get("active_subspace") is None
     lowest = None if not whole else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
     folded = fold(layer, solution.rotations, test)
 
     solution.save(folder / SOLUTION)
-    solution.rotations.save(folder / ROTATIONS, {"seed": seed, "objective": solution.value})
     made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), console=console) if control else None
     config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
     folders.write_json(folder / folders.CONFIG, config)
@@ -97,6 +97,9 @@ def run(
         pictures=pictures,
         console=console,
     )
+    about = {"seed": seed, "objective": solution.value, "scale_inputs": scale_inputs}
+    about |= {"measure": _spelled(fit["measure"]), "numbered": NUMBERED}
+    solution.rotations.save(folder / ROTATIONS, about | _origin(config) | {"agreement": _lowest(solution, agreement)})
     folders.write_json(
         folder / METRICS,
         {
@@ -148,7 +151,7 @@ def write_comparison(
     from rotsparse.report import write  # imported here: Matplotlib takes half a second
 
     sample, source = in_memory(train)
-    test = evenly_spaced(test, max(FEWEST_COMPARED, COMPARED_ENTRIES // (layer.d_in * layer.d_out)))
+    test = loading.compared(layer, test)
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
     key = jax.random.key(config["seed"])
     keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
@@ -182,6 +185,28 @@ def write_comparison(
         **scales,
     )
     return said, comparison, agreement
+
+
+def _spelled(measure: Measure) -> str:
+    """A measure with all of its parameters, also those that are at their defaults."""
+    fields = dataclasses.fields(measure)
+    return f"{type(measure).__name__}({', '.join(f'{f.name}={getattr(measure, f.name)}' for f in fields)})"
+
+
+def _origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where rotations come from, for the metadata of their file: the model, layer and site, and the hashes of all
+    inputs."""
+    names = {"model": "model", "layer": "layer_number", "site": "site", "data": folders.INPUTS}
+    return {name: config[key] for name, key in names.items() if config.get(key) is not None}
+
+
+def _lowest(solution: Solution, agreement: Mapping[str, Agreement]) -> dict[str, list[float | None]]:
+    """Of every direction the |cos| with its match in the restart where that is lowest; `None` if it was not fitted."""
+    lowest: dict[str, list[float | None]] = {space: [None] * len(solution.bases[space]) for space in agreement}
+    for space, of in agreement.items():
+        for row, cosine in zip(of.order, of.cosines, strict=True):
+            lowest[space][row] = round(float(cosine), 5)
+    return lowest
 
 
 def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) -> Control | None:

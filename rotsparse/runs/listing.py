@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from rotsparse._core.lock import held
 from rotsparse._core.printable import visible
 from rotsparse._core.record import is_temporary
 from rotsparse.engine.log import LOG, read_log
+from rotsparse.report.subject import subject
 from rotsparse.runs import folders, layer_run
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run. `state`: complete, running, interrupted or failed. `step`, `steps`: how many steps are done, and of how
-    many (in a run with several fits, of the last one). `value`: the lowest objective so far, as rotations are chosen by
-    it; NaN in a run with several fits."""
+    """A run. `began`: when, as text. `of`: what was fitted (`report.subject`). `finding`: of a complete run of one
+    layer, how many entries hold 99% of the Jacobian in neurons and in the learned basis. `state`: complete, running,
+    interrupted or failed. `step`, `steps`: how many steps are done, and of how many (in a run with several fits, of the
+    last one). `value`: the lowest objective so far, as rotations are chosen by it; NaN in a run with several fits."""
 
     folder: Path
     command: str
@@ -32,6 +34,9 @@ class Run:
     step: int | None
     steps: int | None
     value: float
+    began: str = ""
+    of: str = ""
+    finding: str = ""
 
 
 def runs_in(folder: str | Path) -> list[Run]:
@@ -61,12 +66,15 @@ def table(folder: str | Path) -> Table:
     """The runs in a folder as a table to print."""
     found = runs_in(folder)
     title = None if found else Text(visible(f"no runs in {folder}"))
-    shown = Table(Column("run", overflow="fold"), "command", "state", "steps", "best value", "note", title=title)
+    columns = "began", "command", "of", "state", "steps", "best value", "note"
+    shown = Table(Column("run", overflow="fold"), *columns, title=title)
     for run in found:
         steps = "" if run.step is None else f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
         value = "" if math.isnan(run.value) else f"{run.value:.4f}"
         name = str(run.folder.relative_to(folder)) if run.folder != Path(folder) else str(run.folder)
-        shown.add_row(*(Text(visible(cell)) for cell in (name, run.command, run.state, steps, value, run.note)))
+        note = "; ".join(filter(None, (run.note, run.finding)))
+        began = run.began.replace("T", " ")[:16]
+        shown.add_row(*(Text(visible(c)) for c in (name, began, run.command, run.of, run.state, steps, value, note)))
     return shown
 
 
@@ -103,7 +111,17 @@ def _run(folder: Path) -> Run:
         step=lines[-1]["step"] if lines else None,
         steps=config.get("steps") if isinstance(config.get("steps"), int) else None,
         value=min(checked, default=math.nan) if len(logs) == 1 else math.nan,
+        began=str(status.get("began", "")),
+        of=subject(config),
+        finding=_finding(_object(metrics.get("metrics"))) if state == folders.COMPLETE else "",
     )
+
+
+def _finding(metrics: Mapping[str, Any]) -> str:
+    """How many entries hold 99% of the mean squared Jacobian, before and after."""
+    sizes = (_object(_object(metrics.get(basis)).get("edges_99")).get("value") for basis in ("neurons", "learned"))
+    before, after = (f"{size:,.0f}" if isinstance(size, int | float) else "" for size in sizes)
+    return f"entries for 99%: {before} → {after}" if before and after else ""
 
 
 def _finite(checked: Any) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -72,6 +73,18 @@ def test_fit_writes_a_run_folder(files, rotsparse):
     assert metrics["orthogonality_error"] < 1e-5
     tensors = load_file(run / "rotations.safetensors")
     assert tensors["r_in"].shape == (D, D) and tensors["r_out"].shape == (4, 4)
+
+
+def test_a_report_says_how_to_repeat_it(files, rotsparse):
+    assert rotsparse(*FIT, "--restarts", 3)[0] == 0
+    page = (files / "run" / "report.html").read_text()
+    (told,) = re.findall("<pre><code>(.*)</code></pre>", page)
+    words = shlex.split(told)
+    assert words[:2] == ["rotsparse", "fit"] and "<title>layer.npz</title>" in page
+    at = words.index("--out") + 1
+    assert words[at] == "run" and rotsparse(*words[1:at], "again", *words[at + 1 :])[0] == 0
+    first, second = (json.loads((files / name / "metrics.json").read_text()) for name in ("run", "again"))
+    assert first["metrics"] == second["metrics"]
 
 
 def test_same_seed_same_numbers(files, rotsparse):
@@ -194,7 +207,7 @@ def test_the_measure_has_the_options_that_were_given():
 
 @pytest.mark.parametrize(
     "command",
-    "demo fit compare benchmark fold report runs inspect capture fit-model fold-model".split(),
+    "demo fit compare benchmark fold report explain export steer runs inspect capture fit-model fold-model".split(),
 )
 def test_help_says_what_an_option_is_when_it_is_not_given(rotsparse, command):
     code, said = rotsparse(command, "--help")
@@ -217,6 +230,11 @@ def test_demo_at_small_size(files, rotsparse, monkeypatch):
     assert rotsparse("report", "demo")[0] == 0
     again = (files / "demo" / "report.html").read_text()
     assert "The same fit of null models" in again and again.count("<img") == page.count("<img")
+    directions = (files / "demo" / "directions.html").read_text()
+    assert "adds modulo 59" in directions and "% pure" in directions and re.search(r'"\d+ \+ \d+"', directions)
+    (files / "demo" / "directions.html").unlink()
+    assert rotsparse("explain", "demo")[0] == 0
+    assert (files / "demo" / "directions.html").read_text() == directions
 
 
 def test_the_digits_of_the_demo(files, rotsparse):
@@ -226,6 +244,25 @@ def test_the_digits_of_the_demo(files, rotsparse):
     assert "held-out accuracy 9" in said and "In the learned basis" in said
     assert json.loads((files / "demo" / "metrics.json").read_text())["control"] is None
     assert rotsparse("report", "demo")[0] == 0
+    directions = (files / "demo" / "directions.html").read_text()
+    assert '"pictures":{"size":[8,8]' in directions and "reads from a picture" in directions
+
+
+def test_the_directions_of_a_layer(files, rotsparse):
+    assert rotsparse(*FIT)[0] == 0
+    (files / "run" / "directions.html").write_text("mine")
+    code, said = rotsparse("explain", "run")
+    assert code == 2 and "exists and was not written by rotsparse" in said
+    (files / "run" / "directions.html").unlink()
+    code, said = rotsparse("explain", "run")
+    assert code == 0 and "directions: run/directions.html" in said and "left out" not in said
+    assert "example " in (files / "run" / "directions.html").read_text()
+    code, said = rotsparse("explain", "run", "--tokenizer", "tok.bin")
+    assert code == 2 and "names no model" in said
+    (files / "benchmark").mkdir()
+    (files / "benchmark" / "config.json").write_text('{"command": "benchmark"}')
+    code, said = rotsparse("explain", "benchmark")
+    assert code == 2 and "no run of demo, fit or fit-model" in said
 
 
 def bad(*options, **replaced):

@@ -69,6 +69,17 @@ def test_from_capture_to_a_folded_model(rotsparse, model, tmp_path):
     assert rotsparse("report", "run/layer-1")[0] == 0 and (tmp_path / "run/layer-1/report.html").exists()
     assert rotsparse("report", "run")[0] == 0 and (tmp_path / "run/layer-0/report.html").exists()
 
+    code, said = rotsparse("explain", "run")
+    assert code == 0 and "directions: run/layer-1/directions.html index: run/directions.html" in said
+    index = (tmp_path / "run/directions.html").read_text()
+    assert index.count("<li>") == 2 and 'href="layer-1/directions.html"' in index
+    page = (tmp_path / "run/layer-1/directions.html").read_text()
+    assert "model.bin, layer 1" in page and "../directions.html" in page
+    moved = (tmp_path / "store").rename(tmp_path / "moved")
+    code, said = rotsparse("explain", "run/layer-1")
+    assert code == 0 and "left out: " in said and "does not exist: where is it now?" in said
+    moved.rename(tmp_path / "store")
+
     tokens = np.load("tokens.npy")[:128].reshape(4, 32)
     before = run(model.params, model.config, tokens)[0]
     code, said = rotsparse(*FOLD, "run/layer-1/rotations.safetensors", "--out", "new/folded.bin")
@@ -213,3 +224,29 @@ def test_stories_from_text_to_a_folded_model_that_writes_the_same(rotsparse):
     original, folded = load_model(model), load_model("folded.bin")
     prompt = np.asarray([load_tokenizer(STORIES / "tok512.bin", original).prefix])
     np.testing.assert_array_equal(generate(original, prompt, 100), generate(folded, prompt, 100))
+
+
+@needs_stories
+def test_stories_are_steered_and_their_directions_exported(rotsparse):
+    model, text = STORIES / "stories260K.bin", STORIES / "../text/ts_sample.txt"
+    tokenizer = ("--tokenizer", STORIES / "tok512.bin")
+    source = ("--model", model, *tokenizer, "--text", text)
+    assert rotsparse("capture", *source, "--layers", 2, "--out", "store", "--sequences", 40)[0] == 0
+    assert rotsparse(*FIT[:2], model, *FIT[3:], "--layers", 2)[0] == 0
+    steer = ("steer", "run/layer-2", "--prompt", "Once upon", "--length", 12, "--direction")
+    code, said = rotsparse(*steer, "out-1", "--by", 0, *tokenizer)
+    plain, pushed = said.removeprefix("as it is: ").split("out-1 by +0 sd: ")
+    assert code == 0 and plain.strip() == pushed.strip() and plain.startswith("Once upon a time")
+    code, said = rotsparse(*steer, "out-1", "--by", 30, *tokenizer)
+    plain, pushed = said.removeprefix("as it is: ").split("out-1 by +30 sd: ")
+    assert code == 0 and plain.strip() != pushed.strip()
+    for direction, error in (("1", "such as out-17"), ("in-64", "there are 64 in directions, 0 to 63")):
+        code, said = rotsparse(*steer, direction, *tokenizer)
+        assert code == 2 and error in said
+    code, said = rotsparse(*steer, "in-0")
+    assert code == 2 and "comes without a tokenizer: name its file with --tokenizer" in said
+    code, said = rotsparse("export", "run/layer-2", "--out", "sae")
+    assert code == 0 and "64 directions as an autoencoder of 128 features" in said
+    assert json.loads(Path("sae/cfg.json").read_text())["metadata"]["hook_name"] == "blocks.2.hook_mlp_out"
+    code, said = rotsparse("export", "run/layer-2", "--out", "sae")
+    assert code == 2 and "exists" in said

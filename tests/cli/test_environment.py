@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rotsparse._core import files
+from rotsparse._core.reading import load_safetensors
 from rotsparse.cli import main
 from rotsparse.cli.output import Console
 from rotsparse.layers.files import load_layer
@@ -263,9 +264,11 @@ def test_kills(count, inputs):
         "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *FIT[5:], "--out", "models", "--resume",
                       "--overwrite"),
         "report": ("report", "run"),
+        "explain": ("explain", "models"),
         "demo": ("demo", "--network", "digits", "--steps", "20", "--examples", "100", "--control", "none",
                  "--out", "shown", "--overwrite"),
         "fold-model": ("fold-model", *model, "--rotations", "models", "--out", "folded"),
+        "export": ("export", "run", "--out", "sae"),
     }  # fmt: skip
     kills = 0
     for name, way in ways.items():
@@ -276,8 +279,8 @@ def test_kills(count, inputs):
         while landed < -(-count // len(ways)):  # a kill that came too late does not count
             if name == "capture":
                 subprocess.run(["rm", "-r", "store"], check=True)
-            if name == "fold-model":
-                subprocess.run(["rm", "-rf", "folded"], check=True)
+            if name in ("fold-model", "export"):
+                subprocess.run(["rm", "-rf", way[-1]], check=True)
             process = started(*way, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(float(rng.uniform(0.3, 1)) * seconds)
             process.kill()
@@ -288,13 +291,16 @@ def test_kills(count, inputs):
                     load_layer("f.safetensors", "relu")
                 case "compare":
                     json.loads(Path("c.json").read_text())
-                case "fit" | "fit-model" | "report" | "demo":
-                    target = Path(way[way.index("--out") + 1] if "--out" in way else "run")
+                case "fit" | "fit-model" | "report" | "demo" | "explain":
+                    target = Path(way[way.index("--out") + 1] if "--out" in way else way[-1])
                     assert folders.read_json(target / "status.json")["state"] == "complete"
                 case "fold-model":
                     if Path("folded").exists():
                         for i in range(2):
                             load_layer(f"folded/layer-{i}/layer.safetensors", "silu")
+                case "export":
+                    if Path("sae").exists():
+                        load_safetensors("sae/sae_weights.safetensors")
                 case "capture":
                     for i in range(2):
                         if (Path("store") / f"{i}.input" / "manifest.json").exists():
@@ -303,7 +309,7 @@ def test_kills(count, inputs):
                             except ValueError as error:
                                 assert "was interrupted" in str(error)
             code, _, error = ran(*way)
-            assert code == 0 or (name == "fold-model" and "exists" in error), f"{name}: {error}"
+            assert code == 0 or (name in ("fold-model", "export") and "exists" in error), f"{name}: {error}"
         kills += landed
     assert kills >= count
     print(f"\n{kills} kills: nothing lost, nothing half-written taken for whole, every command given again succeeded")

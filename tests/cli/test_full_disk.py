@@ -24,6 +24,8 @@ COMMANDS = {
     "compare": ("compare", *LAYER, "--out", "new.json", "--overwrite"),
     "fold": ("fold", *LAYER, "--rotations", "done", "--out", "new.safetensors", "--overwrite"),
     "report": ("report", "done"),
+    "explain": ("explain", "models"),
+    "export": ("export", "done", "--out", "new"),
     "capture": ("capture", *MODEL, "--length", "8", "--out", "new"),
     "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *QUICK, "--layers", "0", "--out", "new",
                   "--overwrite"),
@@ -68,12 +70,12 @@ def test_a_full_disk(name, disk, prepared, quick, monkeypatch, capsys):  # noqa:
     shutil.copytree(template, disk, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(disk)
     way = COMMANDS[name]
-    target = Path(way[-1] if way[0] == "report" else way[way.index("--out") + 1])
+    target = Path(way[-1] if way[0] in ("report", "explain") else way[way.index("--out") + 1])
     at_first, needed = room(disk), 0
     earlier = snapshot(disk)
     assert command(*way) == 0
     needed = max(at_first - room(disk), 50_000)
-    if name not in ("fit over a run", "report"):
+    if name not in ("fit over a run", "report", "explain"):
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     whole = snapshot(disk / target) if target.exists() else None
     ends = []
@@ -92,10 +94,10 @@ def test_a_full_disk(name, disk, prepared, quick, monkeypatch, capsys):  # noqa:
             assert not leftovers, f"with {left:.0f} bytes left: {leftovers}"
             if name == "fit over a run":
                 unharmed({p: a for p, a in whole.items() if p.name != "."}, snapshot(disk / target), "the earlier run")
-            elif name not in ("capture", "report"):
+            elif name not in ("capture", "report", "explain"):
                 assert not os.path.lexists(target), f"with {left:.0f} bytes left: a part of the result"
             assert command(*way) == 0, f"again, with room: {capsys.readouterr().err}"
-        if name not in ("fit over a run", "report"):
+        if name not in ("fit over a run", "report", "explain"):
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         elif name == "fit over a run":
             whole = snapshot(disk / target)

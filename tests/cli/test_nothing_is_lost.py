@@ -140,7 +140,7 @@ def a_command(rng, whole_models):
     """A command with random options, and what it may write: paths, relative to the current folder."""
     out = str(rng.choice(["new", "done", "stopped", "deep/new", *(["models"] if whole_models else [])]))
     fit, compare, fold = ("fit", *LAYER, *QUICK), ("compare", *LAYER), ("fold", *LAYER)
-    ways = [fit, fit, compare, fold, ("report",), ("runs",)]
+    ways = [fit, fit, compare, fold, ("report",), ("explain",), ("export", "done"), ("runs",)]
     if whole_models:
         store = str(rng.choice(["store", "new"]))
         ways += [
@@ -167,10 +167,13 @@ def a_command(rng, whole_models):
             may = [file]
             if file.startswith("done/"):
                 may.append("done/.rotsparse")
-        case "report":
-            target = str(rng.choice(["done", "stopped.unfinished"]))
+        case "report" | "explain":
+            target = str(rng.choice(["done", "stopped.unfinished", *(["models"] if whole_models else [])]))
             arguments += [target]
             may = [target]
+        case "export":
+            arguments += ["--out", out]
+            may = [out]
         case "runs":
             arguments += ["."]
         case "capture":
@@ -189,6 +192,7 @@ def places(rng, may):
     """Where users might have something, in the way of a command."""
     inside = ["lock", "status.json", "config.json", "figures", "figures/mine.png", "checkpoints", "log.jsonl"]
     inside += ["checkpoints/step-00000009", "checkpoints/notes", "tensorboard", ".rotsparse", "report.html", "0.input"]
+    inside += ["directions.html", "layer-0/directions.html"]
     inside += ["0.input/00000.npy", "0.input/manifest.json", "1.input/lock", "layer-0", "layer-0/table.md", *ODD]
     for _ in range(int(rng.integers(1, 4))):
         place = Path(str(rng.choice([*may, "here"])))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rotsparse._core import files
 from rotsparse._core.errors import CheckError
 from rotsparse._core.interrupt import Interrupted
+from rotsparse.report.subject import subject
 from rotsparse.runs import folders, listing
 
 
@@ -117,6 +118,21 @@ def test_a_run_that_appears_is_replaced_where_that_was_asked_for(tmp_path):
     assert folders.read_json(out / "config.json") == {"text": "new"}
 
 
+@pytest.mark.parametrize(
+    ("config", "of"),
+    [
+        ({"command": "fit", "layer": "/data/mlp.npz"}, "mlp.npz"),
+        ({"command": "demo", "network": "addition"}, "addition"),
+        ({"command": "fit-model", "model": "/m/stories.bin", "layers": "0-4"}, "stories.bin, layer 0-4"),
+        ({"command": "fit-model", "model": "/m/stories.bin", "layers": "all"}, "stories.bin, all layers"),
+        ({"command": "fit-model", "model": "m", "layer": "layer.safetensors", "layer_number": 3}, "m, layer 3"),
+        ({}, ""),
+    ],
+)
+def test_what_a_run_is_of(config, of):
+    assert subject(config) == of
+
+
 def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
@@ -185,7 +201,8 @@ def test_the_list_of_runs(tmp_path):
     for name, result in {"good": "ALL_STEPS", "bad": "NON_FINITE"}.items():
         with folders.new_run(tmp_path / name, config=config) as folder:
             folders.write_json(folder / "config.json", config)
-            folders.write_json(folder / "metrics.json", {"result": result})
+            sizes = {basis: {"edges_99": {"value": n}} for basis, n in (("neurons", 4000.0), ("learned", 31.0))}
+            folders.write_json(folder / "metrics.json", {"result": result, "metrics": sizes})
             log(folder, [0.5, 0.4], [0.3, 0.45], None)
             stage = folder / "stage-1" / "look"  # a stage of the same fit, the last to write
             stage.mkdir(parents=True)
@@ -206,6 +223,8 @@ def test_the_list_of_runs(tmp_path):
     assert (listed["good"].step, listed["good"].steps, listed["good"].value) == (30, 50, 0.3)
     assert listed["good"].note == ""
     assert listed["now.unfinished"].value == 0.9
+    assert listed["good"].finding == "entries for 99%: 4,000 → 31" and listed["bad"].finding == ""
+    assert listed["good"].began[:2] == "20"
     assert listed["broken.unfinished"].note == "disk on fire"
     assert "--resume" in listed["stopped.unfinished"].note
     status = tmp_path / "stopped.unfinished" / "status.json"
@@ -216,7 +235,7 @@ def test_the_list_of_runs(tmp_path):
     console = Console(width=200)
     with console.capture() as shown:
         console.print(listing.table(tmp_path))
-    assert "30 of 50" in shown.get() and "disk on fire" in shown.get()
+    assert "30 of 50" in shown.get() and "disk on fire" in shown.get() and "4,000 → 31" in shown.get()
     assert listing.table(tmp_path / "good").title is None
     (tmp_path / "empty").mkdir()
     assert str(listing.table(tmp_path / "empty").title) == f"no runs in {tmp_path / 'empty'}"

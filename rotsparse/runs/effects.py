@@ -1,0 +1,55 @@
+"""What the directions of a run are worth to its model: `rs.effects(run)`."""
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from rotsparse.data.store import NO_TOKEN
+from rotsparse.explain.ablations import Cost, Metric, costs, rise
+from rotsparse.explain.directions import IN, OUT, SIDES
+from rotsparse.runs.opened import LayerRun
+
+
+def effects(
+    run: LayerRun,
+    metric: Metric = rise,
+    *,
+    tokens: int = 4096,
+    exact: int | None = 20,
+    controls: int = 1,
+    key: PRNGKeyArray | None = None,
+) -> list[Cost]:
+    """The cost of holding each direction of a run at its mean, the most expensive first, on held-out text: about
+    `tokens` tokens of the last fifth of the run's store.
+
+    Every direction has an estimate to first order. The `exact` directions of each side with the largest estimates are
+    measured, each with `controls` random directions of the same norm (`explain.ablations`); `None` measures all.
+
+    Raises `ValueError` for a run of no model, of a model without a next-token head, or whose store lacks its tokens.
+    """
+    text, number = held_out(run, tokens), run.layer_number
+    assert number is not None and run.site is not None
+    key = jax.random.key(0) if key is None else key
+    found: list[Cost] = []
+    for at, side in enumerate(SIDES):
+        r = run.rotations.r_in if side == IN else run.rotations.r_out
+        point = number, run.site if side == IN else "output"
+        if side == OUT and run.config.get("skip"):
+            continue  # the layer's output is the stream behind it, which is no point of the network
+        ask = {"side": side, "controls": controls, "key": jax.random.fold_in(key, at)}
+        estimated = costs(run.model, point, r, text, metric, numbers=(), **ask)
+        order = np.argsort([-abs(of.estimate) for of in estimated], kind="stable")[:exact]
+        found += costs(run.model, point, r, text, metric, numbers=order.tolist(), **ask)
+    return sorted(found, key=lambda of: -(of.estimate if of.cost is None else of.cost))
+
+
+def held_out(run: LayerRun, tokens: int) -> Int[np.ndarray, "sequences positions"]:
+    """Whole sequences of the last fifth of a run's store, evenly spaced, about so many tokens. Raises `ValueError` if
+    there is none."""
+    every = run.store.tokens()
+    last = every[len(every) - max(1, len(every) // 5) :]
+    last = last[(last != NO_TOKEN).all(axis=1)]
+    if not len(last):
+        raise ValueError(f"{run.store}: its last fifth has no whole sequence of {every.shape[1]} tokens")
+    count = max(1, min(len(last), tokens // every.shape[1]))
+    return last[np.linspace(0, len(last) - 1, count).round().astype(int)]
