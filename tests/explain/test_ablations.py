@@ -33,7 +33,7 @@ def test_a_run_from_a_layer_on_is_the_whole_run(model):
 
 
 def logits(model, change=None):
-    return np.asarray(run(model.params, model.config, TOKENS, intervene={POINT: change} if change else {})[0])
+    return run(model.params, model.config, TOKENS, intervene={POINT: change} if change else {})[0]
 
 
 @pytest.mark.parametrize("metric", [rise, divergence, logit_difference(3, 5)], ids=["rise", "divergence", "logits"])
