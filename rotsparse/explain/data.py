@@ -14,13 +14,13 @@ from rotsparse.explain.words import Word
 from rotsparse.layers.base import ClosedForm
 
 # What a card shows: contexts at each end, partners, neurons of each edge, and words at each end.
-ENDS, PARTNERS, NEURONS, WORDS = 6, 6, 5, 8
+ENDS, PARTNERS, NEURONS, WORDS = 6, 6, 5, 7
 
 # Directions of a side that get a card: the most influential ones.
 MOST_CARDS = 640
 
 NOTHING = -(2**15)  # no value
-_NO_WORD = 2**32 - 1
+_NO_WORD = 2**32 - 1  # whose lower half is 2**16 - 1
 
 
 class Drawing(NamedTuple):
@@ -129,11 +129,11 @@ def _contexts(direction: Direction) -> list[Context | None]:
 
 
 def _packed(contexts: list[list[Context | None]], table: "_WordTable", text: bool) -> dict[str, Any]:
-    """Contexts as base64 of their words' numbers (32 bits), the values in hundredths (16 bits) and their places, all
-    aligned so that the word that is meant is at the same place of every window."""
+    """Contexts as base64 of their words' numbers (16 bits, or 32 if there are too many words), the values in hundredths
+    (16 bits) and their places, all aligned so that the word that is meant is at the same place of every window."""
     before, window = (BEFORE, BEFORE + 1 + BEHIND) if text else (0, 1)
     slots = len(contexts[0])
-    words = np.full((len(contexts), slots, window), _NO_WORD, np.uint32)
+    words = np.full((len(contexts), slots, window), _NO_WORD)
     values = np.full(words.shape, NOTHING, np.int16)
     places = np.zeros((len(contexts), slots, 2), np.int32)
     for i, of in enumerate(contexts):
@@ -146,7 +146,11 @@ def _packed(contexts: list[list[Context | None]], table: "_WordTable", text: boo
                 words[i, j, k] = table.number(word)
                 if value is not None:
                     values[i, j, k] = np.clip(round(100 * value), NOTHING + 1, 2**15 - 1)
-    return {"slots": slots, "words": _bytes(words), "values": _bytes(values), "places": _bytes(places)}
+    # In the narrow form 65,535 stands for no word.
+    wide = len(table.words) >= 2**16 - 1
+    numbers = words.astype(np.uint32 if wide else np.uint16)
+    packed = {"words": _bytes(numbers), "values": _bytes(values), "places": _bytes(places)}
+    return {"slots": slots, "wide": wide, **packed}
 
 
 def _pictures(of: Explanation, sides: Mapping[str, Any]) -> dict[str, Any] | None:

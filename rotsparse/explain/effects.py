@@ -2,7 +2,6 @@
 effect."""
 
 import functools
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -96,7 +95,7 @@ class Mediation:
         """What the skip connection contributes."""
         return 0.0 if self._skip is None else float(self._skip[output, input] * self._ratio[output, input])
 
-    @cached_property
+    @property
     def hidden(self) -> int:
         """How many neurons there are."""
         return len(self._mean)

@@ -2,7 +2,7 @@
 // Everything is made of elements and text nodes: no text of the data is ever parsed as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const SVG = "http://www.w3.org/2000/svg", NO_WORD = 0xffffffff, NOTHING = -32768;
+  const SVG = "http://www.w3.org/2000/svg", NOTHING = -32768;
   const other = { in: "out", out: "in" };
 
   function el(name, attributes, ...children) {
@@ -19,7 +19,8 @@
     return new Kind(bytes.buffer);
   }
   for (const side of Object.values(data.sides)) {
-    side.wordNumbers = decoded(side.words, Uint32Array);
+    side.wordNumbers = decoded(side.words, side.wide ? Uint32Array : Uint16Array);
+    side.noWord = side.wide ? 0xffffffff : 0xffff;
     side.hundredths = decoded(side.values, Int16Array);
     side.where = decoded(side.places, Int32Array);
   }
@@ -31,7 +32,7 @@
     const tokens = [];
     for (let k = 0; k < data.window; k++) {
       const word = of.wordNumbers[first + k];
-      if (word !== NO_WORD)
+      if (word !== of.noWord)
         tokens.push({ word: data.words[word], value: of.hundredths[first + k], peak: k === data.before });
     }
     if (!tokens.length) return null;

@@ -16,6 +16,9 @@ from rotsparse.models.embedding import norm_of
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import run_from, stream_before
 
+# Pushes of inputs too are worth their time where so many tokens are affordable.
+MANY = 64
+
 
 class Word(NamedTuple):
     """A word and its score: how many standard deviations over the vocabulary it lies from the mean word."""
@@ -67,22 +70,26 @@ def steered(
     derivative of a position's logits with respect to a move by the direction at every position, over some sequences,
     standardised over the vocabulary. `None` for a model without a next-token head.
 
-    As many of the first tokens are used as a budget of arithmetic allows (`_FLOPS`), at least 32 and at most 512.
+    As many of the first tokens are used as are `affordable`, at least 24.
     """
     config, params = model.config, model.params
     if not config.head or not config.causal:
         return None
-    size = sum(np.size(a) for a in jax.tree.leaves(params["layers"][point[0] :])) + np.size(params["embed"])
-    count = int(np.clip(_FLOPS / (2 * size * len(r)), 32, 512))
-    length = min(tokens.shape[1], max(16, count // 8))
+    count = max(24, affordable(model, point[0]))
+    length = min(tokens.shape[1], max(12, count // 8))
     tokens = tokens[: max(1, count // length), :length]
     arrays = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), params)
     slopes = _slopes(arrays, config, point, jnp.asarray(r, jnp.float32), jnp.asarray(tokens))
     return _standardised(np.asarray(slopes), words)
 
 
-# Of the pushes of all directions together: half a minute on two cores.
-_FLOPS = 3e12
+def affordable(model: Model, layer: int) -> int:
+    """At how many tokens all directions can be pushed within half a minute on two cores; at most 512."""
+    size = sum(np.size(a) for a in jax.tree.leaves(model.params["layers"][layer:])) + np.size(model.params["embed"])
+    return min(512, int(_FLOPS / (2 * size * model.config.d_model)))
+
+
+_FLOPS = 2.2e12
 _AT_ONCE = 8  # directions
 
 

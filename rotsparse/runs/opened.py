@@ -18,8 +18,8 @@ from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
 from rotsparse.evaluation.numbering import numbered
 from rotsparse.explain.directions import IN, OUT, Directions, Explanation
-from rotsparse.explain.examples import texts
-from rotsparse.explain.words import WordScores, aligned, promoted, steered
+from rotsparse.explain.examples import texts, word
+from rotsparse.explain.words import MANY, WordScores, affordable, aligned, promoted, steered
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.load import Tokenizer, load_model
@@ -173,6 +173,13 @@ class LayerRun:
         assert path is not None
         return open_store(path)
 
+    @property
+    def text(self) -> list[str]:
+        """The sequences of the text that the run was fitted on, as their tokens join. Raises `ValueError` where the
+        store does not hold it."""
+        tokens, words = self.store.tokens(), self.store.vocabulary()
+        return ["".join(word(words, int(token)) for token in of if token != NO_TOKEN) for of in tokens]
+
     @cached_property
     def explanation(self) -> Explanation:
         """The directions and what they mean. Of a model's layer it needs the model and the store; without them, see
@@ -200,26 +207,39 @@ class LayerRun:
                 if words is None:
                     words = self.store.vocabulary()
                 options["examples"] = texts(self.store, words)
+            scores: dict[str, WordScores | None] = {}
             with _noted(missing):
-                options["words"] = self._words(words)
+                scores |= self._words(words)
+            with _noted(missing if scores else []):  # without the model, that has been said
+                scores |= self._words_through(words)
+            options["words"] = {side: of for side, of in scores.items() if of is not None}
         return Explanation(
             self.layer, self.x_test, self.rotations, units=self.units, cosines=self._cosines(), **options
         )
 
-    def _words(self, words: list[str] | None) -> dict[str, WordScores]:
+    def _words(self, words: list[str] | None) -> dict[str, WordScores | None]:
         number, site = self.layer_number, self.site
         assert number is not None and site is not None
-        of = {
+        return {
             OUT: promoted(self.model, number, self.rotations.r_out, words),
             IN: aligned(self.model, number, site, self.rotations.r_in, words),
         }
+
+    def _words_through(self, words: list[str] | None) -> dict[str, WordScores | None]:
+        number, site, config = self.layer_number, self.site, self.model.config
+        assert number is not None and site is not None
+        if not (config.head and config.causal):
+            return {}
         tokens = self.store.tokens()
         whole = tokens[(tokens != NO_TOKEN).all(axis=1)]
-        if len(whole):
-            of["in through"] = steered(self.model, (number, site), self.rotations.r_in, whole, words)
-            if not self.config.get("skip"):  # the output of a layer with its skip connection is no point of the network
-                of["out through"] = steered(self.model, (number, "output"), self.rotations.r_out, whole, words)
-        return {side: scores for side, scores in of.items() if scores is not None}
+        if not len(whole):
+            return {}
+        points = {"in through": (site, self.rotations.r_in), "out through": ("output", self.rotations.r_out)}
+        if self.config.get("skip"):  # the output of a layer with its skip connection is no point of the network
+            del points["out through"]
+        if affordable(self.model, number) < MANY:  # a wide model: its outputs alone take half a minute
+            del points["in through"]
+        return {name: steered(self.model, (number, at), r, whole, words) for name, (at, r) in points.items()}
 
     def _cosines(self) -> dict[str, list[float | None]]:
         """Of every direction the lowest |cos| with its match in another restart."""

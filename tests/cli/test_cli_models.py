@@ -120,6 +120,9 @@ def test_a_hugging_face_model_whose_stream_must_keep_its_mean(rotsparse, tmp_pat
     options = ("--solver", "annealing", "--steps", 20, "--control", "none", "--out", "run")
     assert rotsparse(*fit, *options)[0] == 0
     assert rotsparse("report", "run")[0] == 0
+    code, said = rotsparse("explain", "run")
+    assert code == 0 and "left out" not in said
+    assert "norm and MLP and stream" in Path("run/layer-1/directions.html").read_text()
     rotations = "run/layer-1/rotations.safetensors"
     code, said = rotsparse("fold-model", *source, "--rotations", rotations, "--out", "folded")
     assert code == 0 and "rotations that keep its direction" in said

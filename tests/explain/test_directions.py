@@ -6,10 +6,12 @@ import pytest
 
 import rotsparse as rs
 from layer_kinds import D_IN, LAYERS, correlated_inputs
+from rotsparse import models
 from rotsparse.explain.directions import EDGES, Explanation
 from rotsparse.explain.effects import LARGE, Mediation, effects
-from rotsparse.explain.examples import BEFORE, BEHIND, Examples, Texts, word
+from rotsparse.explain.examples import BEFORE, BEHIND, Examples, Texts, texts, word
 from rotsparse.explain.words import WordScores
+from tiny_models import inputs, tiny
 
 UNITS = {"scale_inputs": True}
 CLOSED = [name for name in LAYERS if name != "function"]
@@ -185,6 +187,25 @@ def test_contexts_that_are_alike_are_shown_once():
     top = of.directions("in")[0].top(4)
     assert [c.words[c.at] for c in top].count("⟨3⟩") == 1, "all six are the third token behind the same two"
     assert top[0].words[top[0].at] == "⟨3⟩"
+
+
+def test_rows_of_images_are_named_by_image_and_patch(tmp_path):
+    np.save(tmp_path / "images.npy", inputs("vit"))
+    source = models.ImageFile(tmp_path / "images.npy")
+    (store,) = models.capture(tiny("vit"), source, [(0, "input")], tmp_path / "store", batch=2)
+    found = texts(store)
+    assert len(found.x) == 10 and found.context(6, np.zeros(10)).words == ("image 1, patch 1",)
+    with pytest.raises(ValueError, match="does not hold the tokens"):
+        store.tokens()
+
+
+def test_long_texts_are_looked_at_in_whole_sequences(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(320).reshape(20, 16) % 31)
+    source = models.TokenFile(tmp_path / "tokens.npy")
+    (store,) = models.capture(tiny("llama"), source, [(0, "input")], tmp_path / "store", length=16)
+    found = texts(store, most=80)
+    assert isinstance(found, Texts) and np.unique(found.places[:, 0]).tolist() == [0, 5, 10, 14, 19]
+    np.testing.assert_array_equal(found.x[16:32], store.read(range(80, 96)))
 
 
 def test_labels_and_pictures_belong_to_examples():

@@ -50,7 +50,8 @@ def test_every_number_is_the_librarys():
     page = content(render(page_data(of, title="t", facts={}, verdict=["v"])))
     for name, side in page["sides"].items():
         directions = of.directions(name)
-        words, values = unpacked(side, "words", np.uint32), unpacked(side, "values", np.int16)
+        assert not side["wide"]
+        words, values = unpacked(side, "words", np.uint16), unpacked(side, "values", np.int16)
         places = unpacked(side, "places", np.int32)
         assert side["count"] == len(directions) == len(side["facts"])
         for direction, facts, counts, partners, scores in zip(
@@ -86,7 +87,7 @@ def test_every_number_is_the_librarys():
                     assert [page["words"][w] for w in shown] == list(context.words)
                     seen = values[i, slot, start : start + len(context.words)]
                     assert seen.tolist() == [NOTHING if v is None else round(100 * v) for v in context.values]
-                assert (words[i, slots[len(contexts) :]] == 2**32 - 1).all(), "places that are free are empty"
+                assert (words[i, slots[len(contexts) :]] == 2**16 - 1).all(), "places that are free are empty"
 
 
 def test_no_text_is_markup(tmp_path):
@@ -141,6 +142,9 @@ def test_a_wide_layer_fits_into_five_megabytes():
     text = Texts(x, np.argwhere(tokens >= 0), tokens, words)
     scores = WordScores(rng.standard_normal((d, 40_000), np.float32), words)
     r = rs.Rotations(np.eye(d, dtype=np.float32), np.eye(d, dtype=np.float32))
-    of = Explanation(layer, x[:20], r, units={"scale_inputs": True}, examples=text, words={"in": scores, "out": scores})
+    every: dict[str, WordScores] = {
+        f"{side}{through}": scores for side in ("in", "out") for through in ("", " through")
+    }
+    of = Explanation(layer, x[:20], r, units={"scale_inputs": True}, examples=text, words=every)
     page = render(page_data(of, title="t", facts={}, verdict=[]))
     assert len(page.encode()) < 5_000_000

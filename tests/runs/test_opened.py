@@ -79,6 +79,7 @@ def test_a_layer_of_a_model_has_its_text_and_words(made):
     about = rs.Rotations.load(made / "model/layer-1/rotations.safetensors")[1]
     assert about["layer"] == 1 and about["site"] == "input" and about["data"]["model"] == opened.model.fingerprint()
     tokens = np.load(made / "tokens.npy")
+    assert opened.text[0] == "".join(f"⟨{token}⟩" for token in tokens[:16]) and len(opened.text) == 25
     for direction in (opened.directions("in")[2], opened.directions("out")[0]):
         for context in (*direction.top(3), *direction.bottom(3)):
             place = context.sequence * 16 + context.position
