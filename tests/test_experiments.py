@@ -275,3 +275,28 @@ def test_stories260k_at_tiny_size(tmp_path, monkeypatch):
     assert metrics["cross_entropy"]["real_text"] == pytest.approx(1.266, abs=0.01)  # the trained model, read rightly
     assert len(metrics["jacobians"]) == 5
     assert {"delta_ce.png", "jacobians.png", "report.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_labels_of_a_text_and_the_lead_over_the_twins():
+    import probing
+
+    words = ["Once", " a", "b", '"', "\n", "."]
+    tokens = np.array([[0, 1, 2, 3, 1, 3, 4, 5], [1, 2, 2, 3, 0, 5, 4, 1]])
+    labels = {name: of.reshape(2, 8).astype(int).tolist() for name, of in probing.text_labels(tokens, words, 1).items()}
+    assert labels["begins a word"] == [[0, 1, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 1]]
+    assert labels["part of a word"] == [[1, 0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0, 0, 0]]
+    assert labels["capital"] == [[1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]
+    assert labels["inside quotes"] == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
+    assert labels["first line"] == [[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
+    assert labels["is ' a'"] == [[0, 1, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 1]]
+    assert labels["is behind ' a'"] == [[0, 0, 1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
+
+    of = {"x": [0.9, 0.95, 1.0], "y": [0.7, 0.8, 0.9]}
+    lower = {"x": [0.8, 0.8, 0.8], "y": [0.5, 0.5, 0.5]}
+    table = {name: of if name == "learned" else lower for name in ("learned", "neurons", "pca", "ica", "varimax")}
+    table |= {"twin 0": of, "twin 1": lower, "haar 0": lower, "haar 1": lower}
+    found = probing.summary(table)
+    assert found["areas"]["learned"] == pytest.approx([0.8, 0.875, 0.95])
+    assert found["areas"]["twin"] == pytest.approx([0.725, 0.7625, 0.8])
+    assert found["lead"] == pytest.approx([0.075, 0.1125, 0.15])
+    assert "| layer 4 | in | 2 |" in probing.report({"layer 4": {"in": found}})

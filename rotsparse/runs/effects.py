@@ -22,8 +22,10 @@ def effects(
     """The cost of holding each direction of a run at its mean, the most expensive first, on held-out text: about
     `tokens` tokens of the last fifth of the run's store.
 
-    Every direction has an estimate to first order. The `exact` directions of each side with the largest estimates are
-    measured, each with `controls` random directions of the same norm (`explain.ablations`); `None` measures all.
+    Every direction has an estimate to first order. `exact` directions of each side are measured, each with `controls`
+    random directions of the same norm (`explain.ablations`): half of them the most influential ones, the rest those
+    with the largest estimates. First order misses large costs (correlation with the cost .5 for inputs and .9 for
+    outputs of stories260K). `None` measures all.
 
     Raises `ValueError` for a run of no model, of a model without a next-token head, or whose store lacks its tokens.
     """
@@ -38,18 +40,20 @@ def effects(
             continue  # the layer's output is the stream behind it, which is no point of the network
         ask = {"side": side, "controls": controls, "key": jax.random.fold_in(key, at)}
         estimated = costs(run.model, point, r, text, metric, numbers=(), **ask)
-        order = np.argsort([-abs(of.estimate) for of in estimated], kind="stable")[:exact]
-        found += costs(run.model, point, r, text, metric, numbers=order.tolist(), **ask)
+        largest = np.argsort([-abs(of.estimate) for of in estimated], kind="stable").tolist()
+        first = range(len(r) if exact is None else exact // 2)  # directions are numbered by influence
+        numbers = list(dict.fromkeys([*first, *largest]))[:exact]
+        found += costs(run.model, point, r, text, metric, numbers=numbers, **ask)
     return sorted(found, key=lambda of: -(of.estimate if of.cost is None else of.cost))
 
 
 def held_out(run: LayerRun, tokens: int) -> Int[np.ndarray, "sequences positions"]:
-    """Whole sequences of the last fifth of a run's store, evenly spaced, about so many tokens. Raises `ValueError` if
-    there is none."""
+    """The last fifth of the whole sequences of a run's store, evenly spaced, about so many tokens. Raises `ValueError`
+    if there is none."""
     every = run.store.tokens()
-    last = every[len(every) - max(1, len(every) // 5) :]
-    last = last[(last != NO_TOKEN).all(axis=1)]
-    if not len(last):
-        raise ValueError(f"{run.store}: its last fifth has no whole sequence of {every.shape[1]} tokens")
+    whole = every[(every != NO_TOKEN).all(axis=1)]
+    if not len(whole):
+        raise ValueError(f"{run.store} has no whole sequence of {every.shape[1]} tokens")
+    last = whole[len(whole) - max(1, len(whole) // 5) :]
     count = max(1, min(len(last), tokens // every.shape[1]))
     return last[np.linspace(0, len(last) - 1, count).round().astype(int)]
