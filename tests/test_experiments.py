@@ -233,9 +233,13 @@ def test_generated_tables_replace_what_is_between_the_markers_and_nothing_else(t
     for text in ("one\n", "two\n"):
         publish(file, "pca", text)
     assert file.read_text() == "before\n<!-- pca:begin -->\n\ntwo\n\n<!-- pca:end -->\nafter\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
     file.write_text("nothing here")
     with pytest.raises(ValueError, match="no markers"):
         publish(file, "pca", "three")
+    (tmp_path / "link.md").symlink_to(file)
+    with pytest.raises(ValueError, match="symbolic link"):
+        publish(tmp_path / "link.md", "pca", "four")
 
 
 def test_networks_whose_files_are_missing_say_where_to_get_them(tmp_path):

@@ -1,5 +1,7 @@
 """Checks of user input. Every message says what was expected, what was given, and what to do."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +53,8 @@ def orthogonal(name: str, value, width: int | None = None) -> AnyArray:
 
 
 def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
-    """Return `value` as activations `[examples, width]`: floating point, finite, at least `at_least` examples, and not
-    all equal if `at_least` is more than one. Raises `ValueError` otherwise."""
+    """Return `value` as activations `[examples, width]`: floating point, finite, their squares too, at least `at_least`
+    examples, and not all equal if `at_least` is more than one. Raises `ValueError` otherwise."""
     value = value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
     if value.ndim != 2 or value.shape[1] != width:
         hint = " (they look transposed)" if value.ndim == 2 and value.shape[0] == width else ""
@@ -71,6 +73,7 @@ def activations(name: str, value, width: int, *, at_least: int = 2) -> Array:
     if x.dtype != value.dtype and not np.isfinite(host).all():
         largest = np.abs(value).max()
         raise ValueError(f"{name} has entries of up to {largest:.2g}, beyond the range of {x.dtype}: scale them down")
+    squares(name, max(abs(float(host.max())), abs(float(host.min()))) ** 2, x.dtype)
     if at_least > 1 and _constant(host):
         raise ValueError(
             f"{name}: all {len(host)} examples are equal (zero variance) in {x.dtype}, so no direction stands out"
@@ -87,3 +90,17 @@ def seed(value: int) -> None:
     """Raise `ValueError` for a seed that the random generators do not accept."""
     if not 0 <= value < 2**32:
         raise ValueError(f"--seed should be a whole number from 0 to {2**32 - 1}, got {value}")
+
+
+def squares(name: str, value, dtype) -> None:
+    """Raise `ValueError` if squares of this size overflow or vanish in the numbers that they are computed in. Zero is
+    exact."""
+    if isinstance(value, Tracer):
+        return
+    limits, size = jnp.finfo(dtype), math.sqrt(value)
+    if value and not 256 * float(limits.tiny) < value < float(limits.max) / 256:
+        what = "overflow" if size > 1 else "vanish"
+        raise ValueError(
+            f"{name} has entries of up to {size:.2g}, whose squares {what} in {jnp.dtype(dtype).name}: give it in "
+            "another unit (a layer's input weights change by the inverse factor)"
+        )

@@ -2,6 +2,7 @@
 before memory is taken for it, and nothing but regular files is opened."""
 
 import contextlib
+import math
 import os
 import stat
 import zipfile
@@ -40,11 +41,13 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def regular_file(path: str | os.PathLike) -> Path:
-    """The path, if a regular file is there. Raises `ValueError`, where opening a FIFO would wait for ever."""
+def regular_file(path: str | os.PathLike, *, most: float = math.inf) -> Path:
+    """The path, if a regular file of at most so many bytes is there. Raises `ValueError`, where opening a FIFO would
+    wait for ever."""
     path = Path(path)
     try:
-        mode = path.stat().st_mode
+        about = path.stat()
+        mode = about.st_mode
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
@@ -52,6 +55,8 @@ def regular_file(path: str | os.PathLike) -> Path:
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "no regular file"
         raise ValueError(f"cannot read {path}: it is {what}")
+    if about.st_size > most:
+        raise ValueError(f"cannot read {path}: it has {about.st_size:,} bytes, more than rotsparse writes")
     return path
 
 
@@ -65,6 +70,15 @@ def npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     if dtype.hasobject or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"it holds {dtype} {list(shape)}, expected numbers")
     return shape, fortran_order, dtype
+
+
+def check_typed(path: str | os.PathLike, dtype: np.dtype) -> None:
+    """Raise `ValueError` that says what to do for bfloat16, whose type a `.npy` file does not keep."""
+    if dtype.kind == "V" and dtype.itemsize == 2:
+        raise ValueError(
+            f"{path} holds {dtype.str}, numbers of two bytes whose type NumPy did not keep: save them "
+            "as float32, np.load(path).view(ml_dtypes.bfloat16).astype('float32')"
+        )
 
 
 def load_npy(path: str | os.PathLike) -> np.ndarray:

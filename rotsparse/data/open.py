@@ -13,4 +13,9 @@ def open_source(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Sourc
     after the other. Raises `ValueError` if they cannot be opened or differ in width."""
     if not isinstance(paths, str | os.PathLike):
         return Shards([open_source(path) for path in paths])
-    return open_store(paths) if Path(paths).is_dir() else NpyFile(paths)
+    path = Path(paths)
+    if path.suffix in (".npz", ".safetensors"):
+        raise ValueError(
+            f"{path}: rows of a .npz or .safetensors file cannot be read one by one, load its array instead"
+        )
+    return open_store(path) if path.is_dir() else NpyFile(path)

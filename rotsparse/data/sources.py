@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from rotsparse._core.reading import npy_header, regular_file
+from rotsparse._core.reading import check_typed, npy_header, regular_file
 from rotsparse._core.types import Data
 
 # Size of the sample of a source that is kept in memory: for judging rotations, `E[JᵀJ]`, the covariance of outputs, and
@@ -110,6 +110,7 @@ class NpyFile(Source):
                 self.offset = f.tell()
         except Exception as error:  # NumPy's parser raises many kinds of error for a damaged header
             raise ValueError(f"cannot read {self.path}: {error}") from None
+        check_typed(self.path, self.dtype)
         if len(shape) != 2 or fortran_order or self.dtype.kind != "f":
             order = " in Fortran order" if fortran_order else ""
             raise ValueError(

@@ -14,6 +14,7 @@ from rotsparse._core import files
 from rotsparse._core.reading import regular_file
 
 LOG = "log.jsonl"
+LARGEST = 2**29  # bytes; of a longer log nothing is read
 TENSORBOARD = "tensorboard"
 
 
@@ -69,7 +70,7 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a log; an empty list if there is no log. A last line that was cut off when the process was killed is
     left out."""
     try:
-        text = regular_file(Path(folder) / LOG).read_text(encoding="utf-8")
+        text = regular_file(Path(folder) / LOG, most=LARGEST).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return []
     lines = []

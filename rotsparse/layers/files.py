@@ -19,7 +19,7 @@ import numpy as np
 
 from rotsparse._core import checks
 from rotsparse._core.files import SIGNATURE, write_atomically, writing
-from rotsparse._core.reading import load_npy, load_npz, load_safetensors, safetensors
+from rotsparse._core.reading import check_typed, load_npy, load_npz, load_safetensors, safetensors
 from rotsparse.data.sources import RESIDENT_BYTES, NpyFile, Source
 from rotsparse.data.store import open_store
 from rotsparse.layers.activations import Activation
@@ -47,11 +47,8 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _widened(path: Path, array: np.ndarray) -> np.ndarray:
     """float16 and bfloat16 as float32: too coarse to rotate in."""
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path} holds {array.dtype.str}, numbers of two bytes whose type NumPy did not keep: save them "
-            "as float32, np.load(path).view(ml_dtypes.bfloat16).astype('float32')"
-        )
+    if path.suffix != ".safetensors":
+        check_typed(path, array.dtype)
     return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
 
 

@@ -11,7 +11,7 @@ This covers Equinox modules, Flax NNX modules and states, Flax Linen parameters,
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
+from rotsparse.layers.activations import identity
 from rotsparse.layers.base import Layer
+from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.mlp import MLP, Dense
 
@@ -121,10 +123,27 @@ def write_layer(tree: Tree, where: Where, layer: Layer) -> Tree:
 
 
 def equinox_mlp(mlp: eqx.nn.MLP) -> tuple[list[Where], list[Layer]]:
-    """Every dense layer of an `eqx.nn.MLP` with its activation, and where it is."""
+    """Every dense layer of an `eqx.nn.MLP` with its activation, and where it is.
+
+    An activation with parameters (`eqx.nn.PReLU`), of which Equinox keeps a copy for every neuron, makes its layer a
+    `FunctionLayer`.
+    """
     where = [EQUINOX.dense(f"layers.{i}") for i in range(len(mlp.layers))]
-    activations: Sequence[Callable] = [*[mlp.activation] * (len(where) - 1), mlp.final_activation]
-    return where, [read_layer(mlp, w, activation=a) for w, a in zip(where, activations, strict=True)]
+    activations: list[Callable] = [_activation_of(mlp.activation, i) for i in range(mlp.depth)]
+    activations.append(mlp.final_activation if mlp.depth else identity)  # a single layer has none
+    return where, [_dense(mlp, w, a) for w, a in zip(where, activations, strict=True)]
+
+
+def _activation_of(activation: Callable, layer: int) -> Callable:
+    return jax.tree.map(lambda leaf: leaf[layer] if eqx.is_array(leaf) else leaf, activation)
+
+
+def _dense(mlp: eqx.nn.MLP, where: Where, activation: Callable) -> Layer:
+    if not any(map(eqx.is_array, jax.tree.leaves(activation))):
+        return read_layer(mlp, where, activation=activation)
+    linear = read_layer(mlp, where, activation="identity")
+    of_neurons = eqx.filter_vmap(lambda own, a: own(a))
+    return FunctionLayer(lambda x: of_neurons(activation, linear(x)), linear.d_in, linear.d_out)
 
 
 def _name(path) -> str:

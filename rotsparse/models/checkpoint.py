@@ -128,13 +128,18 @@ def _opened(path: Path):
 def _files(folder: Path) -> list[str]:
     """The safetensors files that make up the model."""
     single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if (single or index) and (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} has a whole model and an adapter (adapter_config.json), which transformers would add to its "
+            "base model: merge it first (merge_and_unload in peft), or remove the one that is not meant"
+        )
     if index:
         where = read_json(folder / INDEX).get("weight_map")
         files = _listed(folder, where)
         if single and files != [SINGLE]:
             raise ValueError(
-                f"{folder} has a whole {SINGLE} and an {INDEX} of other files: two models? Remove the one that is "
-                "not meant"
+                f"{folder} has a whole {SINGLE}, and {INDEX} names other files: two models? Remove the one that is not "
+                "meant"
             )
         return files
     if single:

@@ -102,7 +102,8 @@ class TransformerConfig:
             raise ValueError(f"model config: n_layers should be at most {MAX_LAYERS}, got {self.n_layers}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"model config: {self.n_heads} query heads cannot be shared out among {self.n_kv_heads} key/value heads"
+                f"model config: {self.n_heads} query heads cannot be shared out among {self.n_kv_heads} key/value "
+                "heads (num_key_value_heads)"
             )
         for rotary in (self.rotary, self.local_rotary):
             if rotary is not None and not (0 < rotary.dims <= self.d_head and rotary.dims % 2 == 0):

@@ -175,8 +175,9 @@ def _olmo2(m: Metadata) -> Raw:
 
 
 def _gpt2(m: Metadata) -> Raw:
-    raw = m.translated(_LAYER_NORM)
-    return raw | {"model_type": "gpt2", "hidden_act": "gelu_new"}
+    # GPT-2's own words for these, the only ones that transformers takes.
+    words = {"feed_forward_length": "n_inner", "attention.layer_norm_epsilon": "layer_norm_epsilon"}
+    return m.translated(_LAYER_NORM | words) | {"model_type": "gpt2", "activation_function": "gelu_new"}
 
 
 def _gptneox(m: Metadata) -> Raw:

@@ -5,7 +5,7 @@ Read to a `Model`, written back under the same names. Weights come as float32 (f
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from rotsparse.models.config import TransformerConfig
 from rotsparse.models.families import Entry, Family, family_of, read_config
 from rotsparse.models.model import Model, expected_shape, nested
 
-# What training wrappers put in front of a tensor's name (or, torch.compile, in the middle of it).
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+|(?<=\.)_orig_mod\.")
+# What training wrappers put in front of a tensor's name, or in the middle of it.
+_INSIDE = r"_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_WRAPPERS = re.compile(rf"^((module|base_model\.model|{_INSIDE})\.)+|(?<=\.)(({_INSIDE})\.)+")
 _OLD_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
 _QUANTISED = (".qweight", ".weight_packed", ".W_q", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".scales")
 _LANGUAGE_MODELS = re.compile(r"ForCausalLM$|LMHeadModel$")
@@ -66,15 +67,13 @@ class _Tensors:
 
     def __init__(self, checkpoint: Checkpoint, family: Family):
         self._checkpoint, self._family = checkpoint, family
-        self._stored: dict[str, str] = {}  # by the table's name, the name in the file
-        for name in checkpoint.names:
-            usual = _usual_name(name, family)
-            if usual in self._stored:
-                raise ValueError(
-                    f"{checkpoint.folder}: {name!r} and {self._stored[usual]!r} are names of the same tensor: keep one"
-                )
-            self._stored[usual] = name
+        # By the table's name, the name in the file.
+        self._stored = self._unique((_usual_name(name, family), name) for name in checkpoint.names)
         self.prefix = self._find_prefix()
+        outer = self.prefix.removesuffix(family.prefix)
+        if outer != self.prefix:  # a wrapper's name may stand in front of everything, the head too
+            self._stored = self._unique((usual.removeprefix(outer), name) for usual, name in self._stored.items())
+            self.prefix = family.prefix
 
     def parameters(self, config: TransformerConfig) -> dict[str, np.ndarray]:
         """All parameters of the body."""
@@ -98,7 +97,9 @@ class _Tensors:
         if family.head is None:
             return None
         tied = raw.get("tie_word_embeddings")
-        tied = bool(family.defaults.get("tie_word_embeddings") if tied is None else tied)
+        tied = family.defaults.get("tie_word_embeddings", False) if tied is None else tied
+        if not isinstance(tied, bool):
+            raise ValueError(f"config.json: tie_word_embeddings should be true or false, got {tied!r}")
         if family.head in self._stored:
             head = self._checkpoint.floats(self._stored.pop(family.head))
             # A tied head is often stored a second time. Where it differs it was trained by itself.
@@ -123,6 +124,16 @@ class _Tensors:
                 + _reason(unexpected)
             )
         return {usual: self._checkpoint.raw(name) for usual, name in extra.items()}
+
+    def _unique(self, names: Iterable[tuple[str, str]]) -> dict[str, str]:
+        unique: dict[str, str] = {}
+        for usual, name in names:
+            if usual in unique:
+                raise ValueError(
+                    f"{self._checkpoint.folder}: {name!r} and {unique[usual]!r} are names of the same tensor: keep one"
+                )
+            unique[usual] = name
+        return unique
 
     def _find_prefix(self) -> str:
         """What stands before the names of the body: found by the first tensor of the table."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rotsparse._core.reading import reading, regular_file
 from rotsparse.models.checkpoint import is_lfs_pointer, read_json
@@ -113,7 +113,8 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the tokenizers library (the extra `models`).
 
     A model may have more embeddings than the tokenizer has tokens (they are often padded). Added tokens may be beyond
-    the embeddings (a pad token that no text needs): they are refused where they occur.
+    the embeddings (a pad token that no text needs): they are refused where they occur. Tokens that only
+    `tokenizer_config.json` or `special_tokens_map.json` beside it name are added, as transformers does.
     """
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):
@@ -127,6 +128,7 @@ class HuggingFaceTokenizer:
             raise ValueError(f"there is no {path}: save the tokenizer beside the model, in its fast form")
         with _no_panic(path):
             fast = Fast.from_file(str(regular_file(path)))
+            _add_stated(fast, Path(path))
         self._set_up(fast, path, vocab_size)
 
     @classmethod
@@ -138,9 +140,7 @@ class HuggingFaceTokenizer:
 
     def _set_up(self, fast, path, vocab_size):
         self._fast, self._path = fast, path
-        self.pad: int | None = (fast.padding or {}).get("pad_id")
-        if self.pad is None:
-            self.pad = fast.token_to_id(_stated_pad(Path(path)))
+        self.pad: int | None = fast.token_to_id(_content(_stated(fast, Path(path)).get("pad_token")))
         # Sentence-transformers store a length to cut and pad to; here sequences are cut elsewhere.
         fast.no_truncation()
         fast.no_padding()
@@ -204,14 +204,50 @@ def _around(fast, path) -> tuple[list[int], list[int]]:
     return around[:1], around[1:]
 
 
-def _stated_pad(path: Path) -> str:
-    """The padding token that the files beside a tokenizer name, "" where they name none."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            token = read_json(path.parent / name).get("pad_token")
-        except ValueError:
-            continue
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    return ""
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def _stated(fast, path: Path) -> dict[str, Any]:
+    """What a tokenizer and the files beside it say of it; the last that has an entry counts."""
+    stated: dict[str, Any] = {"pad_token": (fast.padding or {}).get("pad_token")}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with contextlib.suppress(ValueError):  # not there, or no object
+            stated |= {key: value for key, value in read_json(path.parent / name).items() if value}
+    return stated
+
+
+def _content(token: Any) -> str:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _flags(token: Any) -> dict[str, Any]:
+    return token if isinstance(token, dict) else {}
+
+
+def _add_stated(fast, path: Path) -> None:
+    """Add the tokens that the files beside `tokenizer.json` name and it does not know as such. Raises `ValueError` if
+    they would get other numbers than are written there."""
+    from tokenizers import AddedToken
+
+    stated = _stated(fast, path)
+    numbered = stated.get("added_tokens_decoder")
+    numbered = numbered.items() if isinstance(numbered, dict) else ()
+    numbered = {int(i): token for i, token in numbered if i.isdecimal() and _content(token)}
+    lists = [stated[key] for key in _LISTS if isinstance(stated.get(key), list)]
+    special = [stated.get(role) for role in _ROLES] + [token for tokens in lists for token in tokens]
+    known = {token.content for token in fast.get_added_tokens_decoder().values()}
+    for token in (*(numbered[i] for i in sorted(numbered)), *special):
+        content = _content(token)
+        if content and content not in known:
+            known.add(content)
+            flags = {name: bool(_flags(token).get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            is_special = token in special or bool(_flags(token).get("special"))
+            (fast.add_special_tokens if is_special else fast.add_tokens)([AddedToken(content, **flags)])
+    for number, token in numbered.items():
+        if (found := fast.token_to_id(_content(token))) != number:
+            raise ValueError(
+                f"{path} has number {found} for the token {_content(token)!r}, and tokenizer_config.json says "
+                f"{number}: they do not belong together"
+            )

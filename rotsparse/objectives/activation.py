@@ -45,6 +45,7 @@ class ActivationSparsity(MeasuredObjective):
         if source is not None:
             moments = self.data.moments() if moments is None else moments
             self.rms = jnp.asarray(moments.rms, self.x.dtype)
+        checks.squares("x", jnp.square(self.rms), self.x.dtype)
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.space = space
         self.precision = precision

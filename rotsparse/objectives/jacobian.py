@@ -85,6 +85,7 @@ class JacobianSparsity(MeasuredObjective):
                 found = scale_covariance(self.x)
             else:
                 found = (self.data.moments() if moments is None else moments).covariance
+            checks.squares("x", float(np.trace(found)), self.x.dtype)
             self.covariance = jnp.asarray(found, self.x.dtype)
         self.covariance_out = None
         if scale_outputs:

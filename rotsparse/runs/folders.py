@@ -49,6 +49,9 @@ CHECKPOINTS = "checkpoints"
 # Key of the last entry of every JSON file that is written here: a hash of all others, which shows damage.
 DIGEST = "digest"
 
+# A JSON file of more bytes is none of ours.
+LARGEST = 2**28
+
 # Options that change how a command runs, but not its result.
 _HOW = (INPUTS, "out", "overwrite", "resume", "checkpoint_minutes", "tensorboard", "devices")
 
@@ -229,7 +232,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file of a run, and compare it with its hash, if it has one. Raises `ValueError` if it is missing or
     damaged."""
     try:
-        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path, most=LARGEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}. Is this a run folder?") from None
     if isinstance(content, dict) and DIGEST in content and content.pop(DIGEST) != _content_digest(content):

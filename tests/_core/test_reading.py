@@ -239,3 +239,10 @@ def test_the_digest_of_arrays_is_checked(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(intact[:-1] + b"\x40")
     with pytest.raises(CheckError, match="is damaged: its arrays are not those that were written"):
         load_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_is_larger_than_what_rotsparse_writes_is_not_read(tmp_path):
+    with (tmp_path / "status.json").open("wb") as file:
+        file.truncate(2**31)  # takes no room on the disk
+    with pytest.raises(ValueError, match="2,147,483,648 bytes, more than rotsparse writes"):
+        folders.read_json(tmp_path / "status.json")

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,70 +248,78 @@ def test_files_that_may_not_grow(inputs):
     assert ran(*FIT, "--out", "run", "--overwrite")[0] == 0 and whole(inputs / "run")
 
 
+MODEL = ("--model", "model.bin", "--tokens", "tokens.npy")
+# Commands that write, and what stands before each of them.
+WAYS = {
+    "fit": (*FIT, "--out", "run", "--resume", "--overwrite"),
+    "fold": (*FOLD, "--out", "f.safetensors", "--overwrite"),
+    "compare": ("compare", *FOLD[1:], "--out", "c.json", "--overwrite"),
+    "capture": ("capture", *MODEL, "--length", "8", "--out", "store"),
+    "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *FIT[5:], "--out", "models", "--resume",
+                  "--overwrite"),
+    "report": ("report", "run"),
+    "explain": ("explain", "models"),
+    "demo": ("demo", "--network", "digits", "--steps", "20", "--examples", "100", "--control", "none",
+             "--out", "shown", "--overwrite"),
+    "fold-model": ("fold-model", *MODEL, "--rotations", "models", "--out", "folded"),
+    "export": ("export", "run", "--out", "sae"),
+}  # fmt: skip
+_MODELS = ["capture", "fit-model"]
+BEFORE = {"fit-model": ["capture"], "report": ["fit"], "export": ["fit"], "explain": _MODELS, "fold-model": _MODELS}
+# Commands that make what is not there yet, and what that is.
+NEW = {"capture": "store", "fold-model": "folded", "export": "sae"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [7, 60])
-def test_kills(count, inputs):
-    """Kill -9 at random moments of every command: nothing half-written is taken for whole, and the same command given
-    again (with --resume or --overwrite where it asks for one) succeeds."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("name", WAYS)
+def test_kills(name, inputs):
+    """Kill -9 at eight random moments of a command: nothing half-written is taken for whole, and the same command given
+    again (with --resume or --overwrite where it asks for one) succeeds. 80 kills over all commands."""
+    rng = np.random.default_rng(list(WAYS).index(name))
     save_model(tiny_llama2c(), "model.bin")
     np.save("tokens.npy", rng.integers(0, 31, 4000))
-    model = ("--model", "model.bin", "--tokens", "tokens.npy")
-    ways = {
-        "fit": (*FIT, "--out", "run", "--resume", "--overwrite"),
-        "fold": (*FOLD, "--out", "f.safetensors", "--overwrite"),
-        "compare": ("compare", *FOLD[1:], "--out", "c.json", "--overwrite"),
-        "capture": ("capture", *model, "--length", "8", "--out", "store"),
-        "fit-model": ("fit-model", "--model", "model.bin", "--store", "store", *FIT[5:], "--out", "models", "--resume",
-                      "--overwrite"),
-        "report": ("report", "run"),
-        "explain": ("explain", "models"),
-        "demo": ("demo", "--network", "digits", "--steps", "20", "--examples", "100", "--control", "none",
-                 "--out", "shown", "--overwrite"),
-        "fold-model": ("fold-model", *model, "--rotations", "models", "--out", "folded"),
-        "export": ("export", "run", "--out", "sae"),
-    }  # fmt: skip
-    kills = 0
-    for name, way in ways.items():
-        begun = time.monotonic()
-        assert ran(*way)[0] == 0
-        seconds = time.monotonic() - begun
-        landed = 0
-        while landed < -(-count // len(ways)):  # a kill that came too late does not count
-            if name == "capture":
-                subprocess.run(["rm", "-r", "store"], check=True)
-            if name in ("fold-model", "export"):
-                subprocess.run(["rm", "-rf", way[-1]], check=True)
-            process = started(*way, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(float(rng.uniform(0.3, 1)) * seconds)
-            process.kill()
-            process.wait()
-            landed += process.returncode == -signal.SIGKILL
-            match name:  # what is there is whole
-                case "fold":
-                    load_layer("f.safetensors", "relu")
-                case "compare":
-                    json.loads(Path("c.json").read_text())
-                case "fit" | "fit-model" | "report" | "demo" | "explain":
-                    target = Path(way[way.index("--out") + 1] if "--out" in way else way[-1])
-                    assert folders.read_json(target / "status.json")["state"] == "complete"
-                case "fold-model":
-                    if Path("folded").exists():
-                        for i in range(2):
-                            load_layer(f"folded/layer-{i}/layer.safetensors", "silu")
-                case "export":
-                    if Path("sae").exists():
-                        load_safetensors("sae/sae_weights.safetensors")
-                case "capture":
-                    for i in range(2):
-                        if (Path("store") / f"{i}.input" / "manifest.json").exists():
-                            try:
-                                open_store(f"store/{i}.input").verify()
-                            except ValueError as error:
-                                assert "was interrupted" in str(error)
-            code, _, error = ran(*way)
-            assert code == 0 or (name in ("fold-model", "export") and "exists" in error), f"{name}: {error}"
-        kills += landed
-    assert kills >= count
-    print(f"\n{kills} kills: nothing lost, nothing half-written taken for whole, every command given again succeeded")
+    for way in BEFORE.get(name, []):
+        assert ran(*WAYS[way])[0] == 0
+    begun = time.monotonic()
+    assert ran(*WAYS[name])[0] == 0
+    seconds = time.monotonic() - begun
+    landed = 0
+    while landed < 8:  # a kill that came too late does not count
+        shutil.rmtree(NEW.get(name, "nothing"), ignore_errors=True)
+        process = started(*WAYS[name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(float(rng.uniform(0.3, 1)) * seconds)
+        process.kill()
+        process.wait()
+        landed += process.returncode == -signal.SIGKILL
+        check_whole(name)
+        code, _, error = ran(*WAYS[name])
+        assert code == 0 or (name in ("fold-model", "export") and "exists" in error), f"{name}: {error}"
+    print(f"\n{landed} kills of {name}: nothing half-written taken for whole, the command given again succeeded")
     assert not list(Path("run").rglob(".rotsparse-*"))
+
+
+def check_whole(name):
+    """What is there is whole."""
+    match name:
+        case "fold":
+            load_layer("f.safetensors", "relu")
+        case "compare":
+            json.loads(Path("c.json").read_text())
+        case "fit" | "fit-model" | "report" | "demo" | "explain":
+            way = WAYS[name]
+            target = Path(way[way.index("--out") + 1] if "--out" in way else way[1])
+            assert folders.read_json(target / "status.json")["state"] == "complete"
+        case "fold-model":
+            if Path("folded").exists():
+                for i in range(2):
+                    load_layer(f"folded/layer-{i}/layer.safetensors", "silu")
+        case "export":
+            if Path("sae").exists():
+                load_safetensors("sae/sae_weights.safetensors")
+        case "capture":
+            for i in range(2):
+                if (Path("store") / f"{i}.input" / "manifest.json").exists():
+                    try:
+                        open_store(f"store/{i}.input").verify()
+                    except ValueError as error:
+                        assert "was interrupted" in str(error)

@@ -196,6 +196,17 @@ def test_equinox_mlp():
         write_layer(mlp, where[0], layers[0].rotate(None, jnp.eye(8)[::-1]))
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_equinox_mlp_whose_activation_has_parameters(depth):
+    mlp = eqx.nn.MLP(8, 8, 12, depth, eqx.nn.PReLU(0.3), eqx.nn.PReLU(0.2), key=jax.random.key(0))
+    slopes = lambda leaf: jnp.linspace(0.1, 0.9, leaf.size).reshape(leaf.shape)  # noqa: E731
+    mlp = eqx.tree_at(lambda m: (m.activation, m.final_activation), mlp, replace_fn=lambda a: jax.tree.map(slopes, a))
+    y = x = jax.random.normal(jax.random.key(1), (2, 8))
+    for layer in equinox_mlp(mlp)[1]:
+        y = layer(y)
+    np.testing.assert_allclose(y, jax.vmap(mlp)(x), atol=1e-6)
+
+
 def test_gated_block_of_dense_layers():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(gate=nnx.Linear(4, 9, rngs=rngs), up=nnx.Linear(4, 9, rngs=rngs), down=nnx.Linear(9, 4, rngs=rngs))

@@ -26,7 +26,7 @@ def test_a_single_file_beside_an_index(folder, tmp_path):
     save_huggingface(tiny("llama", seed=1), tmp_path / "shards", shard_bytes=3000)
     for path in (tmp_path / "shards").glob("model*"):
         path.rename(folder / path.name)
-    refused(folder, r"a whole model\.safetensors and an model\.safetensors\.index\.json")
+    refused(folder, r"a whole model\.safetensors, and model\.safetensors\.index\.json names")
     (folder / "model.safetensors").unlink()
     assert same_parameters(load_huggingface(folder), tiny("llama", seed=1))
 
@@ -71,6 +71,11 @@ def test_what_is_there_instead(folder):
     refused(folder, "it is an adapter")
     (folder / "config.json").unlink()
     refused(folder, "is an adapter: merge it")
+
+
+def test_an_adapter_beside_a_model(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "a whole model and an adapter")
 
 
 @pytest.mark.parametrize("file", ["tf_model.h5", "flax_model.msgpack", "model.onnx"])

@@ -90,7 +90,9 @@ def edit_config(folder, **changes):
             {"model_type": "mamba"},
             "unknown architecture 'mamba': expected one of bert, camembert, distilbert, .*, llama, ",
         ),
-        ({"hidden_size": None}, "no 'hidden_size'"),
+        ({"hidden_size": None}, "null for 'hidden_size'"),
+        ({"is_causal": None}, "null for 'is_causal'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings should be true or false, got 'false'"),
         ({"hidden_act": "erf"}, "unknown hidden_act 'erf'"),
         ({"num_key_value_heads": 3}, "4 query heads cannot be shared out among 3"),
         ({"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
@@ -121,17 +123,53 @@ def test_a_head_with_a_bias_is_refused(name, bias, tmp_path):
         ("gpt_neo", {"is_causal": False}),
         ("opt", {"do_layer_norm_before": False}),
         ("phi3", {"attention_bias": True}),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}),
         ("bert", {"position_embedding_type": "relative_key"}),
         ("bert", {"is_decoder": True}),
     ],
 )
 def test_settings_that_would_change_the_computation(name, setting, tmp_path):
     save_huggingface(tiny(name), tmp_path / "m")
-    edit_config(tmp_path / "m", **dict.fromkeys(setting))  # null is the usual value
-    assert load_huggingface(tmp_path / "m").config == tiny(name).config
+    (key, value), refused = *setting.items(), f"{next(iter(setting))} = .* is not supported"
+    edit_config(tmp_path / "m", **{key: None})
+    if value is False or isinstance(value, str):  # null is no usual value where that is true, or a word
+        with pytest.raises(ValueError, match=refused):
+            load_huggingface(tmp_path / "m")
+    else:
+        assert load_huggingface(tmp_path / "m").config == tiny(name).config
     edit_config(tmp_path / "m", **setting)
-    with pytest.raises(ValueError, match=f"{next(iter(setting))} = .* is not supported"):
+    with pytest.raises(ValueError, match=refused):
         load_huggingface(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "word"),
+    [
+        ("gpt2", {"hidden_act": "relu"}, "activation_function"),
+        ("gpt2", {"layer_norm_eps": 0.1}, "layer_norm_epsilon"),
+        ("gpt_neo", {"hidden_act": "gelu"}, "activation_function"),
+        ("opt", {"intermediate_size": 40}, "ffn_dim"),
+        ("gemma2", {"hidden_act": "relu"}, "hidden_activation"),
+        ("distilbert", {"hidden_act": "relu"}, "activation"),
+    ],
+)
+def test_words_that_a_family_does_not_go_by(name, setting, word, tmp_path):
+    save_huggingface(tiny(name), tmp_path / "m")
+    edit_config(tmp_path / "m", **setting)
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is .* goes by {word}, which is"):
+        load_huggingface(tmp_path / "m")
+
+
+def test_the_first_files_of_gemma_mean_the_approximate_gelu(tmp_path):
+    save_huggingface(tiny("gemma"), tmp_path / "m")
+    edit_config(tmp_path / "m", hidden_act="gelu", hidden_activation=None)
+    assert load_huggingface(tmp_path / "m").config == tiny("gemma").config
+
+
+def test_embeddings_as_wide_as_the_stream_have_no_matrix_behind_them(tmp_path):
+    model = tiny("electra", embedding_size=16)
+    save_huggingface(model, tmp_path / "m")
+    assert "embed_project" not in model.params and same_parameters(load_huggingface(tmp_path / "m"), model)
 
 
 def test_fused_tensor_of_the_wrong_shape(tmp_path):

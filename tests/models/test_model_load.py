@@ -22,7 +22,7 @@ def folder(tmp_path):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     fast.enable_truncation(4)  # as sentence-transformers store it
-    fast.enable_padding(length=4)
+    fast.enable_padding(length=4, pad_token="[UNK]")
     fast.save(str(tmp_path / "model/tokenizer.json"))
     return tmp_path / "model"
 
@@ -33,6 +33,51 @@ def test_huggingface_tokenizer(folder):
     assert tokenizer.encode("dog") == [0] and tokenizer.encode("") == []
     assert (list(tokenizer.prefix), list(tokenizer.suffix), tokenizer.vocab_size) == ([1], [2], 6)
     assert tokenizer.decode([3, 4]) == "the cat"
+
+
+def test_tokens_that_only_the_files_beside_the_tokenizer_name(folder):
+    """As transformers reads them: words become special, others are added and get the next numbers."""
+    beside = {
+        "eos_token": "sat",
+        "pad_token": {"content": "<pad>", "lstrip": True},
+        "additional_special_tokens": ["<a>", None, 3],
+        "added_tokens_decoder": {"6": {"content": "<new>", "special": False}, "x": {}, "1": {"content": "[CLS]"}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    tokenizer = models.load_tokenizer(folder, models.load_model(folder))
+    assert tokenizer.encode("the<new>cat <pad>sat<a>") == [3, 6, 4, 7, 5, 8]
+    assert {5, 7, 8} <= tokenizer.special and 6 not in tokenizer.special and tokenizer.pad == 7
+    beside["added_tokens_decoder"]["9"] = {"content": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ValueError, match=r"number 7 for the token '<pad>', and tokenizer_config\.json says 9"):
+        models.load_tokenizer(folder, models.load_model(folder))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"eos_token": "sat", "pad_token": "<pad>"},
+        {"additional_special_tokens": ["ca"], "bos_token": "the"},
+        {
+            "added_tokens_decoder": {
+                "6": {"content": "<new>", "special": True},
+                "7": {"content": "at", "special": False},
+            }
+        },
+        {"model_max_length": 3, "padding_side": "left", "add_bos_token": True},
+    ],
+)
+def test_texts_are_encoded_as_transformers_does(beside, folder):
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", **beside})
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = models.load_tokenizer(folder, models.load_model(folder))
+    for text in ("the cat sat", "sat<pad>the", "<new>cat", "at<new> [CLS] dog", ""):
+        assert [*ours.prefix, *ours.encode(text), *ours.suffix] == theirs(text)["input_ids"], text
 
 
 def test_capture_puts_special_tokens_around_every_sequence(folder, tmp_path):

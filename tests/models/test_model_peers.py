@@ -10,12 +10,13 @@ from rotsparse.layers.rotations import Rotations
 from rotsparse.models.fold import fold_mlp, fold_stream
 from rotsparse.models.huggingface import load_huggingface
 from rotsparse.models.huggingface_writer import save_huggingface
-from rotsparse.models.load import load_model, load_tokenizer
+from rotsparse.models.load import load_model, load_tokenizer, save_model
 from rotsparse.models.stream import keep_mean
 from rotsparse.models.transformer import run
 
 pytestmark = pytest.mark.peers
 peers = pytest.importorskip("transformers_peers")
+tiny_gguf = pytest.importorskip("tiny_gguf")
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 17))
 
@@ -46,6 +47,20 @@ def test_folded_model_in_transformers(name, tmp_path):
     save_huggingface(folded.model, tmp_path / "folded")
     again = type(theirs).from_pretrained(tmp_path / "folded", attn_implementation="eager").eval()
     np.testing.assert_allclose(peers.peer_output(again, TOKENS), peers.peer_output(theirs, TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny_gguf.ARCHITECTURES)
+def test_a_gguf_model_that_is_written_as_a_folder(name, tmp_path):
+    """transformers takes every entry of the configuration that was made of the metadata."""
+    tiny_gguf.write(tiny_gguf.model_of(name), tiny_gguf.ARCHITECTURES[name][0], tmp_path / "m.gguf")
+    model, tokens = load_model(tmp_path / "m.gguf"), TOKENS % 31
+    save_model(model, tmp_path / "folder")
+    make = peers.transformers.AutoModelForCausalLM if model.config.head else peers.transformers.AutoModel
+    options = {"attn_implementation": "eager", "dtype": "float32", "pad_token_id": 0}
+    theirs = make.from_pretrained(tmp_path / "folder", **options).eval()
+    expected = peers.peer_output(theirs, tokens)
+    ours = np.asarray(run(model.params, model.config, tokens)[0])
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_untied"])

@@ -55,7 +55,19 @@ def test_biases_that_are_not_there_are_none(tmp_path):
     assert same_parameters(stored(biased, tmp_path / "on", attention_bias=False), biased)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "transformer."])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "module.",
+        "_orig_mod.",
+        "base_model.model.",
+        "module._orig_mod.",
+        "_forward_module.module.",
+        "model.",
+        "a.b.",
+        "transformer.",
+    ],
+)
 def test_names_in_wrappers(wrapper, tmp_path):
     def wrapped(tensors):
         body = {wrapper + n.removeprefix("model."): a for n, a in tensors.items() if n.startswith("model.")}
@@ -65,9 +77,10 @@ def test_names_in_wrappers(wrapper, tmp_path):
     assert same_parameters(stored(tiny("llama"), tmp_path / "m", wrapped), tiny("llama"))
 
 
-def test_compiled_modules_in_the_middle_of_a_name(tmp_path):
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_wrapped_modules_in_the_middle_of_a_name(wrapper, tmp_path):
     def compiled(tensors):
-        return {n.replace("layers.0.", "layers.0._orig_mod."): a for n, a in tensors.items()}
+        return {n.replace("layers.0.", f"layers.0.{wrapper}"): a for n, a in tensors.items()}
 
     assert same_parameters(stored(tiny("llama"), tmp_path / "m", compiled), tiny("llama"))
 
@@ -83,6 +96,12 @@ def test_old_names_of_norms(tmp_path):
 def test_two_names_of_one_tensor(tmp_path):
     with pytest.raises(ValueError, match="names of the same tensor: keep one"):
         stored(tiny("llama"), tmp_path / "m", lambda t: t | {"module.model.norm.weight": t["model.norm.weight"]})
+
+    def two_heads(tensors):
+        return {f"model.{n}": a for n, a in tensors.items()} | {"lm_head.weight": tensors["lm_head.weight"]}
+
+    with pytest.raises(ValueError, match=r"'model\.lm_head\.weight' and 'lm_head\.weight' are names of the same"):
+        stored(tiny("llama"), tmp_path / "two", two_heads)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny
 
 _SMALL = {
     "vocab_size": 61,

@@ -55,6 +55,36 @@ ROTARY = {
     "partial inside": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "unknown type": {"rope_scaling": {"rope_type": "mrope", "mrope_section": [1, 1, 2]}},
     "no factor": {"rope_scaling": {"rope_type": "linear"}},
+    "theta in the scaling": {"rope_theta": 50.0, "rope_scaling": {**_LINEAR, "rope_theta": 500.0}},
+    "two words for the type": {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+    "su": {"rope_scaling": {**_LONGROPE, "rope_type": "su"}},
+    "sections of images": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+    "for each type of layer": {"rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _SAVED}},
+    "partial scaled": {"partial_rotary_factor": 0.5, "rope_scaling": _YARN},
+    "partial twice": {"partial_rotary_factor": 0.25, "rope_parameters": {**_SAVED, "partial_rotary_factor": 0.5}},
+    "partial beyond": {"partial_rotary_factor": 2.0},
+    "a factor below 1": {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+    "a factor in words": {"rope_scaling": {"rope_type": "linear", "factor": "4.0"}},
+    "yarn of version 5": {"rope_parameters": {**_YARN, "rope_theta": 500.0}},
+    "yarn, one mscale": {"rope_scaling": {**_YARN, "mscale": 0.7}},
+    "yarn, betas swapped": {"rope_scaling": {**_YARN, "beta_fast": 1.0, "beta_slow": 32.0}},
+    "yarn, factor 1": {"rope_scaling": {**_YARN, "factor": 1.0}},
+    "longrope, outer length": {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 8},
+    "longrope, short list": {"rope_scaling": {**_LONGROPE, "short_factor": [1.0]}},
+    "dynamic, original length": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 8},
+        "max_position_embeddings": 16,
+    },
+    "dynamic, alpha": {"rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0}},
+    "llama3, factors swapped": {"rope_scaling": {**_LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+    "default beside linear": {
+        "rope_scaling": {"rope_type": "default"},
+        "rope_parameters": {**_LINEAR, "rope_theta": 9.0},
+    },
+    "only a factor": {"rope_scaling": {"factor": 4.0}},
+    "a share in two words": {"rotary_pct": 0.5, "partial_rotary_factor": 0.25},
+    "local theta": {"rope_local_base_freq": 500.0},
+    "layers without": {"no_rope_layers": [1, 0]},
 }
 FLAGS = {
     "as it is": {},
@@ -90,8 +120,52 @@ FLAGS = {
     "pruned heads": {"pruned_heads": {"0": [1]}},
     "a decoder": {"is_decoder": True},
     "relative positions": {"position_embedding_type": "relative_key"},
+    "window of one": {"sliding_window": 1},
+    "window of nothing": {"sliding_window": 0},
+    "pattern of windows": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "hidden pattern of windows": {"sliding_window": 5, "_sliding_window_pattern": 2},
+    "too few types of layers": {"layer_types": ["full_attention"]},
+    "unscaled scores": {"scale_attn_weights": False},
+    "scores scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "scores scaled otherwise": {"attention_multiplier": 0.5},
+    "biases of queries": {"qkv_bias": True},
+    "no biases": {"enable_bias": False, "attention_bias": False},
+    "clipped queries": {"clip_qkv": 1.0},
+    "no final norm": {"_remove_final_layer_norm": True},
+    "norm behind": {"do_layer_norm_before": False},
+    "narrow embeddings": {"embedding_size": 8},
+    "embeddings as wide": {"embedding_size": 32},
+    "one type of tokens": {"type_vocab_size": 1},
+    "another pad": {"pad_token_id": 3},
+    "fewer buckets": {"relative_attention_num_buckets": 8},
+    "local layers": {"attention_types": [[["local", "global"], 1]], "window_size": 5},
+    "other layers than types": {"attention_layers": ["local", "global"]},
+    "experts": {"num_local_experts": 2},
+    "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "half precision": {"torch_dtype": "float16"},
 }
-VARIANTS = {**ACTIVATIONS, **ROTARY, **FLAGS}
+# Other families' words, and words of one's own under a usual name.
+WORDS = {
+    "hidden_act": {"hidden_act": "relu"},
+    "hidden_activation": {"hidden_activation": "relu"},
+    "activation_function": {"activation_function": "relu"},
+    "activation": {"activation": "relu"},
+    "Gemma's gelu": {"hidden_act": "gelu", "hidden_activation": None},
+    "layer_norm_eps": {"layer_norm_eps": 1.0},
+    "layer_norm_epsilon": {"layer_norm_epsilon": 0.1},
+    "norm_eps": {"norm_eps": 0.1},
+    "intermediate_size": {"intermediate_size": 48},
+    "ffn_dim": {"ffn_dim": 48},
+    "n_inner": {"n_inner": 48},
+    "n_positions": {"n_positions": 32},
+}
+_NULLS = (
+    "is_causal hidden_act head_dim num_key_value_heads rms_norm_eps layer_norm_eps attention_bias tie_word_embeddings "
+    "sliding_window use_sliding_window layer_types rope_theta rope_parameters pad_token_id position_embedding_type "
+    "do_layer_norm_before scale_attn_weights use_parallel_residual use_bidirectional_attention type_vocab_size"
+).split()
+NULLS = {f"null {name}": {name: None} for name in _NULLS}
+VARIANTS = {**ACTIVATIONS, **ROTARY, **FLAGS, **WORDS, **NULLS}
 
 _SMALL = {
     "vocab_size": 61,
@@ -121,9 +195,35 @@ FAMILIES = {
         {**{k: v for k, v in _SMALL.items() if k != "intermediate_size"}, "ffn_dim": 40, "word_embed_proj_dim": 32},
         "activation_function",
     ),
+    "gpt2": (
+        {
+            **{k: v for k, v in _SMALL.items() if k not in ("intermediate_size", "max_position_embeddings")},
+            "n_positions": 64,
+            "n_inner": 40,
+        },
+        "activation_function",
+    ),
+    "gpt_neo": (
+        {**_SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 5},
+        "activation_function",
+    ),
     "bert": (_SMALL, "hidden_act"),
     "roberta": ({**_SMALL, "pad_token_id": 1}, "hidden_act"),
+    "xlm-roberta": ({**_SMALL, "pad_token_id": 1}, "hidden_act"),
+    "camembert": ({**_SMALL, "pad_token_id": 1}, "hidden_act"),
+    "distilbert": (
+        {**{k: v for k, v in _SMALL.items() if k != "intermediate_size"}, "hidden_dim": 40},
+        "activation",
+    ),
     "electra": ({**_SMALL, "embedding_size": 16}, "hidden_act"),
     "mpnet": ({**_SMALL, "pad_token_id": 1}, "hidden_act"),
+    "vit": (
+        {
+            **{k: v for k, v in _SMALL.items() if k not in ("vocab_size", "max_position_embeddings")},
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "hidden_act",
+    ),
 }
-ENCODERS = ("bert", "roberta", "electra", "mpnet")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "vit")

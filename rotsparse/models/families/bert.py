@@ -1,5 +1,6 @@
 """Encoders of BERT's kind: every position looks at every other, norms stand in the stream (post-LN)."""
 
+from dataclasses import replace
 from typing import Any
 
 from rotsparse.models.families.family import Entry, Family, layer_norm, linear, tensor
@@ -102,7 +103,13 @@ _MPNET_NAMES = {
 }
 _BERT_LAYERS = _block("encoder.layer.*", _BERT_NAMES)
 _BERT: tuple[Entry, ...] = (*_embeddings("word", "position", "token_type"), *_BERT_LAYERS)
-_ELECTRA: tuple[Entry, ...] = (*_BERT, *linear("embeddings_project", "embed_project.project"))
+_ELECTRA: tuple[Entry, ...] = (
+    *_BERT,
+    *(
+        replace(entry, exists=lambda c: c.d_embedding > 0)
+        for entry in linear("embeddings_project", "embed_project.project")
+    ),
+)
 _DISTILBERT: tuple[Entry, ...] = (
     *_embeddings("word", "position"),
     *_block("transformer.layer.*", _DISTILBERT_NAMES),
@@ -153,6 +160,8 @@ FAMILIES = {
             "hidden_dim": "intermediate_size",
             "activation": "hidden_act",
         },
+        also="hidden_size num_hidden_layers num_attention_heads",
+        keys="",
     ),
     "electra": _encoder(
         _ELECTRA,

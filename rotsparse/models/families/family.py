@@ -23,7 +23,7 @@ class Entry:
     """A tensor of the file and the parameters in it: one, or several where matrices are fused.
 
     `flag`: the entry of config.json that says whether the tensor exists. The file decides: a tensor that is missing
-    everywhere is one that the model does not have.
+    everywhere is one that the model does not have. `exists`: whether models of this configuration have it.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Entry:
     split: Callable[[TransformerConfig, np.ndarray], Arrays] = _same
     join: Callable[..., np.ndarray] = lambda config, array: array
     flag: str | None = None
+    exists: Callable[[TransformerConfig], bool] = lambda config: True
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Family:
     - `only`: entries that are read right with these values alone; a model with another value is refused.
     - `harmless`: entries without influence on what the trained model computes.
     - `defaults`: what the transformers library takes where config.json has no such entry.
-    - `spelled`: the family's own words for entries, and the usual ones.
+    - `spelled`: the family's own words for entries, and the usual ones. `also`: the usual ones that transformers takes
+      as well; it takes no notice of the others.
     - `ignored`, `carried`: patterns of tensors that can be recomputed, and that are not used but written back.
     - `renames`: other names under which files have the tensors.
     """
@@ -59,13 +61,14 @@ class Family:
     harmless: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     spelled: Mapping[str, str] = field(default_factory=dict)
+    also: str = ""
     ignored: str = r"rotary_emb\.inv_freq$"
     carried: str = r"(?!)"
     renames: tuple[tuple[str, str | Callable], ...] = ()
 
     def entries(self, config: TransformerConfig, prefix: str = "") -> Iterator[Entry]:
         """Every tensor of a body with this configuration."""
-        for entry in self.body:
+        for entry in (entry for entry in self.body if entry.exists(config)):
             for i in range(config.n_layers) if "*" in entry.name else (0,):
                 yield replace(
                     entry,

@@ -189,6 +189,7 @@ FAMILIES = {
             "activation_function": "hidden_act",
             "layer_norm_epsilon": "layer_norm_eps",
         },
+        also="hidden_size num_hidden_layers num_attention_heads max_position_embeddings",
     ),
     "gpt_neo": Family(
         _GPT_NEO,
@@ -213,6 +214,7 @@ FAMILIES = {
             "activation_function": "hidden_act",
             "layer_norm_epsilon": "layer_norm_eps",
         },
+        also="num_hidden_layers num_attention_heads",
     ),
     "gpt_neox": Family(
         _GPT_NEOX,

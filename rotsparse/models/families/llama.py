@@ -87,6 +87,8 @@ def _qwen(s: Settings) -> dict[str, Any]:
 
 def _gemma(s: Settings) -> dict[str, Any]:
     scale = s.integer("hidden_size") ** 0.5
+    if s.optional("hidden_act") == "gelu":  # in Gemma's first files, and what is meant is the approximation
+        s.raw["hidden_act"] = "gelu_pytorch_tanh"
     if "hidden_activation" in s and s.optional("hidden_activation") != s.optional("hidden_act"):
         s.refuse("hidden_activation", f"hidden_act is {s.optional('hidden_act')!r}: versions differ in which counts")
     return {**common(s), "embedding_scale": scale}
@@ -100,12 +102,14 @@ def _gemma2(s: Settings) -> dict[str, Any]:
 
 def _gemma3(s: Settings) -> dict[str, Any]:
     n, sizes = s.layers(), s.sizes()
-    pattern = s.integer("_sliding_window_pattern") if "_sliding_window_pattern" in s else 6
-    pattern = s.integer("sliding_window_pattern") if "sliding_window_pattern" in s else pattern
+    pattern = s.integer("sliding_window_pattern")
     types = layer_types(s, ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)])
     full, local = _gemma3_rotaries(s, sizes["d_head"])
+    if s.optional("attn_logit_softcapping") is not None:
+        s.refuse("attn_logit_softcapping", "Gemma 3 caps no scores, transformers takes no notice of it")
     return {
         **sizes,
+        "max_positions": rope.reach(full, sizes["max_positions"]),
         "gated": True,
         "norm": "rms",
         "norm_eps": s.number("rms_norm_eps"),
@@ -136,10 +140,10 @@ def _gemma3_rotaries(s: Settings, d_head: int) -> tuple[Rotary, Rotary]:
     scaling = s.optional("rope_scaling") or {}
     if not all(isinstance(part, dict | None) for part in (scaling, *both.values())):
         s.refuse("rope_scaling" if scaling else "rope_parameters", "expected objects such as {'rope_type': ...}")
-    full = {**(both.get("full_attention") or {}), **scaling}
+    full, name = {**(both.get("full_attention") or {}), **scaling}, "rope_scaling" if scaling else "rope_parameters"
     theta, local_theta = s.optional_number("rope_theta"), s.optional_number("rope_local_base_freq")
     return (
-        rope.Rope(s, "rope_parameters", full).rotary(d_head, theta=theta or 1e6),
+        rope.Rope(s, name, full).rotary(d_head, theta=theta or 1e6),
         rope.Rope(s, "rope_parameters", both.get("sliding_attention") or {}).rotary(
             d_head, theta=local_theta or 10000.0
         ),
@@ -310,11 +314,11 @@ FAMILIES = {
         (*_GEMMA2, *_qk_norms(gemma_norm)),
         "model.",
         _gemma3,
-        keys=f"{_GEMMA2_KEYS} rope_local_base_freq sliding_window_pattern _sliding_window_pattern",
+        keys=f"{_GEMMA2_KEYS} rope_local_base_freq sliding_window_pattern",
         only=_ONE_WAY,
-        harmless=_HARMLESS,
+        harmless=f"{_HARMLESS} _sliding_window_pattern",
         carried=_CARRIED,
-        defaults={**_GEMMA2_DEFAULTS, "max_position_embeddings": 131072},
+        defaults={**_GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "sliding_window_pattern": 6},
         spelled={"hidden_activation": "hidden_act"},
     ),
     "phi3": Family(

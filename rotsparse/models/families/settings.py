@@ -87,11 +87,12 @@ class Settings:
         return self.raw[key] if key in self.raw else self._defaults.get(key)
 
     def need(self, key: str) -> Any:
-        value = self.raw.get(key)
-        value = self._defaults.get(key) if value is None else value
+        """The entry, which may not be null: what transformers makes of null is hardly ever the usual value."""
+        value = self.optional(key)
         if value is None:
+            missing = "config.json has no" if key not in self.raw else "config.json has null for"
             raise ValueError(
-                f"config.json has no {self._words.get(key, key)!r}: is it the configuration of a {self.kind} model?"
+                f"{missing} {self._words.get(key, key)!r}: is it the configuration of a {self.kind} model?"
             )
         return value
 
@@ -163,14 +164,16 @@ class Settings:
     def _usual(self, raw: Raw, family: Family) -> dict[str, Any]:
         usual = dict(raw)
         for word, name in family.spelled.items():
-            if word not in raw:
-                continue
-            value = usual.pop(word)
-            if usual.get(name) is not None and usual[name] != value:
+            counts = word in raw or name not in family.also.split()
+            value = raw.get(word, family.defaults.get(name)) if counts else raw.get(name)
+            if raw.get(name) is not None and raw[name] != value:
                 raise ValueError(
-                    f"config.json: {word} is {_short(value)}, but {name}, another name for it, is {_short(raw[name])}"
+                    f"config.json: {name} is {_short(raw[name])}, but a {self.kind} model goes by {word}, which is "
+                    f"{_short(value)}"
                 )
-            usual[name] = value
+            usual.pop(word, None)
+            if word in raw or name in raw:
+                usual[name] = value
         return usual
 
     def _check_known(self, family: Family) -> None:
@@ -185,7 +188,8 @@ class Settings:
         known = _UNDERSTOOD | set(family.keys.split()) | set(family.flags())
         for key, value in self.raw.items():
             only = family.only.get(key, _ONLY.get(key))
-            if value is None or key in known or (key in harmless and key not in family.only):
+            off = value is None and (only is None or not all(only))  # as good as false
+            if off or key in known or (key in harmless and key not in family.only):
                 continue
             if only is None:
                 raise ValueError(
