@@ -268,7 +268,7 @@ class Solution:
 
 def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float]]:
     """The objective of rotations, the norm of its gradient, and the orthogonality error."""
-    value, grads = _value_and_grad(objective, bases)
+    value, grads = _value_and_grad(objective.in_full_precision(), bases)
     return float(value), {
         "gradient_norm": float(optax.tree.norm(grads)),
         "orthogonality_error": max(map(exact_error, bases.values())),
@@ -277,7 +277,7 @@ def evidence(objective: Objective, bases: Bases) -> tuple[float, dict[str, float
 
 def judged_value(objective: Objective, bases: Bases) -> float:
     """The objective, computed by a program that is compiled once for each kind of objective."""
-    return float(_value(objective, bases))
+    return float(_value(objective.in_full_precision(), bases))
 
 
 @eqx.filter_jit

@@ -114,6 +114,7 @@ def _take_steps(method: Stepwise, problem: Problem, starts: tuple[Bases, ...], k
     keys = jax.random.split(jax.random.fold_in(key, 1), len(starts))
     stepped = spread(objective, devices, batch_size)
     judge = stepped if problem.validation is None else spread(problem.validation, devices, None)
+    judge = judge.in_full_precision()
     stretch = min(steps, max(MIN_STRETCH, -(-steps // STRETCHES)))
     fetched = sum(e.fetched_bytes(batch_size) for e in stepped.examples)
     if fetched:  # two stretches are in memory, and one on the devices
@@ -274,7 +275,7 @@ def _solution(
     if problem.validation is None:
         start_values = state.checked[:, 0]
     else:
-        start_values = np.asarray(values_of(Devices(None), None, problem.objective, starts))
+        start_values = np.asarray(values_of(Devices(None), None, problem.objective.in_full_precision(), starts))
     seconds = float(state.seconds)
     return Solution(
         bases=bases,

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rotsparse._core.checks import activations, weight
+from rotsparse._core.orthogonal import matmul
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import chunks
 from rotsparse.layers.base import Layer
@@ -115,11 +117,11 @@ class EdgeAblation:
         r_in = jnp.asarray(self._r_in)
         parts = []
         for rows, count in chunks(x, _ROWS):
-            z, out = rows @ r_in.T, jnp.zeros((len(rows), self.layer.d_out), x.dtype)
+            z, out = matmul(rows, r_in.T), jnp.zeros((len(rows), self.layer.d_out), x.dtype)
             for m, inputs in enumerate(masks):
                 seen, mine = jnp.asarray(np.tile(inputs, self.copies)), jnp.asarray(group.ravel() == m)
                 out = _masked_outputs(self.layer, z, self._mean, r_in, self._r_out, seen, mine, out)
-            parts.append((out @ self._r_out)[:count])
+            parts.append(matmul(out, self._r_out)[:count])
         return jnp.concatenate(parts)
 
     def relaxed(self, x: Float[Array, "n d_in"], kept: Float[Array, "d_out d"]) -> Float[Array, "n d_out"]:
@@ -176,7 +178,7 @@ def fewest(suffices: Callable[[int], bool], at_most: int, *, near: int | None = 
 @eqx.filter_jit
 def _masked_outputs(layer, z, mean, r_in, r_out, seen, mine, out):
     """`out` with the columns `mine` replaced by the rotated outputs that see the inputs `seen` only."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return jnp.where(mine, layer(jnp.where(seen, z, mean) @ r_in) @ r_out.T, out)
 
 
@@ -185,7 +187,7 @@ def _mean_score(logits, labels, per_example):
 
     @eqx.filter_jit
     def chunk_score(y, labels):
-        with jax.default_matmul_precision("highest"):
+        with full_precision():
             return per_example(logits(y), labels)
 
     def score(y):

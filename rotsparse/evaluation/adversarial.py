@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import numpy_generator
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.evaluation.ablation import EdgeAblation
 from rotsparse.layers.jacobians import apply
@@ -129,5 +130,5 @@ def _relative_change(whole: Float[Array, "n d_out"]) -> Loss:
 
 @eqx.filter_jit
 def _loss_and_slope(relaxed, loss, x, cuts):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return jax.value_and_grad(lambda cuts: loss(relaxed(x, 1 - cuts)))(cuts)

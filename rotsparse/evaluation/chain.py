@@ -13,6 +13,7 @@ from jaxtyping import Float, PRNGKeyArray
 from rotsparse._core.alignment import match
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.orthogonal import haar
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Data
 from rotsparse.data.sources import Source
 from rotsparse.engine.solution import Solution, judged_value
@@ -125,7 +126,7 @@ def _used(term: JacobianSparsity, bases: Bases) -> tuple[np.ndarray, np.ndarray]
     def squares(x, weights):
         return jnp.einsum("n,noi->oi", weights, jnp.square(term.layer.jacobian(x, r_in, r_out)))
 
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         energy = np.asarray(term.data.sum(squares, term.chunk), np.float64)
     if term.covariance is not None:
         energy = energy * np.einsum("ij,ij->i", np.asarray(r_in) @ np.asarray(term.covariance), r_in)

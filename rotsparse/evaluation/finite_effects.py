@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse._core.checks import activations
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import chunks
 from rotsparse.layers.base import Layer
@@ -124,14 +125,14 @@ def _units(layer: Layer, x: Rows, rotations: Rotations, threshold: float):
 
 @eqx.filter_jit
 def _rotated(layer, x, r_out):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return layer(x) @ r_out.T
 
 
 @eqx.filter_jit
 def _moved(layer, x, counted, moves, r_out, enough):
     """In how many examples each output moves enough, for each input, both signs added: `[d_out, d_in]`."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         y = layer(x) @ r_out.T
 
         def count(move):
@@ -144,7 +145,7 @@ def _moved(layer, x, counted, moves, r_out, enough):
 @eqx.filter_jit
 def _named(layer, x, counted, size, moves, r_out, enough, limit):
     """How many pairs of an input and an output moved, were named, and both; both signs added."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         y = layer(x) @ r_out.T
         named = (jnp.abs(layer.jacobian(x, moves, r_out)) >= limit) & counted[:, None, None]
 

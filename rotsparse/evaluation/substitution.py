@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import activations, orthogonal
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import CHUNK_BYTES, chunks
 from rotsparse.layers.base import Layer
@@ -132,7 +133,7 @@ def _substitute(x, r, keep):
 
 @eqx.filter_jit
 def _kept(x, r, keep):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         z = keep(x @ r.T)
         return z, z @ r
 

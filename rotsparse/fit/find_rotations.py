@@ -11,6 +11,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core import checks
 from rotsparse._core.files import adopt
+from rotsparse._core.precision import check_precision, lacking
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.moments import FAR, Moments, far_rows, stream_moments
 from rotsparse.data.sources import Source, as_source, in_memory
@@ -27,9 +28,6 @@ from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.combined import Held
 from rotsparse.objectives.jacobian import JacobianSparsity
 from rotsparse.objectives.measures import Log, Measure
-
-# Precisions of matrix products, by JAX's names: full float32, or a mantissa of 10 or 7 bits where the device has it.
-PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
 
 
 def find_rotations(
@@ -81,8 +79,9 @@ def find_rotations(
     - `active_subspace`: rotate only the principal components that hold this share (e.g. 0.999) of the variance of
       inputs and of outputs, starting from these components. If the variance lies in few directions, this is much
       faster and finds better optima. The solution's values are those of the Jacobian between these directions.
-    - `precision`: of the large matrix products: "highest" (float32), "tensorfloat32" or "bfloat16". Rotations are
-      always orthogonalised in full precision.
+    - `precision`: of the products in which steps see the data: "highest" (float32), "tensorfloat32" or "bfloat16" (a
+      mantissa of 10 or 7 bits; where a device lacks one, the detail says what was used). Rotations are orthogonalised,
+      judged and certified in full precision.
     - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
     The returned objective (on `validation`, if given) never exceeds the start's. Raises `ValueError` if inputs do not
@@ -90,8 +89,7 @@ def find_rotations(
     """
     run = Run.of(run)
     space_out = "in" if tie else "out"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision should be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     objective = JacobianSparsity(
         layer,
         x,
@@ -146,15 +144,14 @@ def find_rotations(
 
 
 def _remarked(solution: Solution, objective: JacobianSparsity) -> Solution:
-    """Say in the detail that rows were left out of the standard deviations, if some were."""
-    far = far_rows(objective.x) if objective.covariance is not None else 0
-    if not far:
-        return solution
-    remark = (
-        f"{far:,} of {len(objective.x):,} examples lie more than {FAR:g} times as far from the median as most do "
-        "(attention sinks?) and are left out of the standard deviations that scale entries"
-    )
-    return dataclasses.replace(solution, detail="; ".join(filter(None, (solution.detail, remark))))
+    """Say in the detail what the fit did on its own account: another precision, rows that do not count."""
+    remarks = [solution.detail, lacking(objective.precision)]
+    if objective.covariance is not None and (far := far_rows(objective.x)):
+        remarks.append(
+            f"{far:,} of {len(objective.x):,} examples lie more than {FAR:g} times as far from the median as most do "
+            "(attention sinks?) and are left out of the standard deviations that scale entries"
+        )
+    return dataclasses.replace(solution, detail="; ".join(filter(None, remarks)))
 
 
 def kept_moments(x, run: Run, name: str = "moments") -> Moments | None:

@@ -12,7 +12,6 @@ import abc
 from typing import TypeVar
 
 import equinox as eqx
-import jax
 from jaxtyping import Array, Float
 
 from rotsparse._core.modules import replace_fields
@@ -105,8 +104,3 @@ class ClosedForm(Layer):
 def normalized(norm: Norm | None, x: Float[AnyArray, "*n d"]) -> Float[AnyArray, "*n d"]:
     """`N(x)`."""
     return x if norm is None else norm(x)
-
-
-def full_precision():
-    """A context in which matrix products have full float32 precision on every device."""
-    return jax.default_matmul_precision("highest")

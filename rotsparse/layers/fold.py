@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from rotsparse._core import checks
 from rotsparse._core.errors import CheckError
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.base import Layer
 from rotsparse.layers.rotations import Rotations, checked
@@ -60,7 +61,7 @@ def fold(layer: Layer, rotations: Rotations, x: Float[AnyArray, "n d_in"] | None
     exact = Rotations(_orthogonalized(rotations.r_in), _orthogonalized(rotations.r_out))
     # An identity needs no product; the outputs of a single layer then stay its neurons.
     r_in, r_out = (None if np.array_equal(r, np.eye(len(r))) else r for r in (exact.r_in, exact.r_out))
-    with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
+    with jax.enable_x64(dtype == np.float64), full_precision():
         rotated = _cast(_cast(layer, np.float64).rotate(r_in, r_out), dtype)
         before = np.asarray(layer(jnp.asarray(x)))
         z = np.asarray(x.astype(np.float64) @ exact.r_in.T, dtype)

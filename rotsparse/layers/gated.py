@@ -5,10 +5,11 @@ from jaxtyping import Float
 
 from rotsparse._core.checks import weight
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.layers import _closed_forms as cf
 from rotsparse.layers.activations import Activation, as_activation, value_and_derivative
-from rotsparse.layers.base import ClosedForm, Matrix, full_precision, normalized
+from rotsparse.layers.base import ClosedForm, Matrix, normalized
 from rotsparse.layers.norms import Norm
 
 

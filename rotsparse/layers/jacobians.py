@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import activations
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data import moments
 from rotsparse.data.moments import chunks, covariance
@@ -110,26 +111,26 @@ class LayerStatistics:
 @eqx.filter_jit
 def apply(layer: Layer, x: Float[AnyArray, "n d_in"]) -> Float[Array, "n d_out"]:
     """The layer's outputs, jitted and in full precision."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return jnp.asarray(layer(x))
 
 
 @eqx.filter_jit
 def _jacobian(layer, x, r_in, r_out):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return layer.jacobian(x, r_in, r_out)
 
 
 @eqx.filter_jit
 def _moment_sums(layer, x, counted):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         j = layer.jacobian(x) * counted[:, None, None]
         return j.sum(axis=0), jnp.einsum("noi,noj->ij", j, j), jnp.einsum("noi,npi->op", j, j)
 
 
 @eqx.filter_jit
 def _gram_sum(layer, x, counted):
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         j = layer.jacobian(x) * counted[:, None, None]
         return (jnp.einsum("noi,noj->ij", j, j),)
 
@@ -137,9 +138,10 @@ def _gram_sum(layer, x, counted):
 @eqx.filter_jit
 def _gate_sums(layer, x, counted):
     sums = []
-    for gate in layer.gates(x):
-        scaled = gate if layer.norm is None else gate * layer.norm.direction(x)[1]
-        sums += [counted @ jnp.square(scaled), counted @ jnp.asarray(gate != 0, x.dtype)]
+    with full_precision():
+        for gate in layer.gates(x):
+            scaled = gate if layer.norm is None else gate * layer.norm.direction(x)[1]
+            sums += [counted @ jnp.square(scaled), counted @ jnp.asarray(gate != 0, x.dtype)]
     return sums
 
 

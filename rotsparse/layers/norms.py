@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import weight
+from rotsparse._core.orthogonal import matmul
 from rotsparse._core.types import AnyArray
 
 
@@ -29,7 +30,7 @@ class Norm(eqx.Module):
     def direction(self, x: Float[AnyArray, "*n d"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n 1"]]:
         """`n̂(x)` and `1/r(x)`."""
         if self.mean_direction is not None:
-            x = x - (x @ self.mean_direction)[..., None] * self.mean_direction
+            x = x - matmul(x, self.mean_direction)[..., None] * self.mean_direction
         # The mean square is over all d coordinates, also in a rotated basis.
         inverse = 1 / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) / self.d + self.eps)
         return inverse * x, inverse

@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotsparse._core.lock import FolderLock
+from rotsparse._core.precision import full_precision
 from rotsparse.data.store import NO_TOKEN, ActivationStore, StoreWriter
 from rotsparse.models.heavy_rows import heavy_rows
 from rotsparse.models.inputs import ImageInputs, TokenInputs
@@ -217,7 +218,8 @@ def _sequences_per_shard(shard_bytes: int, rows: int, row_bytes: int, batch: int
 @partial(jax.jit, static_argnames=("config", "points"))
 def _forward(params, tokens, mask, *, config, points):
     # Nothing after the last point is computed, because jit drops unused results.
-    seen = run(params, config, tokens, mask=mask, capture=points)[1]
+    with full_precision():
+        seen = run(params, config, tokens, mask=mask, capture=points)[1]
     return [seen[point] for point in points]
 
 

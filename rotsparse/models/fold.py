@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from rotsparse._core import checks
 from rotsparse._core.errors import CheckError
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.layers import mlp_layer, with_mlp_layer
@@ -162,5 +163,5 @@ def _checked(original: Model, exact: Model, folded: Model, tokens) -> FoldedMode
 def outputs(model: Model, tokens: Inputs) -> Float[np.ndarray, "batch tokens out"]:
     """What `run` returns, to compare two models by: with matrix products in the full precision of their type, which
     accelerators round to less unless told. Compiles nothing: compiling a network takes longer than one look at it."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return np.asarray(run(model.params, model.config, tokens)[0])

@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.precision import products
 from rotsparse._core.types import AnyArray
 from rotsparse.data.devices import Devices
 from rotsparse.data.examples import Examples
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 else:  # NumPy arrays are accepted too, but a type checker would then refuse the `dict[str, Array]` of a user
     Bases = dict[str, Float[AnyArray, "_ _"]]
 
-# Memory for the per-example arrays of one chunk. Larger chunks are not faster: this size keeps the matrix products of a
-# core busy and their results in the cache.
-CHUNK_BYTES = 8 * 2**20
+
+def chunk_bytes() -> int:
+    """Memory for the per-example arrays of one chunk. On a CPU larger chunks are not faster: this size keeps the matrix
+    products of a core busy and their results in the cache. Accelerators are only busy with many examples at once."""
+    return (8 if jax.default_backend() == "cpu" else 256) * 2**20
 
 
 class Objective(eqx.Module):
@@ -68,6 +71,10 @@ class Objective(eqx.Module):
         measure."""
         raise ValueError(f"{type(self).__name__} has no measure that could be replaced")
 
+    def in_full_precision(self) -> "Objective":
+        """The same objective with all matrix products in full float32 precision: what rotations are judged by."""
+        return self
+
     def with_eps(self, eps: float | Array) -> "Objective":
         """The same objective with the scale of every measure replaced."""
         dtype = self.examples[0].x.dtype
@@ -97,9 +104,12 @@ class MeasuredObjective(Objective):
     def map_measures(self, function):
         return replace_fields(self, measure=function(self.measure))
 
+    def in_full_precision(self):
+        return replace_fields(self, precision="highest")
+
     def sum(self, function) -> Any:
         """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision."""
-        with jax.default_matmul_precision(self.precision):
+        with products(self.precision):
             return self.data.sum(function, self.chunk)
 
     @property

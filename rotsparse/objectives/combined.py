@@ -71,6 +71,9 @@ class WeightedSum(Objective):
     def map_measures(self, function):
         return replace_fields(self, terms=tuple(term.map_measures(function) for term in self.terms))
 
+    def in_full_precision(self):
+        return replace_fields(self, terms=tuple(term.in_full_precision() for term in self.terms))
+
 
 class Held(Objective):
     """An objective with the rotations of some spaces held fixed; methods do not see these spaces."""
@@ -104,3 +107,6 @@ class Held(Objective):
 
     def map_measures(self, function):
         return Held(self.objective.map_measures(function), self.held)
+
+    def in_full_precision(self):
+        return Held(self.objective.in_full_precision(), self.held)

@@ -12,10 +12,10 @@ depend on the rotation.
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Data
 from rotsparse.data.examples import chunked_sum
 from rotsparse.layers.base import Layer
@@ -42,5 +42,5 @@ def _floor(layer, x, measure, rms):
         diagonal = diagonal.at[:, jnp.arange(rank), jnp.arange(rank)].set(singular)
         return jnp.sum(weights * measure.example_value(diagonal))
 
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         return chunked_sum(chunk_sum, x, chunk_size(layer)) / len(x)

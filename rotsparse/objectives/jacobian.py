@@ -17,7 +17,7 @@ from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply, chunk_size, jacobian_gram
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
-from rotsparse.objectives.base import CHUNK_BYTES, MeasuredObjective, add_grads
+from rotsparse.objectives.base import MeasuredObjective, add_grads, chunk_bytes
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
 # This fraction of the mean variance is added to every variance, because the square root of zero has no gradient.
@@ -95,7 +95,7 @@ class JacobianSparsity(MeasuredObjective):
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
         self.drawn = None
         self.precision = precision
-        self.chunk = chunk_size(layer, CHUNK_BYTES)
+        self.chunk = chunk_size(layer, chunk_bytes())
 
     @property
     def spaces(self):
@@ -111,7 +111,7 @@ class JacobianSparsity(MeasuredObjective):
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             covariance_out=None if self.covariance_out is None else matmul(matmul(out, self.covariance_out), out.T),
-            chunk=chunk_size(subspace, CHUNK_BYTES),
+            chunk=chunk_size(subspace, chunk_bytes()),
         )
 
     def on(self, x: Float[Data, "n d_in"] | Source | Vectors) -> "JacobianSparsity":

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from rotsparse._core.orthogonal import bound_step, matmul, newton_schulz, skew
+from rotsparse._core.orthogonal import skew, turn
 from rotsparse.engine.steps import Stepwise, check_counts
 
 
@@ -58,11 +58,11 @@ class Anneal(Stepwise):
         squares = jax.tree.map(lambda s, g: keep_s * s + (1 - keep_s) * jnp.square(g), state[1], grads)
         angle = self.angle * (1 - step / self.steps)
 
-        def turn(r, mean, square):
+        def move(r, mean, square):
             # The floor is relative, because gradients of wide spaces are small; an entry that is always zero stays
             # zero.
             floor = 1e-12 * jnp.mean(square) + jnp.finfo(r.dtype).tiny
             direction = skew(mean * jax.lax.rsqrt(square + floor))
-            return newton_schulz(r - matmul(bound_step(direction, angle.astype(r.dtype)), r), 3)
+            return turn(r, direction, angle.astype(r.dtype))
 
-        return jax.tree.map(turn, bases, means, squares), (means, squares), value
+        return jax.tree.map(move, bases, means, squares), (means, squares), value

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.orthogonal import matmul
+from rotsparse._core.precision import full_precision
 from rotsparse.engine.history import History
 from rotsparse.engine.method import Method
 from rotsparse.engine.solution import Result, Solution, Stage, evidence, judged_value
@@ -159,7 +160,7 @@ def _fit(
     # The order and the starts are drawn by NumPy: JAX's permutation and QR take longer to compile than a small fit
     # runs.
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         blocks = _shuffled(x, rng)
         starts = [jnp.asarray(_haar(rng, d).astype(x.dtype)) for _ in range(len(given) + random_starts)]
         starts[: len(given)] = given

@@ -33,7 +33,8 @@ def objective(precision):
 
 
 @pytest.mark.parametrize("method", [Anneal(steps=10), Riemannian(optax.adam(0.1), steps=10)])
-def test_only_the_products_with_the_data_are_rounded(method):
+def test_only_the_products_with_the_data_are_rounded(monkeypatch, method):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")  # a CPU has one precision
     bases = {"in": jnp.eye(5), "out": jnp.eye(4)}
     full = (jax.lax.Precision.HIGHEST,) * 2
     with jax.default_matmul_precision("bfloat16"):  # a user's own setting makes no difference, either

@@ -1,0 +1,147 @@
+"""Claim: on an accelerator a step runs at most of the rate of its matrix products, at the widths of GPT-2 and Llama-8B,
+and rotations stay orthogonal to float32 at every precision.
+
+Each row is one program that a fit runs, timed on the device: an annealing step of `find_rotations` (16 examples) at
+every precision, and one of `find_basis`. Work is counted as the products of the data,
+`2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` flops for Jacobians and `6·n·d²` for activations, and those of staying
+orthogonal, five of `2·d³` for each rotation; the rate is compared with that of a large square product at the same
+precision. `make gpu` runs it; the printed table can be sent in as it is.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _results import Results
+from objective import Shape, make_layer
+from rich.console import Console
+from rich.table import Table
+
+import rotsparse as rs
+from rotsparse._core.orthogonal import exact_error
+from rotsparse._core.precision import PRECISIONS, lacking, products
+from rotsparse.objectives.base import Objective, sampled
+
+EXAMPLES, STEPS = 16, 20
+
+
+@dataclasses.dataclass
+class Config:
+    """Steps of wide fits against the device's matrix-product rate."""
+
+    quick: bool = False
+    """Only the smaller shape, at a quarter of its width."""
+    out: Path | None = None
+    """A JSON file for the figures."""
+
+
+SHAPES = {"GPT-2": Shape(768, 3072, False), "Llama-8B": Shape(4096, 14336, True)}
+
+
+def main(config: Config) -> None:
+    results = Results(config)
+    device = jax.devices()[0]
+    shapes = {"GPT-2 ÷ 4": Shape(192, 768, False)} if config.quick else SHAPES
+    largest = 1024 if config.quick else 8192 if device.platform != "cpu" else 2048
+    rates = {precision: product_rate(largest, precision) for precision in PRECISIONS if not lacking(precision)}
+    print(f"{device.device_kind}, jax {jax.__version__}; products of {largest}×{largest}, TFLOP/s:")
+    print(", ".join(f"{precision} {rate / 1e12:.4g}" for precision, rate in rates.items()))
+    table = Table(title="one step")
+    for heading in (
+        "layer",
+        "fit",
+        "precision",
+        "ms",
+        "share of rate",
+        "|RRᵀ-I|",
+        "gradient error",
+        "peak GiB",
+        "compile s",
+    ):
+        table.add_column(heading, justify="right")
+    figures: list[dict[str, Any]] = [{"device": device.device_kind, "products": rates}]
+    for name, shape in shapes.items():
+        for row in steps(shape, rates):
+            figures.append({"layer": name, **row})
+            table.add_row(
+                name, row["fit"], row["precision"], f"{row['seconds'] * 1e3:.4g}", f"{row['share']:.0%}",
+                f"{row['orthogonality_error']:.1e}", f"{row['gradient_error']:.1e}", f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{row['compile_seconds']:.1f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+    results.write(figures)
+
+
+def steps(shape: Shape, rates: dict[str, float]):
+    """A row for every precision of `find_rotations`, and one for `find_basis`."""
+    rng, d, h = np.random.default_rng(0), shape.d, shape.hidden
+    layer = jax.tree.map(jnp.asarray, make_layer(rng, shape))
+    x = jnp.asarray(rng.standard_normal((2 * EXAMPLES, d)).astype(np.float32))
+    staying = 5 * 2 * d**3
+    work = 2 * EXAMPLES * (d * h * d + 2 * d**3) + 2 * staying
+    exact = None
+    for precision, rate in rates.items():
+        objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), precision=precision)
+        row, gradient = timed(objective, rs.Anneal(steps=STEPS, batch_size=EXAMPLES))
+        exact = gradient if exact is None else exact
+        error = max(float(np.abs(gradient[s] - exact[s]).max() / np.abs(exact[s]).max()) for s in exact)
+        yield {"fit": f"{EXAMPLES} Jacobians", "precision": precision, "gradient_error": error, **row} | {
+            "share": work / row["seconds"] / rate
+        }
+    rows = 2 * d
+    objective = rs.ActivationSparsity(rng.standard_normal((2 * rows, d)).astype(np.float32), rs.TopK(0.5))
+    row, _ = timed(objective, rs.Anneal(steps=STEPS, batch_size=rows, angle=0.1))
+    share = (6 * rows * d**2 + staying) / row["seconds"] / rates["highest"]
+    yield {"fit": f"{rows} activations", "precision": "highest", "gradient_error": 0.0, "share": share, **row}
+
+
+def timed(objective: Objective, method: rs.Anneal) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Time a step; and the gradient of all examples at the start."""
+    bases = {name: jnp.eye(d) for name, d in objective.spaces.items()}
+
+    @jax.jit
+    def program(objective, bases, state, i):
+        drawn = sampled(objective, jax.random.fold_in(jax.random.key(0), i), method.batch_size)
+        return method.step(drawn, bases, state, i)
+
+    gradient = jax.jit(lambda objective, bases: objective.value_and_grad(bases)[1])(objective, bases)
+    gradient = {name: np.asarray(g) for name, g in gradient.items()}
+    state = method.init(bases)
+    begun = time.perf_counter()
+    compiled = program.lower(objective, bases, state, jnp.asarray(0)).compile()
+    compile_seconds = time.perf_counter() - begun
+    seconds = []
+    for i in range(STEPS):
+        begun = time.perf_counter()
+        bases, state, _ = jax.block_until_ready(compiled(objective, bases, state, jnp.asarray(i)))
+        seconds.append(time.perf_counter() - begun)
+    memory = jax.devices()[0].memory_stats() or {}
+    row = {
+        "seconds": float(np.median(seconds[2:])),
+        "orthogonality_error": max(map(exact_error, bases.values())),
+        "peak_bytes": memory.get("peak_bytes_in_use", 0),
+        "compile_seconds": compile_seconds,
+    }
+    return row, gradient
+
+
+def product_rate(d: int, precision: str) -> float:
+    """Flops a second of a d×d product."""
+    with products(precision):
+        product = jax.jit(jnp.matmul)
+        a = jax.random.normal(jax.random.key(0), (d, d))
+        seconds = []
+        for _ in range(6):
+            begun = time.perf_counter()
+            jax.block_until_ready(product(a, a))
+            seconds.append(time.perf_counter() - begun)
+    return 2 * d**3 / min(seconds[1:])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
