@@ -19,8 +19,6 @@ import numpy as np
 import tyro
 from _results import Results
 from objective import Shape, make_layer
-from rich.console import Console
-from rich.table import Table
 
 import rotsparse as rs
 from rotsparse._core.orthogonal import exact_error
@@ -50,31 +48,30 @@ def main(config: Config) -> None:
     largest = 1024 if config.quick else 8192 if device.platform != "cpu" else 2048
     rates = {precision: product_rate(largest, precision) for precision in PRECISIONS if not lacking(precision)}
     print(f"{device.device_kind}, jax {jax.__version__}; products of {largest}×{largest}, TFLOP/s:")
-    print(", ".join(f"{precision} {rate / 1e12:.4g}" for precision, rate in rates.items()))
-    table = Table(title="one step")
-    for heading in (
+    print(", ".join(f"{precision} {rate / 1e12:.4g}" for precision, rate in rates.items()) + "\n")
+    headings = (
         "layer",
         "fit",
         "precision",
-        "ms",
+        "ms a step",
         "share of rate",
         "|RRᵀ-I|",
         "gradient error",
         "peak GiB",
         "compile s",
-    ):
-        table.add_column(heading, justify="right")
+    )
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}", flush=True)
     figures: list[dict[str, Any]] = [{"device": device.device_kind, "products": rates}]
     for name, shape in shapes.items():
         for row in steps(shape, rates):
             figures.append({"layer": name, **row})
-            table.add_row(
+            cells = (
                 name, row["fit"], row["precision"], f"{row['seconds'] * 1e3:.4g}", f"{row['share']:.0%}",
                 f"{row['orthogonality_error']:.1e}", f"{row['gradient_error']:.1e}", f"{row['peak_bytes'] / 2**30:.2f}",
                 f"{row['compile_seconds']:.1f}",
             )  # fmt: skip
-    Console(width=120).print(table)
-    results.write(figures)
+            print(f"| {' | '.join(cells)} |", flush=True)
+            results.write(figures)  # a device may be taken away at any time
 
 
 def steps(shape: Shape, rates: dict[str, float]):

@@ -149,6 +149,8 @@ class Fit:
     control: Control = "quick"
     """quick: also fit null models, by a few hundred steps, so that the report can say what is beyond chance; none: do
     not. (`rotsparse benchmark` fits them as long as the layer itself.)"""
+    dry_run: bool = False
+    """Print what the fit would take, phase by phase, and write nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +364,8 @@ class FitModel:
     control: Control = "quick"
     """quick: also fit null models, by a few hundred steps, so that the report can say what is beyond chance; none: do
     not. (`rotsparse benchmark` fits them as long as the layer itself.)"""
+    dry_run: bool = False
+    """Print what the fit would take, phase by phase, and write nothing."""
     input_scale: Literal["std", "none"] = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
     seed: int = 0

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rotsparse.data.devices import device_mesh
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
-from rotsparse.fit.default_method import STEPS, default_method
+from rotsparse.fit.default_method import EXAMPLES, STEPS, default_method
 from rotsparse.objectives import measures
 from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.riemannian import Riemannian
@@ -43,7 +43,8 @@ def fit_arguments(options: "options.FitOptions", input_scale: str) -> dict[str, 
     }
 
 
-def _method(options: "options.FitOptions") -> Method:
+def _method(options: "options.FitOptions") -> Method | None:
+    """The method that the options ask for; `None`: the layer's default."""
     if options.solver == "adam":
         return Riemannian(
             optax.adam(options.learning_rate),
@@ -56,10 +57,12 @@ def _method(options: "options.FitOptions") -> Method:
         raise ValueError(
             "--patience belongs to --solver adam: annealing improves most near its end, take fewer --steps"
         )
-    steps, batch_size = options.steps or STEPS, options.batch_size or 16
     if options.solver == "annealing":
+        steps, batch_size = options.steps or STEPS, options.batch_size or EXAMPLES
         return Anneal(steps=steps, angle=options.max_step, batch_size=batch_size)
-    return default_method(steps=steps, batch_size=batch_size)
+    if options.steps is None and options.batch_size is None:
+        return None
+    return default_method(steps=options.steps, batch_size=options.batch_size)
 
 
 def _measure(options: "options.FitOptions") -> measures.Measure:

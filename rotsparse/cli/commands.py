@@ -25,7 +25,7 @@ from rotsparse.evaluation.control import Control
 from rotsparse.layers.files import open_activations, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
-from rotsparse.runs import folders, inputs, layer_run, listing, loading
+from rotsparse.runs import estimate, folders, inputs, layer_run, listing, loading
 from rotsparse.runs.opened import LayerRun
 from rotsparse_command import options as opt
 
@@ -75,6 +75,10 @@ def fit(command: "opt.Fit") -> int:
     layer, train, test = loading.inputs(command.layer)
     options = fit_arguments(command.fit, command.layer.input_scale)
     options |= {"start": None if command.start is None else _rotations(command.start)}
+    if command.dry_run:
+        found, used = estimate.estimated(layer, train, test, options, control=command.control == "quick")
+        console.print(estimate.table(found, estimate.product_rate(), used))
+        return 0
     config = {"command": "fit", **plain(command), folders.INPUTS: _hashes(command.layer, start=command.start)}
     run, known = command.run, {"again": again("fit", command)}
     with folders.new_run(run.out, config=config, overwrite=run.overwrite, resume=run.resume) as folder:

@@ -28,7 +28,7 @@ from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.inputs import check_tokens
 from rotsparse.models.sequences import PADDING
-from rotsparse.runs import folders, inputs, layer_run
+from rotsparse.runs import estimate, folders, inputs, layer_run
 from rotsparse_command import options
 
 TITLE = "Entries of each layer that hold 99% of the mean squared Jacobian of held-out examples"
@@ -115,6 +115,13 @@ def fit(command: "options.FitModel", console: Console) -> int:
         (i, models.mlp_layer(model, i, norm=norm, skip=command.skip), *_examples(command, i, model))
         for i in _layer_numbers(command.layers, model)
     ]
+    if command.dry_run:
+        rate = estimate.product_rate()
+        for i, layer, train, test in work:
+            console.rule(f"layer {i}")
+            found, used = estimate.estimated(layer, train, test, arguments, control=command.control == "quick")
+            console.print(estimate.table(found, rate, used))
+        return 0
     layer_config = {
         "activation": model.config.activation,
         "norm": model.config.norm if norm else None,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from rotsparse._core.modules import replace_fields
+from rotsparse._core.types import AnyArray
 from rotsparse.data.devices import EXAMPLES, Devices
 from rotsparse.data.moments import Moments, evenly_spaced, stream_moments
 from rotsparse.data.sources import ArrayRows, Source
@@ -33,6 +34,16 @@ class Examples(eqx.Module):
     def count(self) -> int:
         """The number of examples in `sum`."""
         return len(self.x) if self.total is None else self.total
+
+    @property
+    def total_count(self) -> int:
+        """The number of examples that minibatches are drawn from."""
+        return self.count if self.source is None else len(self.source)
+
+    @property
+    def known(self) -> AnyArray:
+        """All examples that are in memory, more perhaps than `x`, on which an objective is looked at."""
+        return self.source.x if isinstance(self.source, ArrayRows) else self.x
 
     def moments(self) -> Moments:
         """Mean and covariance of all examples, whether they are in memory or not."""

@@ -76,9 +76,10 @@ class Source(abc.ABC):
         offsets = np.random.default_rng(0).random(examples)
         return self.read(((np.arange(examples) + offsets) * (n / examples)).astype(np.int64))
 
-    def resident(self) -> Float[np.ndarray, "k width"]:
-        """The sample of the source that a fit keeps in memory."""
-        return self.part(max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1]))))
+    def resident(self, most: int | None = None) -> Float[np.ndarray, "k width"]:
+        """The sample of the source that a fit keeps in memory, of at most `most` rows."""
+        count = max(2, min(RESIDENT_EXAMPLES, RESIDENT_BYTES // (4 * self.shape[1])))
+        return self.part(count if most is None else min(count, most))
 
     def fingerprint(self) -> str:
         """A description that checkpoints compare, besides a hash of the sample in memory. It contains no path, so data
@@ -307,24 +308,17 @@ def as_source(x: Any) -> Source | None:
     return x
 
 
-def whole(name: str, x: Any) -> Any:
-    """`x` as an array, for methods whose steps need all examples; a memory map is read. Raises `ValueError` for other
-    sources."""
-    if not isinstance(x, np.memmap) and as_source(x) is not None:
-        raise ValueError(
-            f"{name} is {x}, and here every step needs all examples in memory: give an array, such as "
-            "source.part(100_000)"
-        )
-    return np.asarray(x) if isinstance(x, np.memmap) else x
-
-
-def in_memory(x: Any) -> tuple[Any, Source | None]:
+def in_memory(x: Any, most: int | None = None) -> tuple[Any, Source | None]:
     """The rows of `x` that are kept in memory (all of an array, a sample of a source), and the source if it has more.
+    With `most`, an array of more rows is a source too, of which so many are looked at.
+
     Raises `ValueError` for a source that cannot be used."""
     source = as_source(x)
     if source is None:
-        return x, None
-    kept = source.resident()
+        if most is None or np.ndim(x) != 2 or len(x) <= most:
+            return x, None
+        source = ArrayRows(x)
+    kept = source.resident(most)
     return kept, None if len(kept) == len(source) else source
 
 

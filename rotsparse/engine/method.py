@@ -47,6 +47,12 @@ class Method(eqx.Module):
         """
 
     @property
+    def planned(self) -> list[tuple[str, int, int | None]]:
+        """Every part that takes steps, as far as it is known beforehand: its name, steps, and examples a step (`None`:
+        all)."""
+        return []
+
+    @property
     def takes_hints(self) -> bool:
         """Whether `run` makes use of the problem's `hints`."""
         return False

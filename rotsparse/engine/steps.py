@@ -88,6 +88,10 @@ class Stepwise(Method):
     ) -> tuple[Bases, Any, Float[Array, ""]]:
         """Take step number `step`. Returns the new rotations, the new state, and the objective *before* the step."""
 
+    @property
+    def planned(self):
+        return [(type(self).__name__, self.steps, self.batch_size)]
+
     def run(self, problem: Problem, starts: tuple[Bases, ...], *, key: PRNGKeyArray, run: Run) -> Solution:
         with run.listening() as listening:
             return _take_steps(self, problem, starts, key, listening)

@@ -3,7 +3,7 @@
 each other."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,9 +13,10 @@ from rotsparse._core.types import Data
 from rotsparse.data.moments import evenly_spaced, scale_covariance
 from rotsparse.evaluation.compare import compare
 from rotsparse.evaluation.control import Control, Metrics
-from rotsparse.evaluation.nulls import draw_nulls
+from rotsparse.evaluation.nulls import draw_nulls, null_kinds
 from rotsparse.fit.find_rotations import find_rotations
-from rotsparse.layers.base import ClosedForm, Layer
+from rotsparse.layers.base import Layer
+from rotsparse.layers.jacobians import jacobian_flops
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.measures import Log, Measure
 from rotsparse.solvers.anneal import Anneal
@@ -24,10 +25,37 @@ from rotsparse.solvers.anneal import Anneal
 REDRAWS = 3
 
 # A quick control: steps of each fit, of so many examples, and what is enough to fit and to measure them on.
-QUICK_STEPS, FEWEST_STEPS, BATCH = 600, 100, 16
+QUICK_STEPS, BATCH = 600, 16
 QUICK_TRAIN, QUICK_TEST = 2000, 300
-# All fits of a quick control together take about so many floating-point operations where the layer is wide.
-QUICK_FLOPS = 1e13
+# All fits of a quick control together take about so many floating-point operations where the layer is wide: fewer
+# steps, of fewer examples, looked at and measured on fewer.
+QUICK_FLOPS = 2e13
+FEWEST_STEPS, FEWER_EXAMPLES, FEWEST_LOOKED_AT, FEWEST_TEST = 50, 4, 32, 64
+
+
+class QuickControl(NamedTuple):
+    """The size of a quick control: so many fits of so many steps of `batch` examples, each looked at on `looks`
+    examples and measured on `test`."""
+
+    fits: int
+    steps: int
+    batch: int
+    looks: int
+    test: int
+
+    @classmethod
+    def of(cls, layer: Layer, draws: int = REDRAWS) -> "QuickControl":
+        """The size for a layer."""
+        fits = 1 + draws * len(null_kinds(layer))
+        examples = QUICK_FLOPS / (fits * jacobian_flops(layer))  # gradients of so many in each fit
+        batch = BATCH if examples >= BATCH * FEWEST_STEPS else FEWER_EXAMPLES
+        return cls(
+            fits,
+            int(np.clip(examples / batch, FEWEST_STEPS, QUICK_STEPS)),
+            batch,
+            int(np.clip(examples / 4, FEWEST_LOOKED_AT, QUICK_TRAIN)),
+            int(np.clip(examples / 4, FEWEST_TEST, QUICK_TEST)),
+        )
 
 
 def measured(
@@ -64,19 +92,20 @@ def quick_control(
     that has no nulls (one without weights). `fit`: further arguments of `find_rotations`; `shown` is told what is
     fitted next.
 
-    Wide layers get fewer steps, as many as keep the whole at about 10^13 floating-point operations, and at least 100.
+    Wide layers get fewer steps, as many as keep the whole at about 2·10^13 floating-point operations, and at least 50
+    of 4 examples.
     """
     trained = layer
-    train, test = evenly_spaced(np.asarray(train), QUICK_TRAIN), evenly_spaced(np.asarray(test), QUICK_TEST)
+    train = evenly_spaced(np.asarray(train), QUICK_TRAIN)
     keys = jax.random.split(key, 3)
     nulls = draw_nulls(layer, train, key=keys[0], draws=draws)
     if not nulls:
         return None
-    fits = 1 + draws * len(nulls)
-    steps = int(np.clip(QUICK_FLOPS / (fits * BATCH * _flops(layer)), FEWEST_STEPS, QUICK_STEPS))
+    quick = QuickControl.of(layer, draws)
+    test = evenly_spaced(np.asarray(test), quick.test)
     units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
-    method = Anneal(steps=steps, batch_size=BATCH)
-    options: dict[str, Any] = {"measure": measure, "method": method} | units | fit
+    method = Anneal(steps=quick.steps, batch_size=quick.batch)
+    options: dict[str, Any] = {"measure": measure, "method": method, "looks": quick.looks} | units | fit
 
     def find(layer: Layer, null: str, number: int) -> Rotations:
         shown("the layer itself" if layer is trained else f"{null}, draw {number + 1} of {draws}")
@@ -85,11 +114,4 @@ def quick_control(
     found = measured(
         {"learned": [layer], **nulls}, test, find, **units, covariance=scale_covariance(train), key=keys[2]
     )
-    return Control(found.pop("learned")[0], found, f"{steps} steps of annealing each, {draws} draws of each null")
-
-
-def _flops(layer: Layer) -> float:
-    """Of one value and gradient on one example, about."""
-    d_in, d_out = layer.d_in, layer.d_out
-    hidden = len(layer.rights) * len(layer.rights[0]) if isinstance(layer, ClosedForm) and layer.left is not None else 0
-    return 2.0 * d_out * d_in * (hidden + d_in + d_out)
+    return Control(found.pop("learned")[0], found, f"{quick.steps} steps of annealing each, {draws} draws of each null")

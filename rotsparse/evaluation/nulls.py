@@ -16,6 +16,7 @@ Each keeps everything but the structure in question, and answers one question:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,24 +109,32 @@ def unpaired(layer: GatedMLP, *, key: PRNGKeyArray) -> GatedMLP:
     return re_paired(layer.with_weights(w_up=layer.w_up[order]), key=key_down)
 
 
+def null_kinds(layer: Layer) -> dict[str, Callable[[Any, Rows, PRNGKeyArray], Layer]]:
+    """How each null that the layer has is drawn, by its name in words; none for a layer without weights."""
+    if not isinstance(layer, ClosedForm):
+        return {}
+    kinds: dict[str, Callable[[Any, Rows, PRNGKeyArray], Layer]] = {
+        "random weights": lambda layer, x, k: random_weights(layer, key=k),
+        "rates matched": lambda layer, x, k: rate_matched(layer, x, key=k),
+        "same spectrum": lambda layer, x, k: same_spectrum(layer, key=k),
+        "weights shuffled": lambda layer, x, k: shuffled_weights(layer, x, key=k),
+    }
+    if layer.left is not None:
+        kinds["neurons re-paired"] = lambda layer, x, k: re_paired(layer, key=k)
+    if isinstance(layer, GatedMLP):
+        kinds["gates unpaired"] = lambda layer, x, k: unpaired(layer, key=k)
+    return kinds
+
+
 def draw_nulls(layer: Layer, x: Rows, *, key: PRNGKeyArray, draws: int) -> dict[str, list[Layer]]:
     """So many draws of every null that the layer has, by its name in words; none for a layer without weights. `x` are
     the examples on which rates are matched."""
-    if not isinstance(layer, ClosedForm):
+    kinds = null_kinds(layer)
+    if not kinds:
         return {}
-    kinds: dict[str, Callable[[PRNGKeyArray], Layer]] = {
-        "random weights": lambda k: random_weights(layer, key=k),
-        "rates matched": lambda k: rate_matched(layer, x, key=k),
-        "same spectrum": lambda k: same_spectrum(layer, key=k),
-        "weights shuffled": lambda k: shuffled_weights(layer, x, key=k),
-    }
-    if layer.left is not None:
-        kinds["neurons re-paired"] = lambda k: re_paired(layer, key=k)
-    if isinstance(layer, GatedMLP):
-        kinds["gates unpaired"] = lambda k: unpaired(layer, key=k)
     keys = jax.random.split(key, len(kinds))
     return {
-        name: [draw(k) for k in jax.random.split(own, draws)]
+        name: [draw(layer, x, k) for k in jax.random.split(own, draws)]
         for own, (name, draw) in zip(keys, kinds.items(), strict=True)
     }
 

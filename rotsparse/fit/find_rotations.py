@@ -36,7 +36,7 @@ def find_rotations(
     *,
     key: PRNGKeyArray,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
-    method: Method = default_method(),  # noqa: B008 (immutable)
+    method: Method | None = None,
     restarts: int = 1,
     validation: Float[Data, "m d_in"] | Source | Vectors | None = None,
     start: Rotations | None = None,
@@ -46,6 +46,7 @@ def find_rotations(
     hold: Sequence[str] = (),
     active_subspace: float | None = None,
     precision: str = "highest",
+    looks: int | None = None,
     run: Run | str | os.PathLike | None = None,
 ) -> Solution:
     """Find rotations of the layer's inputs and outputs in which its per-example Jacobians are sparse.
@@ -61,9 +62,9 @@ def find_rotations(
       covariance, and rotations are judged on a sample (see `data.sources`).
     - `key`: the same key and inputs give the same bits on the same machine.
     - `measure`: the sparsity measure S.
-    - `method`: how to minimise it. The default, `default_method()`, anneals and then runs pair searches for as long as
-      they pay; these leave a certificate. Without a `start` it also anneals from the bases in which the weights are
-      sparse, and keeps what leaves fewer entries above ε. `Anneal(steps=20_000)` takes more steps;
+    - `method`: how to minimise it. The default, `default_method(layer)`, anneals and then runs pair searches for as
+      long as they pay; these leave a certificate. Without a `start` it also anneals from the bases in which the
+      weights are sparse, and keeps what leaves fewer entries above ε. `Anneal(steps=20_000)` takes more steps;
       `Riemannian(optax.adam(0.1))` uses any optax optimiser.
     - `restarts`: number of independent starts; the best result is returned, and `Solution.agreement` compares them.
     - `validation`: held-out inputs; if given, the best step and the best restart are chosen on them (on a sample, if
@@ -82,12 +83,15 @@ def find_rotations(
     - `precision`: of the products in which steps see the data: "highest" (float32), "tensorfloat32" or "bfloat16" (a
       mantissa of 10 or 7 bits; where a device lacks one, the detail says what was used). Rotations are orthogonalised,
       judged and certified in full precision.
+    - `looks`: on how many examples the objective is computed where rotations are judged (default: all but of wide
+      layers, see `JacobianSparsity`). Steps draw from all.
     - `run`: folder for checkpoints and log, progress bar, devices (see `Run`); a path stands for `Run(path)`.
 
     The returned objective (on `validation`, if given) never exceeds the start's. Raises `ValueError` if inputs do not
     fit the layer, are not finite, or do not vary, or if other arguments do not fit each other.
     """
     run = Run.of(run)
+    method = default_method(layer) if method is None else method
     space_out = "in" if tie else "out"
     check_precision(precision)
     objective = JacobianSparsity(
@@ -99,10 +103,11 @@ def find_rotations(
         space_out=space_out,
         precision=precision,
         moments=kept_moments(x, run) if scale_inputs else None,
+        looks=looks,
     )
     held_out = None
     if validation is not None:
-        held_out = objective.on(checks.activations("validation", in_memory(validation)[0], layer.d_in))
+        held_out = objective.on(checks.activations("validation", in_memory(validation)[0], layer.d_in), looks)
     unknown = set(hold) - set(objective.spaces)
     if unknown:
         raise ValueError(f"hold names {sorted(unknown)}: expected some of {sorted(objective.spaces)}")
@@ -122,7 +127,7 @@ def find_rotations(
     if active_subspace is not None:
         if start is not None or tie or hold:
             raise ValueError("active_subspace starts at principal components: it excludes start, tie and hold")
-        subspace = ActiveSubspace(layer, objective.x, active_subspace)
+        subspace = ActiveSubspace(layer, objective.data.known, active_subspace)
         small, small_held_out = subspace.restrict(objective), held_out and subspace.restrict(held_out)
         solution = minimize(small, method=method, validation=small_held_out, **options)
         return _remarked(solution.lifted(subspace.lift, subspace.free), objective)
@@ -130,7 +135,7 @@ def find_rotations(
     held = {name: first[name] for name in hold}
     free: Objective = Held(objective, held) if held else objective
     if start is None and not tie and method.takes_hints and isinstance(layer, ClosedForm):
-        hint = sparse_weights(layer, objective.x)
+        hint = sparse_weights(layer, objective.data.known)
         known = {"in": jnp.asarray(hint.r_in, dtype), "out": jnp.asarray(hint.r_out, dtype)}
         options["hints"] = ({name: known[name] for name in free.spaces},)
     free_held_out = Held(held_out, held) if held and held_out is not None else held_out
@@ -146,9 +151,10 @@ def find_rotations(
 def _remarked(solution: Solution, objective: JacobianSparsity) -> Solution:
     """Say in the detail what the fit did on its own account: another precision, rows that do not count."""
     remarks = [solution.detail, lacking(objective.precision)]
-    if objective.covariance is not None and (far := far_rows(objective.x)):
+    known = objective.data.known
+    if objective.covariance is not None and (far := far_rows(known)):
         remarks.append(
-            f"{far:,} of {len(objective.x):,} examples lie more than {FAR:g} times as far from the median as most do "
+            f"{far:,} of {len(known):,} examples lie more than {FAR:g} times as far from the median as most do "
             "(attention sinks?) and are left out of the standard deviations that scale entries"
         )
     return dataclasses.replace(solution, detail="; ".join(filter(None, remarks)))

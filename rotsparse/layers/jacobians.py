@@ -6,7 +6,7 @@ chunk have the precision of the data; sums over chunks are in float64 on the hos
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import TypeGuard
 
 import equinox as eqx
 import jax
@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.checks import activations
+from rotsparse._core.orthogonal import WIDE
 from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data import moments
 from rotsparse.data.moments import chunks, covariance
-from rotsparse.layers.base import Layer
+from rotsparse.layers.base import ClosedForm, Layer
+from rotsparse.layers.closed_moments import JacobianMoments, closed_moments
 
 
 def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
@@ -34,24 +36,38 @@ def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
     return max(1, (moments.CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // (4 * numbers))
 
 
-class JacobianMoments(NamedTuple):
-    """`E[J]`, `E[JᵀJ]` and `E[JJᵀ]` in float64."""
-
-    mean: Float[np.ndarray, "d_out d_in"]
-    gram_in: Float[np.ndarray, "d_in d_in"]
-    gram_out: Float[np.ndarray, "d_out d_out"]
-
-
 def jacobian_moments(layer: Layer, x: Rows) -> JacobianMoments:
     """`E[J]`, `E[JᵀJ]`, `E[JJᵀ]` over the examples. Besides the Jacobian, each example costs two matrix products of
-    `2·d_out·d_in·(d_in + d_out)` flops in total."""
+    `2·d_out·d_in·(d_in + d_out)` flops in total; of wide layers with a closed form no Jacobian is formed
+    (`closed_moments`)."""
+    if _wide(layer):
+        return closed_moments(layer, x)
     return JacobianMoments(*_mean_over_examples(_moment_sums, layer, x))
 
 
 def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
     """`E[JᵀJ]`. The quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the response of the output to direction
     r."""
+    if _wide(layer):
+        return closed_moments(layer, x).gram_in
     return _mean_over_examples(_gram_sum, layer, x)[0]
+
+
+def jacobian_flops(layer: Layer) -> float:
+    """Of the objective and its gradient on one example: `2·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)`, without the
+    first term where the outputs are the neurons."""
+    hidden = len(layer.rights[0]) if isinstance(layer, ClosedForm) and layer.left is not None else 0
+    return 2.0 * layer.d_out * layer.d_in * (hidden + layer.d_in + layer.d_out)
+
+
+def _wide(layer: Layer) -> TypeGuard[ClosedForm]:
+    """Whether moments of its Jacobians are cheaper from those of its gates. These take `8·k²` bytes, k gates."""
+    if not isinstance(layer, ClosedForm) or layer.d_in * layer.d_out < WIDE**2:
+        return False
+    return len(layer.rights) * len(layer.rights[0]) <= _MOST_GATES
+
+
+_MOST_GATES = 8192
 
 
 def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int | None = None) -> Iterator[np.ndarray]:

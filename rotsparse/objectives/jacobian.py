@@ -14,7 +14,7 @@ from rotsparse.data.examples import Examples
 from rotsparse.data.moments import Moments, far_rows, scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import apply, chunk_size, jacobian_gram
+from rotsparse.layers.jacobians import apply, chunk_size, jacobian_flops, jacobian_gram
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
 from rotsparse.objectives.base import MeasuredObjective, add_grads, chunk_bytes
@@ -22,6 +22,16 @@ from rotsparse.objectives.measures import Measure, checked, with_eps
 
 # This fraction of the mean variance is added to every variance, because the square root of zero has no gradient.
 VARIANCE_FLOOR = 1e-6
+
+
+# The objective is looked at on as many examples of a wide layer as take about so many floating-point operations, and
+# at least as many as these: its standard error is then well below what tells rotations apart.
+LOOK_FLOPS, FEWEST_LOOKED_AT = 2**39, 256
+
+
+def looked_at(layer: Layer) -> int:
+    """On how many examples the objective of this layer is computed where there are more."""
+    return max(FEWEST_LOOKED_AT, int(LOOK_FLOPS / jacobian_flops(layer)))
 
 
 class JacobianSparsity(MeasuredObjective):
@@ -38,8 +48,10 @@ class JacobianSparsity(MeasuredObjective):
     follows from second moments.
 
     `x` is `[n, d_in]`, or a source, of which a sample is kept in memory: the objective and `E[JᵀJ]` are computed on
-    the sample, and Σ on the whole source (or taken from `moments`). `precision` is that of the large matrix products:
-    "highest" is full float32; "tensorfloat32" limits ε to about 1% of the rms, "bfloat16" to about 5%.
+    the sample, and Σ on the whole source (or taken from `moments`). Where there are more than `looks` examples
+    (default: `looked_at(layer)`, 256 for 768 → 3072 → 768), the objective is that of so many of them; minibatches are
+    drawn from all. `precision` is that of the products with the data: "highest" is full float32; "tensorfloat32" limits
+    ε to about 1% of the rms, "bfloat16" to about 5%.
 
     One value with its gradient costs `2·n·(s·h·t + s²·t + s·t²)` flops, where s = d_out and t = d_in, or the size of a
     drawn submatrix, and h = d_hidden.
@@ -72,17 +84,20 @@ class JacobianSparsity(MeasuredObjective):
         space_out: str = "out",
         precision: str = "highest",
         moments: Moments | None = None,
+        looks: int | None = None,
     ):
-        kept, source = in_memory(x)
+        kept, source = in_memory(x, looks or looked_at(layer))
         self.data = Examples(checks.activations("x", kept, layer.d_in), source)
+        every = checks.activations("x", self.data.known, layer.d_in)
+        complete = source is None or len(every) == len(source)
         # Examples that are not in memory may activate more neurons than any of these.
-        self.layer = layer = layer.gathered(self.x) if source is None else layer
+        self.layer = layer = layer.gathered(every) if complete else layer
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
-        self.gram = _checked_gram(layer, self.x)
+        self.gram = _checked_gram(layer, every)
         self.covariance = None
         if scale_inputs:
-            if source is None or far_rows(self.x):
-                found = scale_covariance(self.x)
+            if complete or far_rows(every):
+                found = scale_covariance(every)
             else:
                 found = (self.data.moments() if moments is None else moments).covariance
             checks.squares("x", float(np.trace(found)), self.x.dtype)
@@ -114,12 +129,12 @@ class JacobianSparsity(MeasuredObjective):
             chunk=chunk_size(subspace, chunk_bytes()),
         )
 
-    def on(self, x: Float[Data, "n d_in"] | Source | Vectors) -> "JacobianSparsity":
-        """The same objective on other examples, such as held-out ones (of a source, on the sample that is kept in
-        memory). Its normalisation is computed from them."""
+    def on(self, x: Float[Data, "n d_in"] | Source | Vectors, looks: int | None = None) -> "JacobianSparsity":
+        """The same objective on other examples, such as held-out ones (on at most `looks` of them, and of a source on
+        the sample that is kept in memory). Its normalisation is computed from them."""
         return JacobianSparsity(
             self.layer,
-            in_memory(x)[0],
+            in_memory(x, looks or looked_at(self.layer))[0],
             self.measure,
             scale_inputs=self.covariance is not None,
             scale_outputs=self.covariance_out is not None,

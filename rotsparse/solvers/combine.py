@@ -25,6 +25,10 @@ class Then(Method):
             raise ValueError("Then needs at least one method")
         self.stages = stages
 
+    @property
+    def planned(self):
+        return [part for stage in self.stages for part in stage.planned]
+
     def run(self, problem, starts, *, key, run):
         with run.listening() as run:
             solution = self.stages[0].run(problem, starts, key=key, run=run)
@@ -48,6 +52,10 @@ class BestOf(Method):
         if not methods:
             raise ValueError("BestOf needs at least one method")
         self.methods = methods
+
+    @property
+    def planned(self):
+        return [part for method in self.methods for part in method.planned]
 
     def run(self, problem, starts, *, key, run):
         found = []
@@ -74,6 +82,10 @@ class Each(Method):
     @property
     def descends(self):
         return self.method.descends
+
+    @property
+    def planned(self):
+        return self.method.planned
 
     def run(self, problem, starts, *, key, run):
         found = []
@@ -109,6 +121,10 @@ class WithMeasure(Method):
     @property
     def descends(self):
         return False
+
+    @property
+    def planned(self):
+        return self.method.planned
 
     def run(self, problem, starts, *, key, run):
         replaced = Problem(

@@ -12,6 +12,9 @@ from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.measures import L4, Measure
 from rotsparse.solvers.combine import Each
 
+# A hint that leaves so many times the entries of the other result is not worth the steps: they are small.
+HOPELESS = 1.25
+
 
 class Hinted(Method):
     """Run `far` from the starts and, from each of the problem's hints, `near`, which should not leave its basin. Of the
@@ -19,8 +22,8 @@ class Hinted(Method):
     differ much, the number of zeros and the value of a smooth measure may rank them differently, and the zeros are what
     is reported. For measures that are not elementwise, or have no ε (`L4`), the judged objective decides.
 
-    Without hints, and where a hint ends above the objective of the start, it is `far` alone. A hint that is kept takes
-    the place of the best candidate.
+    Without hints, and where a hint leaves 1.25 times as many entries before its first step, or ends above the objective
+    of the start, it is `far` alone. A hint that is kept takes the place of the best candidate.
     """
 
     far: Method
@@ -29,6 +32,10 @@ class Hinted(Method):
     @property
     def takes_hints(self):
         return True
+
+    @property
+    def planned(self):
+        return self.far.planned + [(f"{name} from hints", *rest) for name, *rest in self.near.planned]
 
     @property
     def descends(self):
@@ -41,13 +48,17 @@ class Hinted(Method):
                 return solution
             if run.stopped:
                 return dataclasses.replace(solution, result=Result.INTERRUPTED)
+            found = entries_left(problem.judge, solution.bases)
+            promising = [h for h in problem.hints if entries_left(problem.judge, h) <= HOPELESS * found]
+            if not promising:
+                return solution
             plain = dataclasses.replace(problem, hints=())
             hinted = Each(self.near).run(
-                plain, problem.hints, key=jax.random.fold_in(key, 3), run=run.subrun("hints").quiet()
+                plain, tuple(promising), key=jax.random.fold_in(key, 3), run=run.subrun("hints").quiet()
             )
             if hinted.result.broken_off:
                 return dataclasses.replace(solution, result=hinted.result)
-            left = [entries_left(problem.judge, bases) for bases in (solution.bases, hinted.bases)]
+            left = found, entries_left(problem.judge, hinted.bases)
             start, reached = problem.judged([starts[0], hinted.bases])
             kept = left[1] < left[0] and reached < start
             if kept:

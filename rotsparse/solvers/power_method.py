@@ -6,9 +6,11 @@ from typing import cast
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from rotsparse._core.orthogonal import matmul
 from rotsparse.engine.method import Method
+from rotsparse.objectives.activation import ActivationSparsity
 from rotsparse.objectives.measures import TopK
 from rotsparse.solvers._rotated_moments import check_objective
 from rotsparse.solvers.combine import Each
@@ -31,10 +33,9 @@ class PowerMethod(Method):
         objective = check_objective(problem.objective)
         if not isinstance(objective.measure, TopK):
             raise ValueError(f"the power method is for TopK, and the measure is {objective.measure}")
-        start, x = starts[0], objective.x
-        _, components = np.linalg.eigh(np.asarray(matmul(x.T, x), np.float64))
-        from_components = {objective.space: jnp.asarray(components.T[::-1], start[objective.space].dtype)}
-        method = FixedPoint(response=top_k(cast(TopK, objective.measure).count(x.shape[1])), steps=self.steps)
+        start, d = starts[0], objective.x.shape[1]
+        from_components = {objective.space: principal_components(objective)}
+        method = FixedPoint(response=top_k(cast(TopK, objective.measure).count(d)), steps=self.steps)
         with run.listening() as run:
             solution = method.run(problem, (start,), key=key, run=run.subrun("start"))
             stages = [solution.stages[0]._replace(name="PowerMethod")]
@@ -46,3 +47,10 @@ class PowerMethod(Method):
                 seconds = solution.stats["seconds"] + found.stats["seconds"]
                 solution = dataclasses.replace(best, result=result, stats=best.stats | {"seconds": seconds})
         return dataclasses.replace(solution, stages=tuple(stages))
+
+
+def principal_components(objective: ActivationSparsity) -> Float[Array, "d d"]:
+    """The uncentred principal components of the examples in memory, the largest first."""
+    x = objective.x
+    _, components = np.linalg.eigh(np.asarray(matmul(x.T, x), np.float64))
+    return jnp.asarray(components.T[::-1], x.dtype)

@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layer_kinds import D_IN, LAYERS, correlated_inputs, random_weights
 from rotsparse._core.files import adopt
 from rotsparse.data import moments as moments_module
 from rotsparse.data.moments import Moments, chunks, covariance, evenly_spaced, stream_moments
 from rotsparse.data.sources import ArrayRows
+from rotsparse.layers import jacobians as jacobians_module
+from rotsparse.layers.closed_moments import closed_moments
 from rotsparse.layers.function import FunctionLayer
+from rotsparse.layers.gated import GatedMLP
 from rotsparse.layers.jacobians import LayerStatistics, chunk_size, jacobian_gram, jacobian_moments, jacobians
 from rotsparse.layers.mlp import MLP, Dense
+from rotsparse.layers.norms import layer_norm, rms_norm
 
 
 def mlp(rng, d_in=5, hidden=7, d_out=4):
@@ -168,3 +173,37 @@ def test_the_jacobian_is_traced_once_however_many_chunks(rng, monkeypatch):
 def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match=r"x should have shape \[examples, 5\]"):
         LayerStatistics(Dense(np.eye(5, dtype=np.float32)), np.ones((4, 6), np.float32))
+
+
+KINDS = {
+    **{kind: make for kind, make in LAYERS.items() if kind != "function"},
+    "dense behind a norm": lambda rng: Dense(
+        random_weights(rng, 7, D_IN), None, activation="gelu", norm=layer_norm(1 + random_weights(rng, D_IN))
+    ),
+    "gated behind a norm, with a skip": lambda rng: GatedMLP(
+        random_weights(rng, 9, D_IN),
+        random_weights(rng, 9, D_IN),
+        random_weights(rng, D_IN, 9),
+        norm=rms_norm(1 + random_weights(rng, D_IN)),
+        skip=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_from_the_gates_are_those_of_the_jacobians(rng, kind, monkeypatch):
+    layer, x = KINDS[kind](rng), correlated_inputs(rng, 50)
+    formed = jacobian_moments(layer, x)
+    monkeypatch.setattr(moments_module, "CHUNK_BYTES", 8 * 7 * 30)  # several chunks, the last not full
+    for found, expected in zip(closed_moments(layer, x), formed, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_wide_layers_take_their_moments_from_the_gates(rng, monkeypatch):
+    layer, x = mlp(rng, 300, 20, 300), rng.standard_normal((12, 300)).astype(np.float32)
+    from_gates = *jacobian_moments(layer, x), jacobian_gram(layer, x)
+    monkeypatch.setattr(jacobians_module, "WIDE", 301)
+    from_jacobians = *jacobian_moments(layer, x), jacobian_gram(layer, x)
+    for found, expected in zip(from_gates, from_jacobians, strict=True):
+        assert not np.array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

@@ -1,0 +1,93 @@
+"""`E[J]`, `E[JᵀJ]` and `E[JJᵀ]` of a closed-form layer without forming a Jacobian.
+
+Of `J = C + S`, `C = L Σ_k diag(g_k) M_k`, only second moments of the gates are needed:
+
+    E[CᵀC] = Σ_kl M_kᵀ (E[g_k g_lᵀ] ∘ LᵀL) M_l        E[CCᵀ] = L (Σ_kl E[g_k g_lᵀ] ∘ M_k M_lᵀ) Lᵀ
+
+which costs `2·h²` flops an example instead of `2·d_out·d_in·(h + d_in + d_out)`. A norm in front multiplies the gates
+by `1/r` and subtracts the rank-one matrix `u n̂ᵀ` (see `norms`), whose cross terms need one vector an example.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rotsparse._core.precision import full_precision
+from rotsparse._core.types import Rows
+from rotsparse.data.moments import block_rows, chunks
+from rotsparse.layers._closed_forms import absorbed
+from rotsparse.layers.base import ClosedForm
+
+
+class JacobianMoments(NamedTuple):
+    """`E[J]`, `E[JᵀJ]` and `E[JJᵀ]` in float64."""
+
+    mean: Float[np.ndarray, "d_out d_in"]
+    gram_in: Float[np.ndarray, "d_in d_in"]
+    gram_out: Float[np.ndarray, "d_out d_out"]
+
+
+class _Sums(NamedTuple):
+    """Sums over examples, with `g` of all ways in one after another and the rank-one part `u vᵀ`."""
+
+    gates: Float[Array, "k"]  # g
+    pairs: Float[Array, "k k"]  # g gᵀ
+    rank_one: Float[Array, "d_out d_in"]  # u vᵀ
+    inward: Float[Array, "d_in d_in"]  # |u|² v vᵀ - Cᵀu vᵀ - v uᵀC
+    outward: Float[Array, "d_out d_out"]  # |v|² u uᵀ - C v uᵀ - u vᵀCᵀ
+
+
+def closed_moments(layer: ClosedForm, x: Rows) -> JacobianMoments:
+    """The moments over the examples."""
+    total: list[np.ndarray] | None = None
+    x = jnp.asarray(x)
+    for rows, count in chunks(x, block_rows(len(layer.rights) * len(layer.rights[0]) + layer.d_in + layer.d_out)):
+        counted = jnp.asarray(np.arange(len(rows)) < count, x.dtype)
+        sums = [np.asarray(s, np.float64) for s in _sums(layer, rows, counted)]
+        total = sums if total is None else [t + s for t, s in zip(total, sums, strict=True)]
+    assert total is not None
+    gates, pairs, rank_one, inward, outward = (t / len(x) for t in total)
+    left = np.eye(layer.d_out) if layer.left is None else np.asarray(layer.left, np.float64)
+    rights = [np.asarray(absorbed(layer.norm, m), np.float64) for m in layer.rights]
+    stacked = np.concatenate(rights)
+    hidden, ways = len(rights[0]), len(rights)
+
+    reach = np.tile(left.T @ left, (ways, ways)) * pairs
+    gram_in = stacked.T @ (reach @ stacked) + inward
+    met = (pairs * (stacked @ stacked.T)).reshape(ways, hidden, ways, hidden).sum(axis=(0, 2))
+    gram_out = left @ met @ left.T + outward
+    mean = left @ (gates[:, None] * stacked).reshape(ways, hidden, -1).sum(axis=0) - rank_one
+    if layer.skip is not None:
+        skip = np.asarray(layer.skip, np.float64)
+        gram_in = gram_in + mean.T @ skip + skip.T @ mean + skip.T @ skip
+        gram_out = gram_out + mean @ skip.T + skip @ mean.T + skip @ skip.T
+        mean = mean + skip
+    return JacobianMoments(mean, gram_in, gram_out)
+
+
+@eqx.filter_jit
+def _sums(layer: ClosedForm, x: Float[Array, "n d_in"], counted: Float[Array, "n"]) -> _Sums:
+    with full_precision():
+        gates = layer.gates(x)
+        zeros = jnp.zeros((layer.d_out, layer.d_in), x.dtype), jnp.zeros((layer.d_in,) * 2, x.dtype)
+        rank_one, inward, outward = *zeros, jnp.zeros((layer.d_out,) * 2, x.dtype)
+        if layer.norm is not None:
+            v, inverse = layer.norm.direction(x)
+            gates = [g * inverse for g in gates]
+            rights = [absorbed(layer.norm, m) for m in layer.rights]
+            along = sum(g * (v @ m.T) for g, m in zip(gates, rights, strict=True))  # [n, hidden]: C v = L along
+            turned = along if layer.left is None else along @ layer.left.T
+            u = turned / layer.norm.d
+            back = u if layer.left is None else u @ layer.left  # Lᵀu
+            pulled = sum((g * back) @ m for g, m in zip(gates, rights, strict=True))  # Cᵀu
+            v, u = v * counted[:, None], u * counted[:, None]
+            rank_one = u.T @ v
+            cross = pulled.T @ v
+            inward = (v * jnp.sum(u * u, axis=1, keepdims=True)).T @ v - cross - cross.T
+            cross = turned.T @ u
+            outward = (u * jnp.sum(v * v, axis=1, keepdims=True)).T @ u - cross - cross.T
+        g = jnp.concatenate(gates, axis=1) * counted[:, None]
+        return _Sums(jnp.sum(g, axis=0), g.T @ g, rank_one, inward, outward)
