@@ -17,7 +17,7 @@ from rotsparse.solvers.refine import Refine
 
 STEPS, EXAMPLES = 4000, 16
 
-# A fit of a wide layer takes about so many floating-point operations, eight minutes at 170 GFLOP/s, unless these are too
+# A fit of a wide layer takes about so many floating-point operations, 8 minutes at 170 GFLOP/s, unless these are too
 # few for anything: then FEWEST steps. Examples are saved first, because a noisier gradient costs less than a step.
 FLOPS, FEWEST, FEWER_EXAMPLES = 8e13, 500, 8
 

@@ -1,0 +1,134 @@
+"""Claim: at the width of real models a step of `find_basis` and of `find_rotations` takes at most twice the time of its
+matrix products, and the phases of a fit take what `--dry-run` says.
+
+The floor of a step is its floating-point operations at the rate of one large product on this machine: `6·n·d²` for
+activations (n rows), `2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` for Jacobians (n examples), and five products of
+`2·d³` for each rotation, which keep it orthogonal. Everything is timed in this one process, in turn.
+"""
+
+import dataclasses
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _publish import publish
+from _results import Results
+from objective import Shape, make_layer
+from rich.console import Console
+from rich.table import Table
+
+import rotsparse as rs
+from rotsparse.fit.default_method import default_method
+from rotsparse.objectives.base import Objective, sampled
+from rotsparse.runs.estimate import in_words, phases, product_rate
+from rotsparse.solvers.anneal import Anneal
+
+
+@dataclasses.dataclass
+class Config:
+    """Steps at the width of real models, against their floor."""
+
+    quick: bool = False
+    """Only the narrowest shape, and fewer repeats."""
+    out: Path | None = None
+    """A JSON file for the figures."""
+    publish: bool = False
+    """Replace the table in docs/scaling.md."""
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(576, 1536, True),
+    "GPT-2": Shape(768, 3072, False),
+    "Llama-1B": Shape(2048, 8192, True),
+    "Llama-8B": Shape(4096, 14336, True),
+}
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+ACCELERATOR = 50e12  # flops a second in float32 of an H200, by `benchmarks/accelerator.py`
+
+
+def main(config: Config) -> None:
+    results = Results(config)
+    rate = product_rate(2048)
+    print(f"products run at {rate / 1e9:.0f} GFLOP/s")
+    columns = "width", "fit", "ms a step", "÷ floor", "default fit", "at 50 TFLOP/s", "GB"
+    rows, figures = [], [{"product_rate": rate}]
+    for name, shape in list(SHAPES.items())[: 1 if config.quick else None]:
+        for row in (basis(shape, config.quick), layer(shape, config.quick)):
+            figures.append({"model": name, **row})
+            step = row["work"] / rate
+            whole = row["whole"] / rate * row["seconds"] / step
+            rows.append(
+                [
+                    f"{shape.d} ({name})",
+                    row["fit"],
+                    f"{row['seconds'] * 1e3:.3g}",
+                    f"{row['seconds'] / step:.2f}",
+                    in_words(whole),
+                    in_words(row["whole"] / ACCELERATOR * 2),
+                    f"{row['memory'] / 1e9:.1f}",
+                ]
+            )
+            print(" | ".join(rows[-1]), flush=True)
+            results.write(figures)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if config.publish:
+        lines = [columns, ["---"] * len(columns), *rows]
+        publish(PAGE, "width", "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def basis(shape: Shape, quick: bool) -> dict[str, Any]:
+    """A step of the default of `find_basis`."""
+    d, n = shape.d, 2 * shape.d
+    objective = rs.ActivationSparsity(np.random.default_rng(0).standard_normal((2 * n, d), np.float32), rs.TopK(0.5))
+    work = 6.0 * n * d**2 + 10.0 * d**3
+    seconds = timed(objective, Anneal(steps=100, angle=0.1, batch_size=n), quick)
+    return {"fit": f"{n} activations", "seconds": seconds, "work": work, "whole": 1000 * work, "memory": memory()}
+
+
+def layer(shape: Shape, quick: bool) -> dict[str, Any]:
+    """A step of the default of `find_rotations`, and what a whole fit takes."""
+    rng, d, h = np.random.default_rng(0), shape.d, shape.hidden
+    of = make_layer(rng, shape)
+    (_, steps, batch), *_ = default_method(of).planned
+    assert batch is not None
+    objective = rs.JacobianSparsity(of, rng.standard_normal((batch, d), np.float32), rs.Log(0.1))
+    work = 2.0 * batch * (d * h * d + 2 * d**3) + 20.0 * d**3
+    seconds = timed(objective, Anneal(steps=100, batch_size=batch), quick)
+    fit = phases(of, 1000, 200, default_method(of), restarts=1, control=True)
+    whole = sum(phase.flops for phase in fit)
+    name = f"{batch} Jacobians, {steps:,} steps"
+    return {"fit": name, "seconds": seconds, "work": work, "whole": whole, "memory": memory()}
+
+
+def timed(objective: Objective, method: Anneal, quick: bool) -> float:
+    """Seconds of a step, the median of some, at an angle that the second half of a fit has."""
+    bases = {name: jnp.eye(d) for name, d in objective.spaces.items()}
+
+    @jax.jit
+    def program(objective, bases, state, i):
+        drawn = sampled(objective, jax.random.fold_in(jax.random.key(0), i), method.batch_size)
+        return method.step(drawn, bases, state, i)
+
+    state, seconds = method.init(bases), []
+    for i in range(3 if quick else 7):
+        begun = time.perf_counter()
+        bases, state, _ = jax.block_until_ready(program(objective, bases, state, jnp.asarray(50 + i)))
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds[1:]))
+
+
+def memory() -> float:
+    """The most that this process has used so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
