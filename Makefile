@@ -9,13 +9,14 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test quick slow lint format docs bench experiments fetch-smollm2 fuzz clean
+.PHONY: help demo test quick slow gpu lint format docs bench experiments fetch-smollm2 fuzz clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         train a small network, find its rotations, write runs/demo/report.html"
 	@echo "make test         all but long tests  make quick   those of a second or two, while you work"
 	@echo "make slow         long tests, and those against other libraries"
+	@echo "make gpu          tests and a table of speeds on a GPU (ACCELERATOR=cuda12, or tpu), into runs/gpu"
 	@echo "make lint         ruff and pyright    make format  let ruff format the code"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        all benchmarks into runs/benchmarks (hours; ARGS=--quick: minutes, into runs/benchmarks-quick)"
@@ -38,6 +39,7 @@ extras-docs := [docs]
 extras-benchmarks := [benchmarks,models]
 extras-experiments := [models]
 extras-peers := [tests,peers,browser,release]
+extras-gpu := [tests,benchmarks]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing rotsparse$(extras-$*) into $(VENV) ..."
@@ -59,6 +61,15 @@ quick: $(VENV)/.installed-tests
 
 slow: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "slow or peers" $(ARGS)
+
+# JAX for the device, in the version that is installed. The table can be sent in as it is.
+ACCELERATOR ?= cuda13
+
+gpu: $(VENV)/.installed-gpu
+	$(BIN)/pip install --quiet "jax[$(ACCELERATOR)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py $(ARGS)
+	mkdir -p runs/gpu
+	$(BIN)/python benchmarks/accelerator.py --out runs/gpu/accelerator.json | tee runs/gpu/table.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
