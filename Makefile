@@ -57,7 +57,7 @@ test: $(VENV)/.installed-tests
 	$(PYTEST) $(ARGS)
 
 quick: $(VENV)/.installed-tests
-	$(PYTEST) -m "not medium and not slow and not peers" $(ARGS)
+	$(PYTEST) -m "not medium and not slow and not peers and not gpu" $(ARGS)
 
 slow: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "slow or peers" $(ARGS)

@@ -10,6 +10,7 @@ precision. `make gpu` runs it; the printed table can be sent in as it is.
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def main(config: Config) -> None:
             results.write(figures)  # a device may be taken away at any time
 
 
-def steps(shape: Shape, rates: dict[str, float]):
+def steps(shape: Shape, rates: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A row for every precision of `find_rotations`, and one for `find_basis`."""
     rng, d, h = np.random.default_rng(0), shape.d, shape.hidden
     layer = jax.tree.map(jnp.asarray, make_layer(rng, shape))

@@ -56,7 +56,8 @@ def main(config: Config) -> None:
     rate = product_rate(2048)
     print(f"products run at {rate / 1e9:.0f} GFLOP/s")
     columns = "width", "fit", "ms a step", "÷ floor", "default fit", "at 50 TFLOP/s", "GB"
-    rows, figures = [], [{"product_rate": rate}]
+    rows: list[list[str]] = []
+    figures: list[dict[str, Any]] = [{"product_rate": rate}]
     for name, shape in list(SHAPES.items())[: 1 if config.quick else None]:
         for row in (basis(shape, config.quick), layer(shape, config.quick)):
             figures.append({"model": name, **row})

@@ -27,6 +27,7 @@ from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.runs import estimate, folders, inputs, layer_run, listing, loading
 from rotsparse.runs.opened import LayerRun
+from rotsparse.runs.phases import Phases
 from rotsparse_command import options as opt
 
 console = Console()
@@ -195,7 +196,7 @@ def _redraw(run: Path, config: dict[str, Any]) -> None:
     """Draw the figures and the page of one fit."""
     with reading(run):
         arguments = _drawn(run, config)
-    layer_run.write_comparison(run, **arguments, config=config, console=console)
+    layer_run.write_comparison(run, **arguments, config=config, phases=Phases(console))
     console.print(f"report: {visible(run / 'report.html')}")
 
 

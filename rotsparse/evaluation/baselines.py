@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core.intervals import numpy_generator
+from rotsparse._core.orthogonal import WIDE
 from rotsparse._core.types import Rows
 from rotsparse.fit.weight_bases import absorbed, few_threads, rounded
 from rotsparse.fit.weight_bases import most_exact_zeros as most_exact_zeros
@@ -30,7 +31,7 @@ Matrix = Float[np.ndarray, "_ _"]
 _RELATIVE_VARIANCE = 1e-6
 # Enough for stable components, and FastICA's time grows with it.
 _ICA_EXAMPLES = 10_000
-_ICA_ITERATIONS = 200
+_ICA_ITERATIONS, _FEWEST_ICA_ITERATIONS = 200, 50
 _VARIMAX_ITERATIONS = 1000
 _VARIMAX_TOLERANCE = 1e-7  # the least relative gain of a step
 
@@ -165,14 +166,20 @@ def hadamard(layer: Layer, x: Rows) -> Rotations:
     return rounded(_hadamard(layer.d_in), _hadamard(layer.d_out))
 
 
-def all_baselines(layer: Layer, x: Rows, *, key: PRNGKeyArray) -> dict[str, Rotations]:
+def all_baselines(
+    layer: Layer, x: Rows, *, key: PRNGKeyArray, shown: Callable[[str], None] = lambda name: None
+) -> dict[str, Rotations]:
     """Every baseline by name, with statistics shared. `svd_weights` and `sparse_weights` are left out for a layer
     without weights.
 
-    `key` draws the Haar rotations and seeds ICA. Raises `ValueError` for unusable `x`.
+    `key` draws the Haar rotations and seeds ICA; `shown` is told which comes next. Raises `ValueError` for unusable
+    `x`.
     """
-    statistics = LayerStatistics(layer, x)
-    return {name: compute(statistics) for name, compute in methods(layer, key=key).items()}
+    statistics, found = LayerStatistics(layer, x), {}
+    for name, compute in methods(layer, key=key).items():
+        shown(name)
+        found[name] = compute(statistics)
+    return found
 
 
 def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStatistics], Rotations]]:
@@ -237,7 +244,9 @@ def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random
         return axes
     whitened = ((v - mean) @ kept.T) / np.sqrt(variances[varying])
     start = _positive_qr(rng.standard_normal((len(kept), len(kept))))
-    fast_ica = FastICA(whiten=False, w_init=start, max_iter=_ICA_ITERATIONS)  # pyright: ignore[reportArgumentType]
+    # An iteration costs an eigendecomposition, which takes seconds in the widest spaces.
+    iterations = int(np.clip(_ICA_ITERATIONS * (WIDE / len(kept)) ** 3, _FEWEST_ICA_ITERATIONS, _ICA_ITERATIONS))
+    fast_ica = FastICA(whiten=False, w_init=start, max_iter=iterations)  # pyright: ignore[reportArgumentType]
     with few_threads(len(kept)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         try:
@@ -247,7 +256,7 @@ def _independent_components(v: Float[np.ndarray, "n d"], moments, rng: np.random
             _log.warning("FastICA of the %s diverged (few examples for %d directions); PCA stands in", side, len(kept))
             return axes
     if any(issubclass(w.category, ConvergenceWarning) for w in caught):
-        _log.info("FastICA of the %s has not converged after %d iterations; it is used as it is", side, _ICA_ITERATIONS)
+        _log.info("FastICA of the %s has not converged after %d iterations; it is used as it is", side, iterations)
     return np.concatenate([_polar(components) @ kept, axes[~varying]])
 
 

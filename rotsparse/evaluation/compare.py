@@ -1,7 +1,7 @@
 """`compare`: one table of all metrics for all bases, on the same held-out examples and the same resamples of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,7 @@ def compare(
     covariance_out: MatrixOut | None = None,
     key: PRNGKeyArray,
     resamples: int = 200,
+    shown: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
     """All metrics of `metrics.evaluate` for every basis on held-out `x_test`, how concentrated the energy is, whole
     curves, and, for raw Jacobians, `gap_closed`:
@@ -98,7 +99,7 @@ def compare(
     default of a fit, because here it evaluates. Scaled Jacobians have no such floor and the metric is left out.
     The floor costs one singular value decomposition an example.
 
-    Options are as in `metrics.evaluate`.
+    Options are as in `metrics.evaluate`; `shown` is told which basis comes next.
 
     Raises `ValueError` where there are no bases, or shapes do not fit.
     """
@@ -118,7 +119,10 @@ def compare(
         "covariance_out": covariance_out,
         "gram": gram,
     }
-    found = {name: examine(layer, x, r, **options, key=key, resamples=resamples) for name, r in bases.items()}
+    found = {}
+    for name, r in bases.items():
+        shown(name)
+        found[name] = examine(layer, x, r, **options, key=key, resamples=resamples)
     metrics = {name: of.metrics for name, of in found.items()}
     if not (scale_inputs or scale_outputs):
         rms = float(np.sqrt(np.trace(gram) / (layer.d_in * layer.d_out)))
@@ -142,14 +146,18 @@ def compare_with_baselines(
     scale_inputs: bool = True,
     scale_outputs: bool = False,
     seconds: dict[str, float] | None = None,
+    shown: Callable[[str], None] = lambda name: None,
 ) -> tuple[Comparison, dict[str, Rotations]]:
     """`compare` the given bases and every baseline, fitted on `train`, on the held-out `test`; and all these bases.
 
     The covariances that scale inputs and outputs are those of `train`. `keys`: for the baselines, and for the
-    resamples. With `seconds`, each baseline is computed by itself, and what it took is noted there.
+    resamples. With `seconds`, each baseline is computed by itself, and what it took is noted there. `shown` is told
+    what comes next.
     """
     if seconds is None:
-        bases = given | baselines.all_baselines(layer, train, key=keys[0])
+        bases = given | baselines.all_baselines(
+            layer, train, key=keys[0], shown=lambda name: shown(f"the basis {name}")
+        )
     else:
         bases = dict(given)
         for name, compute in baselines.methods(layer, key=keys[0]).items():
@@ -162,7 +170,8 @@ def compare_with_baselines(
         "covariance": scale_covariance(train),
         "covariance_out": output_covariance(layer, train) if scale_outputs else None,
     }
-    return compare(layer, test, bases, **options, key=keys[1]), bases
+    made = compare(layer, test, bases, **options, key=keys[1], shown=lambda name: shown(f"the metrics of {name}"))
+    return made, bases
 
 
 def _gaps_closed(layer, x, bases, measure, rms, counts, *, key) -> dict[str, Interval]:

@@ -25,6 +25,9 @@ from rotsparse.layers.rotations import Rotations, checked
 # errors of float32 are as large.
 NO_INFLUENCE = 1e-5
 
+# Jacobians that take no more memory than this are computed once, not twice.
+_KEPT_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -135,9 +138,20 @@ def examine(
 
     counts = bootstrap_counts(len(x), resamples, key=key)
 
+    few = 4 * entries * len(x) <= _KEPT_BYTES
+    first_pass: list[np.ndarray] = []  # for the second one, if they are few
+
     def normalised():
+        if first_pass:
+            yield from first_pass
+            return
+        computed = []
         for z in jacobians(layer, x, r_in, r_out):
-            yield np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
+            z = np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
+            if few:
+                computed.append(z)
+            yield z
+        first_pass.extend(computed)
 
     per_example: list[dict[str, np.ndarray]] = []
     mean_square, below = np.zeros(entries), np.zeros(len(THRESHOLDS), np.int64)

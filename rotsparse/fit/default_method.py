@@ -77,8 +77,9 @@ def default_basis_method(
     many as go through the data 20 times, between 1000 and 4000; with `TopK` half of them from an angle of 0.2, and no
     power method, whose steps are polar factors. Of a source, methods that look at all rows in every step are left out.
     """
-    wide = objective is not None and is_wide(objective)
-    if wide:
+    wide = False
+    if objective is not None and is_wide(objective):
+        wide = True
         rows, d = objective.data.total_count, objective.x.shape[1]
         batch_size = 2 * d if batch_size is None else batch_size
         steps = int(np.clip(EPOCHS * rows / batch_size, *WIDE_STEPS)) if steps is None else steps

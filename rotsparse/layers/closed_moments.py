@@ -8,6 +8,7 @@ which costs `2·h²` flops an example instead of `2·d_out·d_in·(h + d_in + d_
 by `1/r` and subtracts the rank-one matrix `u n̂ᵀ` (see `norms`), whose cross terms need one vector an example.
 """
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -43,10 +44,9 @@ class _Sums(NamedTuple):
 def closed_moments(layer: ClosedForm, x: Rows) -> JacobianMoments:
     """The moments over the examples."""
     total: list[np.ndarray] | None = None
-    x = jnp.asarray(x)
     for rows, count in chunks(x, block_rows(len(layer.rights) * len(layer.rights[0]) + layer.d_in + layer.d_out)):
         counted = jnp.asarray(np.arange(len(rows)) < count, x.dtype)
-        sums = [np.asarray(s, np.float64) for s in _sums(layer, rows, counted)]
+        sums = [np.asarray(s, np.float64) for s in _sums(layer, jnp.asarray(rows), counted)]
         total = sums if total is None else [t + s for t, s in zip(total, sums, strict=True)]
     assert total is not None
     gates, pairs, rank_one, inward, outward = (t / len(x) for t in total)
@@ -71,23 +71,25 @@ def closed_moments(layer: ClosedForm, x: Rows) -> JacobianMoments:
 @eqx.filter_jit
 def _sums(layer: ClosedForm, x: Float[Array, "n d_in"], counted: Float[Array, "n"]) -> _Sums:
     with full_precision():
-        gates = layer.gates(x)
-        zeros = jnp.zeros((layer.d_out, layer.d_in), x.dtype), jnp.zeros((layer.d_in,) * 2, x.dtype)
-        rank_one, inward, outward = *zeros, jnp.zeros((layer.d_out,) * 2, x.dtype)
+        gates = list(layer.gates(x))
+        rank_one = jnp.zeros((layer.d_out, layer.d_in), x.dtype)
+        inward, outward = jnp.zeros((layer.d_in,) * 2, x.dtype), jnp.zeros((layer.d_out,) * 2, x.dtype)
         if layer.norm is not None:
             v, inverse = layer.norm.direction(x)
             gates = [g * inverse for g in gates]
-            rights = [absorbed(layer.norm, m) for m in layer.rights]
-            along = sum(g * (v @ m.T) for g, m in zip(gates, rights, strict=True))  # [n, hidden]: C v = L along
-            turned = along if layer.left is None else along @ layer.left.T
-            u = turned / layer.norm.d
-            back = u if layer.left is None else u @ layer.left  # Lᵀu
-            pulled = sum((g * back) @ m for g, m in zip(gates, rights, strict=True))  # Cᵀu
+            rights = [jnp.asarray(absorbed(layer.norm, m)) for m in layer.rights]
+            left = jnp.eye(layer.d_out, dtype=x.dtype) if layer.left is None else jnp.asarray(layer.left)
+            along = functools.reduce(jnp.add, [g * (v @ m.T) for g, m in zip(gates, rights, strict=True)])
+            pushed = along @ left.T  # C v
+            u = pushed / layer.norm.d
+            pulled = functools.reduce(
+                jnp.add, [(g * (u @ left)) @ m for g, m in zip(gates, rights, strict=True)]
+            )  # Cᵀu
             v, u = v * counted[:, None], u * counted[:, None]
             rank_one = u.T @ v
             cross = pulled.T @ v
             inward = (v * jnp.sum(u * u, axis=1, keepdims=True)).T @ v - cross - cross.T
-            cross = turned.T @ u
+            cross = pushed.T @ u
             outward = (u * jnp.sum(v * v, axis=1, keepdims=True)).T @ u - cross - cross.T
         g = jnp.concatenate(gates, axis=1) * counted[:, None]
         return _Sums(jnp.sum(g, axis=0), g.T @ g, rank_one, inward, outward)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Data
+from rotsparse.data.moments import evenly_spaced
 from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import jacobians
@@ -22,6 +23,8 @@ BEFORE, AFTER = "neurons", "learned"
 _BIN = 0.01
 _LOWEST = -110.0
 _BINS = round(220 / _BIN)
+# A picture of a wide layer needs no more examples than give so many entries.
+_PICTURED_ENTRIES, _FEWEST_PICTURED = 2**25, 25
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -68,6 +71,7 @@ def picture_data(
     # Logarithmic steps for the few largest entries, even steps for the many small ones.
     ranks = np.unique(np.concatenate([np.geomspace(1 / entries, 1, 100), np.linspace(0.01, 1, 100)]))
 
+    x = evenly_spaced(x, max(_FEWEST_PICTURED, _PICTURED_ENTRIES // entries))
     mean, single, curves = {}, {}, {}
     for name, rotations in bases.items():
         r_in, r_out = scaled_rows(layer, x, rotations.r_in, rotations.r_out, **units)

@@ -80,9 +80,8 @@ def estimated(
     """The phases of `layer_run.run` with these arguments, and the bytes of memory."""
     method = default_method(layer) if fit.get("method") is None else fit["method"]
     restarts, n = fit.get("restarts", 1), len(train)
-    return phases(layer, n, len(compared(layer, test)), method, restarts=restarts, control=control), memory(
-        layer, n, restarts
-    )
+    found = phases(layer, n, len(compared(layer, test)), method, restarts=restarts, control=control)
+    return found, memory(layer, n, restarts)
 
 
 def table(found: list[Phase], rate: float, used: float) -> Table:

@@ -32,6 +32,7 @@ from rotsparse.runs.folders import METRICS as METRICS
 from rotsparse.runs.folders import NUMBERED, SOLUTION
 from rotsparse.runs.folders import ROTATIONS as ROTATIONS
 from rotsparse.runs.folders import TABLE as TABLE
+from rotsparse.runs.phases import Phases, Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,9 @@ def run(
     begun = time.perf_counter()
     key = jax.random.key(seed)
     scale_inputs = fit.get("scale_inputs", True)
+    phases = Phases(console)
     solution = find_rotations(layer, train, key=key, **fit)
+    phases.add("fit", begun)
     console.print(solution.summary(), highlight=False)
     solution.completed()
     shown = loading.compared(layer, test)
@@ -80,7 +83,10 @@ def run(
     folded = fold(layer, solution.rotations, test)
 
     solution.save(folder / SOLUTION)
-    made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), console=console) if control else None
+    made = None
+    if control:
+        with phases.phase("fitting null models") as at:
+            made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), shown=at)
     config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
     folders.write_json(folder / folders.CONFIG, config)
     said, comparison, agreement = write_comparison(
@@ -95,7 +101,7 @@ def run(
         function_error=folded.error,
         control=made,
         pictures=pictures,
-        console=console,
+        phases=phases,
     )
     about = {"seed": seed, "objective": solution.value, "scale_inputs": scale_inputs}
     about |= {"measure": _spelled(fit["measure"]), "numbered": NUMBERED}
@@ -117,6 +123,7 @@ def run(
             "agreement": _agreement(solution, agreement),
             "fit": solution.stats,
             "seconds": time.perf_counter() - begun,
+            "phases": phases.seconds,
         },
     )
     console.print(f"\n{said[0]}\n", style="bold", highlight=False, markup=False)
@@ -143,7 +150,7 @@ def write_comparison(
     function_error: float,
     control: Control | None,
     pictures: Pictures | None = None,
-    console: Console,
+    phases: Phases,
 ) -> tuple[list[str], Comparison, dict[str, Agreement]]:
     """Compare a solution with every baseline on held-out examples, and its restarts with each other, and write the
     report. Returns what was found (one sentence, then remarks), the comparison and the agreement. For a source,
@@ -152,11 +159,15 @@ def write_comparison(
 
     sample, source = in_memory(train)
     test = loading.compared(layer, test)
+    console = phases.console
     console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
     key = jax.random.key(config["seed"])
     keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
     learned = {"learned": solution.rotations}
-    comparison, bases = compare_with_baselines(layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs)
+    with phases.phase("comparing") as at:
+        comparison, bases = compare_with_baselines(
+            layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs, shown=at
+        )
     console.print(comparison.table())
     write_atomically(folder / TABLE, comparison.markdown().encode())
     scales: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": scale_covariance(sample)}
@@ -167,23 +178,24 @@ def write_comparison(
             f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
             "them, evenly spread."
         )
-    write.write_report(
-        folder,
-        layer=layer,
-        x_test=test,
-        bases=bases,
-        comparison=comparison,
-        solution=solution,
-        config=config,
-        finding=said[0],
-        remarks=said[1:],
-        control=control,
-        pictures=None if pictures is None else pictures(bases),
-        floor=floor,
-        function_error=function_error,
-        agreement=agreement,
-        **scales,
-    )
+    with phases.phase("drawing the report"):
+        write.write_report(
+            folder,
+            layer=layer,
+            x_test=test,
+            bases=bases,
+            comparison=comparison,
+            solution=solution,
+            config=config,
+            finding=said[0],
+            remarks=said[1:],
+            control=control,
+            pictures=None if pictures is None else pictures(bases),
+            floor=floor,
+            function_error=function_error,
+            agreement=agreement,
+            **scales,
+        )
     return said, comparison, agreement
 
 
@@ -209,18 +221,11 @@ def _lowest(solution: Solution, agreement: Mapping[str, Agreement]) -> dict[str,
     return lowest
 
 
-def _control(layer, train, test, fit: dict[str, Any], *, key, console: Console) -> Control | None:
+def _control(layer, train, test, fit: dict[str, Any], *, key, shown: Shown) -> Control | None:
     """A quick control of a fit, with its arguments where they decide what is compared."""
     kept = ("measure", "scale_inputs", "tie", "hold", "active_subspace", "precision")
-    with console.status("fitting null models ...") as status:
-        return quick_control(
-            layer,
-            in_memory(train)[0],
-            test,
-            key=key,
-            shown=lambda name: status.update(f"fitting null models: {name} ..."),
-            **{name: fit[name] for name in kept if name in fit},
-        )
+    arguments = {name: fit[name] for name in kept if name in fit}
+    return quick_control(layer, in_memory(train)[0], test, key=key, shown=shown, **arguments)
 
 
 def _agreement(solution: Solution, agreement: dict[str, Agreement]) -> dict[str, Any] | None:

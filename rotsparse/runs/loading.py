@@ -17,7 +17,7 @@ from rotsparse.layers.files import load_layer, open_activations
 # Each basis is compared on evenly spaced examples with so many Jacobian entries in total. For wide layers this takes
 # minutes, and the intervals are already narrow.
 COMPARED_ENTRIES = 2**26
-FEWEST_COMPARED = 200
+FEWEST_COMPARED = 100
 
 
 class LayerFile(Protocol):

@@ -11,7 +11,18 @@ from hypothesis.extra.numpy import arrays
 
 from helpers import random_orthogonal
 from rotsparse._core import orthogonal
-from rotsparse._core.orthogonal import bound_step, haar, orthogonality_error, polar, skew, spectral_norm_bound
+from rotsparse._core.orthogonal import (
+    WIDE,
+    bound_step,
+    exact_error,
+    haar,
+    orthogonality_error,
+    polar,
+    skew,
+    skew_norm,
+    spectral_norm_bound,
+    turn,
+)
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -247,3 +258,25 @@ def test_retractions_under_vmap_and_jit_are_the_plain_ones(retract, rng):
     together = jax.jit(jax.vmap(retract))(rs, omegas)
     for r, omega, moved in zip(rs, omegas, together, strict=True):
         np.testing.assert_allclose(moved, retract(r, omega), atol=1e-6)
+
+
+@pytest.mark.parametrize("angle", [0.5, 0.31, 0.3, 0.06, 0.05, 1e-4])
+def test_turns_of_wide_spaces_stay_orthogonal_and_turn_by_the_angle(rng, angle):
+    d = WIDE
+    a = jnp.asarray(rng.standard_normal((d, d)), jnp.float32)
+    r = jnp.asarray(random_orthogonal(rng, d), jnp.float32)
+    before = r
+    for _ in range(5):
+        r = turn(r, skew(a), jnp.asarray(angle))
+    assert exact_error(r) < 3e-5
+    # Steps along one direction add up, and the fastest plane turns by the arc tangent of each.
+    turned = np.linalg.norm(np.asarray(turn(before, skew(a), jnp.asarray(angle)) - before, np.float64), 2)
+    assert turned == pytest.approx(2 * np.sin(np.arctan(angle) / 2), rel=0.25)
+
+
+def test_the_norm_of_a_skew_matrix_is_never_too_large(rng):
+    for d in (5, 64, 300):
+        a = skew(jnp.asarray(rng.standard_normal((d, d)), jnp.float32))
+        exact = np.linalg.norm(np.asarray(a, np.float64), 2)
+        assert 0.75 * exact < float(skew_norm(a)) < 1.0001 * exact
+    assert float(skew_norm(jnp.zeros((8, 8)))) < 1e-30

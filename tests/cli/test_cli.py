@@ -75,6 +75,16 @@ def test_fit_writes_a_run_folder(files, rotsparse):
     assert tensors["r_in"].shape == (D, D) and tensors["r_out"].shape == (4, 4)
 
 
+def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(files, rotsparse):
+    before = sorted(os.listdir())
+    code, said = rotsparse(*FIT, "--dry-run")
+    assert code == 0 and sorted(os.listdir()) == before
+    assert "Anneal, 20 steps of 16" in said and "comparison, 15 bases on 12 examples" in said
+    assert "null models" not in said
+    arguments = [a for a in FIT if a not in ("--control", "none")]
+    assert "null models, 16 fits of 600 steps" in rotsparse(*arguments, "--dry-run")[1]
+
+
 def test_a_report_says_how_to_repeat_it(files, rotsparse):
     assert rotsparse(*FIT, "--restarts", 3)[0] == 0
     page = (files / "run" / "report.html").read_text()

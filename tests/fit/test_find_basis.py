@@ -10,6 +10,9 @@ import pytest
 import rotsparse as rs
 from helpers import random_orthogonal
 from planted_bases import sparse_activations
+from rotsparse._core.orthogonal import WIDE
+from rotsparse.data.examples import Examples
+from rotsparse.data.sources import ArrayRows
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result
 from rotsparse.examples.digits import train
@@ -177,19 +180,44 @@ def test_bad_input(untyped):
         default_basis_method(rs.TopK(0.5), batch_size=0)
 
 
-def test_what_stays_on_disk_is_refused_and_a_memory_map_is_read(tmp_path, rng, untyped):
+def test_activations_may_be_a_source_or_a_memory_map(tmp_path, rng):
     x = rng.standard_normal((50, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    source: Any = rs.open_source(tmp_path / "x.npy")  # no array, as find_basis wants one
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    with pytest.raises(ValueError, match=r"source\.part"):
-        rs.find_basis(source, key=KEY)
+    forms = x, rs.open_source(tmp_path / "x.npy"), np.load(tmp_path / "x.npy", mmap_mode="r")
     newton = rs.FixedPointNewton()
-    of_map, of_array = (rs.find_basis(of, key=KEY, measure=rs.Log(0.1), method=newton) for of in (mapped, x))
-    np.testing.assert_array_equal(of_map.bases["x"], of_array.bases["x"])
+    of_array, *others = (rs.find_basis(of, key=KEY, measure=rs.Log(0.1), method=newton) for of in forms)
+    for other in others:
+        np.testing.assert_array_equal(other.bases["x"], of_array.bases["x"])
 
 
 def test_a_basis_is_no_pair_of_rotations():
     x, _ = planted(n=50)
     with pytest.raises(ValueError, match=r"solution.bases\['x'\].*Rotations\(R, np.eye"):
         find(x, steps=5).rotations  # noqa: B018
+
+
+def test_wide_spaces_start_from_principal_components_and_take_other_steps(rng):
+    d = WIDE
+    x = (rng.standard_normal((600, d)) * np.geomspace(1, 0.05, d)) @ random_orthogonal(rng, d)
+    x = x.astype(np.float32)
+    of = rs.ActivationSparsity(x, rs.TopK(0.5))
+    planned = default_basis_method(rs.TopK(0.5), of).planned
+    assert planned == [("Anneal", 500, 2 * d), ("Anneal", 500, 2 * d)]
+    assert default_basis_method(rs.TopK(0.5), of, steps=8, batch_size=3).planned == [("Anneal", 4, 3)] * 2
+    method = default_basis_method(rs.TopK(0.5), of, steps=8)
+    solution = rs.find_basis(x, key=jax.random.key(0), method=method)
+    components = {"in": jnp.asarray(np.linalg.eigh((x.T @ x).astype(np.float64))[1].T[::-1], jnp.float32)}
+    assert solution.start_value == pytest.approx(float(of.value(components)), rel=1e-3)
+    assert solution.value <= solution.start_value
+    assert solution.stats["orthogonality_error"] < 1e-4
+
+
+@pytest.mark.parametrize("measure", [rs.TopK(0.5), rs.Log(0.1)])
+def test_a_source_is_drawn_from(rng, measure):
+    x = rng.laplace(size=(300, 6)).astype(np.float32)
+    streamed = rs.ActivationSparsity(x, measure).with_examples((Examples(jnp.asarray(x[:50]), ArrayRows(x)),))
+    names = [name for name, *_ in default_basis_method(measure, streamed).planned]
+    assert names == (["Anneal", "Anneal"] if isinstance(measure, rs.TopK) else ["Anneal"])
+    options: dict[str, Any] = {"key": KEY, "measure": measure, "method": rs.Anneal(steps=20, batch_size=16)}
+    solution, same = rs.find_basis(ArrayRows(x), **options), rs.find_basis(x, **options)
+    np.testing.assert_array_equal(solution.bases["x"], same.bases["x"])

@@ -19,9 +19,10 @@ from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.fit.minimize import minimize
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
-from rotsparse.layers.mlp import Dense
+from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import ActivationSparsity, JacobianSparsity, WeightedSum, measures
+from rotsparse.objectives.jacobian import looked_at
 from rotsparse.solvers import Anneal, Refine, Riemannian, Then
 from rotsparse.solvers.riemannian import constant, geometric
 
@@ -372,3 +373,19 @@ def test_objectives_are_pytrees():
     objective = JacobianSparsity(layer, x, measures.Log(0.1))
     leaves, structure = jax.tree.flatten(objective)
     assert eqx.tree_equal(jax.tree.unflatten(structure, leaves), objective)
+
+
+def test_looks_bound_what_the_objective_is_computed_on_and_not_what_is_drawn():
+    layer, x, _ = planted(90)
+    few = JacobianSparsity(layer, x, measures.Log(0.1), looks=20)
+    assert len(few.x) == 20 and few.data.total_count == 90
+    np.testing.assert_array_equal(few.gram, JacobianSparsity(layer, x, measures.Log(0.1)).gram)  # of all examples
+    method = Anneal(steps=30, batch_size=4)
+    a, b = (find_rotations(layer, x, key=KEY, method=method, looks=looks) for looks in (20, None))
+    np.testing.assert_array_equal(a.history.objective, b.history.objective)  # the same minibatches
+    assert a.value != b.value
+
+
+def test_examples_that_are_looked_at_are_fewer_for_wide_layers():
+    of = lambda d: looked_at(MLP(np.ones((4 * d, d), np.float32), None, np.ones((d, 4 * d), np.float32)))  # noqa: E731
+    assert of(64) > 100_000 and of(768) == 256
