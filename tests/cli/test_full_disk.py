@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nothing_is_lost import LAYER, QUICK, command, prepared, quick, snapshot  # noqa: F401
+from test_nothing_is_lost import LAYER, QUICK, STEPS, command, prepared, quick, snapshot  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ MOMENTS = 16  # from no room at all to three times what the result takes: there 
 COMMANDS = {
     "fit": ("fit", *LAYER, *QUICK, "--out", "new", "--overwrite"),
     "fit over a run": ("fit", *LAYER, *QUICK, "--out", "done", "--overwrite"),
-    "benchmark": ("benchmark", *LAYER, *QUICK, "--out", "new", "--overwrite"),
+    "benchmark": ("benchmark", *LAYER, *STEPS, "--out", "new", "--overwrite"),
     "demo": ("demo", "--network", "digits", "--control", "none", "--steps", "3", "--out", "new", "--overwrite"),
     "compare": ("compare", *LAYER, "--out", "new.json", "--overwrite"),
     "fold": ("fold", *LAYER, "--rotations", "done", "--out", "new.safetensors", "--overwrite"),

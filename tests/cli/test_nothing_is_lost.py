@@ -25,7 +25,8 @@ from rotsparse_command import command_line
 from tiny_models import tiny_llama2c
 
 LAYER = ("--layer", "layer.npz", "--activations", "x.npy")
-QUICK = ("--solver", "adam", "--steps", "3", "--restarts", "1", "--control", "none")
+STEPS = ("--solver", "adam", "--steps", "3", "--restarts", "1")
+QUICK = (*STEPS, "--control", "none")
 MODEL = ("--model", "model.bin", "--tokens", "tokens.npy")
 
 KINDS = ("file", "empty file", "folder", "empty folder", "link to a file", "link to a folder", "dangling link", "fifo")
@@ -147,7 +148,7 @@ def a_command(rng, whole_models):
             ("capture", *MODEL, "--length", "8", "--out", store),
             ("fit-model", "--model", "model.bin", "--store", "store", *QUICK, "--layers", "0"),
             ("fold-model", *MODEL),
-            ("benchmark", *LAYER, *QUICK),
+            ("benchmark", *LAYER, *STEPS),
             ("demo", "--network", "digits", "--control", "none", "--steps", "3"),
         ]
     way = ways[int(rng.integers(len(ways)))]
