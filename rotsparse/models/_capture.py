@@ -109,6 +109,7 @@ def capture(
                             writer.append(shard, array, **rows.beside)
                     for writer in writers:
                         writer.close(shard)
+                bar.update(task, completed=source.size)  # with `sequences` it ends before the source does
         finally:
             try:
                 for writer in writers:

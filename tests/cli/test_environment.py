@@ -280,10 +280,12 @@ def test_kills(name, inputs):
     np.save("tokens.npy", rng.integers(0, 31, 4000))
     for way in BEFORE.get(name, []):
         assert ran(*WAYS[way])[0] == 0
-    begun = time.monotonic()
-    assert ran(*WAYS[name])[0] == 0
-    seconds = time.monotonic() - begun
-    landed = 0
+    seconds, landed = 0.0, 0
+    for _ in range(2):  # the first run compiles, and takes far longer than those that are killed
+        shutil.rmtree(NEW.get(name, "nothing"), ignore_errors=True)
+        begun = time.monotonic()
+        assert ran(*WAYS[name])[0] == 0
+        seconds = time.monotonic() - begun
     while landed < 8:  # a kill that came too late does not count
         shutil.rmtree(NEW.get(name, "nothing"), ignore_errors=True)
         process = started(*WAYS[name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
