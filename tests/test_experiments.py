@@ -153,6 +153,9 @@ def test_every_benchmark_has_rows_in_the_summary():
         "pca",
         "nulls",
         "constructed",
+        "width",
+        "accelerator",
+        "cold_start",
     }  # these have tables of their own
 
 
