@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import rotsparse as rs
-from helpers import ROOT, SHARED
+from helpers import ROOT, SHARED, random_orthogonal
 from rotsparse._core.intervals import Interval
 from rotsparse.engine.solution import Result
 
@@ -307,3 +307,19 @@ def test_labels_of_a_text_and_the_lead_over_the_twins():
     assert found["areas"]["twin"] == pytest.approx([0.725, 0.7625, 0.8])
     assert found["lead"] == pytest.approx([0.075, 0.1125, 0.15])
     assert "| layer 4 | in | 2 |" in probing.report({"layer 4": {"in": found}})
+
+
+def test_rows_measures_both_bases_on_own_and_on_other_tokens(rng):
+    import rows
+
+    turn = random_orthogonal(rng, 8).astype(np.float32)
+    x, other = (rng.laplace(size=(n, 8)).astype(np.float32) ** 3 @ turn for n in (400, 200))
+    config = rows.Config(steps=40)
+    results = [rows.of_rows(x[:n], other, config) for n in (30, 400)]
+    for r in results:
+        assert r["steps"] == 40 and r["lost"]["neurons"][0] > 0
+        assert r["lost"]["ours"][0] < r["lost"]["neurons"][0]
+    assert results[1]["lost"]["ours"][1] < results[1]["lost"]["neurons"][1]
+    lines = rows.report(results, config).splitlines()
+    assert len(lines) == 8 and lines[4].startswith("| 30 |") and lines[5].startswith("| 400 |")
+    assert rows.figure(results).axes[0].get_xlabel() == "tokens that the basis comes from"
