@@ -49,7 +49,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 demo: $(VENV)/.installed-core
 	$(BIN)/rotsparse demo --out runs/demo --overwrite
 
-# How many processes run the tests. Each takes up to 4 GB.
+# How many processes run the tests. Each takes up to 5 GB.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
