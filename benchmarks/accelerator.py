@@ -9,7 +9,6 @@ precision. `make gpu` runs it; the printed table can be sent in as it is.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _results import Results
+from _steps import timed
 from objective import Shape, make_layer
 
 import rotsparse as rs
-from rotsparse._core.orthogonal import exact_error
-from rotsparse._core.precision import PRECISIONS, lacking, products
-from rotsparse.objectives.base import Objective, sampled
+from rotsparse._core.precision import PRECISIONS, lacking
+from rotsparse.objectives.base import Objective
+from rotsparse.runs.estimate import product_rate
 
 EXAMPLES, STEPS = 16, 20
 
@@ -86,7 +86,8 @@ def steps(shape: Shape, rates: dict[str, float]) -> Iterator[dict[str, Any]]:
     exact = None
     for precision, rate in rates.items():
         objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), precision=precision)
-        row, gradient = timed(objective, rs.Anneal(steps=STEPS, batch_size=EXAMPLES))
+        gradient = gradients(objective)
+        row = timed(objective, rs.Anneal(steps=STEPS, batch_size=EXAMPLES), range(STEPS))
         exact = gradient if exact is None else exact
         error = max(float(np.abs(gradient[s] - exact[s]).max() / np.abs(exact[s]).max()) for s in exact)
         yield {"fit": f"{EXAMPLES} Jacobians", "precision": precision, "gradient_error": error, **row} | {
@@ -94,52 +95,16 @@ def steps(shape: Shape, rates: dict[str, float]) -> Iterator[dict[str, Any]]:
         }
     rows = 2 * d
     objective = rs.ActivationSparsity(rng.standard_normal((2 * rows, d)).astype(np.float32), rs.TopK(0.5))
-    row, _ = timed(objective, rs.Anneal(steps=STEPS, batch_size=rows, angle=0.1))
+    row = timed(objective, rs.Anneal(steps=STEPS, batch_size=rows, angle=0.1), range(STEPS))
     share = (6 * rows * d**2 + staying) / row["seconds"] / rates["highest"]
     yield {"fit": f"{rows} activations", "precision": "highest", "gradient_error": 0.0, "share": share, **row}
 
 
-def timed(objective: Objective, method: rs.Anneal) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Time a step; and the gradient of all examples at the start."""
+def gradients(objective: Objective) -> dict[str, np.ndarray]:
+    """The gradient of all examples at the neurons."""
     bases = {name: jnp.eye(d) for name, d in objective.spaces.items()}
-
-    @jax.jit
-    def program(objective, bases, state, i):
-        drawn = sampled(objective, jax.random.fold_in(jax.random.key(0), i), method.batch_size)
-        return method.step(drawn, bases, state, i)
-
-    gradient = jax.jit(lambda objective, bases: objective.value_and_grad(bases)[1])(objective, bases)
-    gradient = {name: np.asarray(g) for name, g in gradient.items()}
-    state = method.init(bases)
-    begun = time.perf_counter()
-    compiled = program.lower(objective, bases, state, jnp.asarray(0)).compile()
-    compile_seconds = time.perf_counter() - begun
-    seconds = []
-    for i in range(STEPS):
-        begun = time.perf_counter()
-        bases, state, _ = jax.block_until_ready(compiled(objective, bases, state, jnp.asarray(i)))
-        seconds.append(time.perf_counter() - begun)
-    memory = jax.devices()[0].memory_stats() or {}
-    row = {
-        "seconds": float(np.median(seconds[2:])),
-        "orthogonality_error": max(map(exact_error, bases.values())),
-        "peak_bytes": memory.get("peak_bytes_in_use", 0),
-        "compile_seconds": compile_seconds,
-    }
-    return row, gradient
-
-
-def product_rate(d: int, precision: str) -> float:
-    """Flops a second of a d×d product."""
-    with products(precision):
-        product = jax.jit(jnp.matmul)
-        a = jax.random.normal(jax.random.key(0), (d, d))
-        seconds = []
-        for _ in range(6):
-            begun = time.perf_counter()
-            jax.block_until_ready(product(a, a))
-            seconds.append(time.perf_counter() - begun)
-    return 2 * d**3 / min(seconds[1:])
+    found = jax.jit(lambda objective, bases: objective.value_and_grad(bases)[1])(objective, bases)
+    return {name: np.asarray(g) for name, g in found.items()}
 
 
 if __name__ == "__main__":

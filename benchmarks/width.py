@@ -8,23 +8,21 @@ activations (n rows), `2·n·(d_out·h·d_in + d_out²·d_in + d_out·d_in²)` f
 
 import dataclasses
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from _publish import publish
 from _results import Results
+from _steps import timed
 from objective import Shape, make_layer
 from rich.console import Console
 from rich.table import Table
 
 import rotsparse as rs
 from rotsparse.fit.default_method import default_method
-from rotsparse.objectives.base import Objective, sampled
+from rotsparse.objectives.base import Objective
 from rotsparse.runs.estimate import in_words, phases, product_rate
 from rotsparse.solvers.anneal import Anneal
 
@@ -90,7 +88,7 @@ def basis(shape: Shape, quick: bool) -> dict[str, Any]:
     d, n = shape.d, 2 * shape.d
     objective = rs.ActivationSparsity(np.random.default_rng(0).standard_normal((2 * n, d), np.float32), rs.TopK(0.5))
     work = 6.0 * n * d**2 + 10.0 * d**3
-    seconds = timed(objective, Anneal(steps=100, angle=0.1, batch_size=n), quick)
+    seconds = seconds_of(objective, Anneal(steps=100, angle=0.1, batch_size=n), quick)
     return {"fit": f"{n} activations", "seconds": seconds, "work": work, "whole": 1000 * work, "memory": memory()}
 
 
@@ -102,28 +100,16 @@ def layer(shape: Shape, quick: bool) -> dict[str, Any]:
     assert batch is not None
     objective = rs.JacobianSparsity(of, rng.standard_normal((batch, d), np.float32), rs.Log(0.1))
     work = 2.0 * batch * (d * h * d + 2 * d**3) + 20.0 * d**3
-    seconds = timed(objective, Anneal(steps=100, batch_size=batch), quick)
+    seconds = seconds_of(objective, Anneal(steps=100, batch_size=batch), quick)
     fit = phases(of, 1000, 200, default_method(of), restarts=1, control=True)
     whole = sum(phase.flops for phase in fit)
     name = f"{batch} Jacobians, {steps:,} steps"
     return {"fit": name, "seconds": seconds, "work": work, "whole": whole, "memory": memory()}
 
 
-def timed(objective: Objective, method: Anneal, quick: bool) -> float:
-    """Seconds of a step, the median of some, at an angle that the second half of a fit has."""
-    bases = {name: jnp.eye(d) for name, d in objective.spaces.items()}
-
-    @jax.jit
-    def program(objective, bases, state, i):
-        drawn = sampled(objective, jax.random.fold_in(jax.random.key(0), i), method.batch_size)
-        return method.step(drawn, bases, state, i)
-
-    state, seconds = method.init(bases), []
-    for i in range(3 if quick else 7):
-        begun = time.perf_counter()
-        bases, state, _ = jax.block_until_ready(program(objective, bases, state, jnp.asarray(50 + i)))
-        seconds.append(time.perf_counter() - begun)
-    return float(np.median(seconds[1:]))
+def seconds_of(objective: Objective, method: Anneal, quick: bool) -> float:
+    """Seconds of a step, at an angle that the second half of a fit has."""
+    return timed(objective, method, range(50, 53 if quick else 57))["seconds"]
 
 
 def memory() -> float:

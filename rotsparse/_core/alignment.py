@@ -96,3 +96,9 @@ def _unit_rows(name, a):
     if not lengths.all():
         raise ValueError(f"{name} has a zero row: it is no direction")
     return a / lengths
+
+
+def reordered(r: AnyArray, order: Int[np.ndarray, "d"], signs: Float[np.ndarray, "d"]) -> np.ndarray:
+    """`signs[i] · r[order[i]]` as row i."""
+    r = np.asarray(r)
+    return r[order] * signs.astype(r.dtype)[:, None]

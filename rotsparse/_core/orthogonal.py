@@ -122,7 +122,7 @@ def skew_norm(a: Float[Array, "d d"]) -> Float[Array, ""]:
     """The largest singular value of a skew-symmetric matrix by six power steps on eight fixed random vectors: `96·d²`
     flops, no d×d product.
 
-    Never too large, and for the dense directions of a fit (near-Gaussian entries) about 3% too small. It is not a
+    Never too large, and for directions with Gaussian entries 7% (d = 576) to 10% (d = 2048) too small. It is not a
     bound: use it where a step that is half as long again does no harm.
     """
     probes = jax.random.normal(jax.random.key(0), (a.shape[-1], 8), a.dtype)

@@ -25,10 +25,10 @@ def run(command: "options.Export", console: Console) -> int:
         values = x if command.side == IN else np.asarray(apply(opened.layer, jnp.asarray(x)))
         metadata = {"made_by": "rotsparse", "side": command.side}
         if opened.layer_number is not None:
-            site = opened.site if command.side == IN else None if opened.config.get("skip") else "output"
+            point = opened.point(command.side)
             metadata |= {"model_name": Path(str(opened.config["model"])).name, "hook_layer": opened.layer_number}
-            if site in HOOKS:
-                metadata["hook_name"] = HOOKS[site].format(layer=opened.layer_number)
+            if point is not None and point[1] in HOOKS:
+                metadata["hook_name"] = HOOKS[point[1]].format(layer=point[0])
     write_sae(command.out, np.asarray(r), values.mean(axis=0, dtype=np.float64), metadata=metadata)
     console.print(
         f"wrote {visible(command.out)}: {len(r)} directions as an autoencoder of {2 * len(r)} features, feature i "

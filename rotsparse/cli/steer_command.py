@@ -9,7 +9,6 @@ from rich.console import Console
 from rotsparse._core.printable import visible
 from rotsparse._core.reading import reading
 from rotsparse.cli.arguments import check_positive
-from rotsparse.explain.directions import IN
 from rotsparse.models.interventions import Steer
 from rotsparse.models.language import generate
 from rotsparse.models.load import Tokenizer, load_tokenizer
@@ -29,7 +28,8 @@ def run(command: "options.Steer", console: Console) -> int:
         opened = load_run(command.run)
         if opened.layer_number is None or opened.site is None:
             raise ValueError(f"{command.run} is no run of a model's layer: there is no text to go on with")
-        if side != IN and opened.config.get("skip"):
+        point = opened.point(side)
+        if point is None:
             raise ValueError("the outputs of a layer with its skip connection are the stream: push an input, in-...")
         tokenizer = _tokenizer(opened, command.tokenizer)
         directions = opened.directions(side)
@@ -41,7 +41,6 @@ def run(command: "options.Steer", console: Console) -> int:
     if not prompt.size:
         raise ValueError("--prompt has no tokens: give some text")
     check_positive("length", command.length)
-    point = opened.layer_number, opened.site if side == IN else "output"
     change = {point: Steer(direction.vector[None], by)}
     for name, intervene in {"as it is": {}, f"{command.direction} by {command.by:+g} sd": change}.items():
         text = generate(opened.model, prompt, prompt.shape[1] + command.length, intervene=intervene)[0]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool
 
-from rotsparse._core.alignment import match
+from rotsparse._core.alignment import match, reordered
 from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.orthogonal import exact_error
 from rotsparse._core.reading import load_npz
@@ -172,11 +172,8 @@ class Solution:
         space becomes `signs[i]` times its earlier direction `order[i]`. The other restarts stay as they are."""
 
         def changed(bases: Bases) -> Bases:
-            turned: dict[str, Any] = dict(bases)
-            for name, (order, signs) in numbers.items():
-                r = np.asarray(bases[name])
-                turned[name] = r[order] * signs.astype(r.dtype)[:, None]
-            return turned
+            turned: dict[str, Any] = {name: reordered(bases[name], *of) for name, of in numbers.items()}
+            return bases | turned
 
         best = self.best
         candidates = tuple(changed(c) if i == best else c for i, c in enumerate(self.candidates))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from rotsparse._core.alignment import reordered
 from rotsparse._core.types import AnyArray, Rows
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.units import scaled_rows
@@ -67,12 +68,6 @@ def numbered_rotations(layer: Layer, x: Rows, rotations: Rotations, **units: Any
     bases = {"in": np.asarray(rotations.r_in), "out": np.asarray(rotations.r_out)}
     numbers = numbering(layer, x, bases, units)
     return Rotations(*(reordered(bases[name], *numbers[name]) for name in ("in", "out")))
-
-
-def reordered(r: AnyArray, order: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """`signs[i] · r[order[i]]` as row i."""
-    r = np.asarray(r)
-    return r[order] * signs.astype(r.dtype)[:, None]
 
 
 def _signs(values: np.ndarray, r: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import chunks
 from rotsparse.evaluation.units import scaled_rows
@@ -119,7 +120,7 @@ def _mean_derivatives(layer: ClosedForm, x: Rows) -> Float[np.ndarray, "hidden d
 def _derivative_sums(layer, x, counted):
     """Sums over examples of the gates (with the norm's `1/r`), and of the rank-one part of the norm's derivative,
     `(Σ_k g_k ⊙ M_k D n̂) n̂ᵀ/d`."""
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         gates = layer.gates(x)
         if layer.norm is None:
             return [counted @ g for g in gates], None

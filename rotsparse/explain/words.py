@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.explain.examples import word
 from rotsparse.models.embedding import norm_of
@@ -101,7 +102,7 @@ def _slopes(params, config, point, directions, tokens):
     def logits(moved):
         return run_from(params, config, stream, layer, intervene={point: lambda x: x + moved})[0].mean(axis=(0, 1))
 
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         _, push = jax.linearize(logits, jnp.zeros(directions.shape[1]))
         return jax.lax.map(push, directions, batch_size=_AT_ONCE)
 
@@ -121,9 +122,7 @@ def aligned(
 
 
 def _scores(vectors, r, words) -> WordScores:
-    with jax.default_matmul_precision("highest"):
-        scores = np.asarray(r, np.float32) @ np.asarray(vectors, np.float32).T
-    return _standardised(scores, words)
+    return _standardised(np.asarray(r, np.float32) @ np.asarray(vectors, np.float32).T, words)
 
 
 def _standardised(scores, words) -> WordScores:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 
 Directions = Float[AnyArray, "k d"]
@@ -43,7 +44,7 @@ class Along(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
         directions = jnp.asarray(self.directions, x.dtype)
-        with jax.default_matmul_precision("highest"):
+        with full_precision():
             z = x @ directions.T
             return x + (self.changed(z) - z) @ directions
 

@@ -88,7 +88,8 @@ class JacobianSparsity(MeasuredObjective):
     ):
         kept, source = in_memory(x, looks or looked_at(layer))
         self.data = Examples(checks.activations("x", kept, layer.d_in), source)
-        every = checks.activations("x", self.data.known, layer.d_in)
+        every = self.data.known
+        every = self.x if every is self.x else checks.activations("x", every, layer.d_in)
         complete = source is None or len(every) == len(source)
         # Examples that are not in memory may activate more neurons than any of these.
         self.layer = layer = layer.gathered(every) if complete else layer

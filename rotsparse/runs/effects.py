@@ -4,9 +4,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
-from rotsparse.data.store import NO_TOKEN
 from rotsparse.explain.ablations import Cost, Metric, costs, rise
-from rotsparse.explain.directions import IN, OUT, SIDES
+from rotsparse.explain.directions import IN, SIDES
 from rotsparse.runs.opened import LayerRun
 
 
@@ -29,15 +28,14 @@ def effects(
 
     Raises `ValueError` for a run of no model, of a model without a next-token head, or whose store lacks its tokens.
     """
-    text, number = held_out(run, tokens), run.layer_number
-    assert number is not None and run.site is not None
+    text = held_out(run, tokens)
     key = jax.random.key(0) if key is None else key
     found: list[Cost] = []
     for at, side in enumerate(SIDES):
         r = run.rotations.r_in if side == IN else run.rotations.r_out
-        point = number, run.site if side == IN else "output"
-        if side == OUT and run.config.get("skip"):
-            continue  # the layer's output is the stream behind it, which is no point of the network
+        point = run.point(side)
+        if point is None:
+            continue
         ask = {"side": side, "controls": controls, "key": jax.random.fold_in(key, at)}
         estimated = costs(run.model, point, r, text, metric, numbers=(), **ask)
         largest = np.argsort([-abs(of.estimate) for of in estimated], kind="stable").tolist()
@@ -50,10 +48,10 @@ def effects(
 def held_out(run: LayerRun, tokens: int) -> Int[np.ndarray, "sequences positions"]:
     """The last fifth of the whole sequences of a run's store, evenly spaced, about so many tokens. Raises `ValueError`
     if there is none."""
-    every = run.store.tokens()
-    whole = every[(every != NO_TOKEN).all(axis=1)]
+    whole = run.whole_sequences()
+    length = whole.shape[1]
     if not len(whole):
-        raise ValueError(f"{run.store} has no whole sequence of {every.shape[1]} tokens")
+        raise ValueError(f"{run.store} has no whole sequence of {length} tokens")
     last = whole[len(whole) - max(1, len(whole) // 5) :]
-    count = max(1, min(len(last), tokens // every.shape[1]))
+    count = max(1, min(len(last), tokens // length))
     return last[np.linspace(0, len(last) - 1, count).round().astype(int)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from rotsparse._core.precision import full_precision
+from rotsparse._core.precision import products
 from rotsparse._core.types import Rows
 from rotsparse.data.sources import Source
 from rotsparse.engine.method import Method
@@ -61,9 +61,9 @@ def memory(layer: Layer, train: int, restarts: int) -> float:
     return 0.7e9 + 4.0 * (2 * weights + 2 * train * layer.d_in + 6 * restarts * squares + 30 * layer.d_in * layer.d_out)
 
 
-def product_rate(d: int = 1024) -> float:
+def product_rate(d: int = 1024, precision: str = "highest") -> float:
     """Floating-point operations a second of a d×d product, the best of five."""
-    with full_precision():
+    with products(precision):
         product, a = jax.jit(jnp.matmul), jnp.ones((d, d))
         jax.block_until_ready(product(a, a))
         seconds = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from rotsparse._core.reading import reading
 from rotsparse.data.moments import scale_covariance
@@ -100,6 +101,13 @@ class LayerRun:
         """Where in the model the layer begins; `None` for a layer of no model."""
         return self.config.get("site") if self.layer_number is not None else None
 
+    def point(self, side: str) -> tuple[int, str] | None:
+        """The point of the model where a side's coordinates are. `None` for a layer of no model, and for the outputs of
+        a layer with its skip connection: they are the stream behind it, which is no point of the network."""
+        if self.layer_number is None or self.site is None or (side == OUT and self.config.get("skip")):
+            return None
+        return self.layer_number, self.site if side == IN else "output"
+
     @property
     def rotations(self) -> Rotations:
         """The rotations that were found."""
@@ -173,6 +181,11 @@ class LayerRun:
         assert path is not None
         return open_store(path)
 
+    def whole_sequences(self) -> Int[np.ndarray, "sequences positions"]:
+        """The tokens of the sequences of the store that are not cut short."""
+        tokens = self.store.tokens()
+        return tokens[(tokens != NO_TOKEN).all(axis=1)]
+
     @property
     def text(self) -> list[str]:
         """The sequences of the text that the run was fitted on, as their tokens join. Raises `ValueError` where the
@@ -226,20 +239,19 @@ class LayerRun:
         }
 
     def _words_through(self, words: list[str] | None) -> dict[str, WordScores | None]:
-        number, site, config = self.layer_number, self.site, self.model.config
-        assert number is not None and site is not None
-        if not (config.head and config.causal):
-            return {}
-        tokens = self.store.tokens()
-        whole = tokens[(tokens != NO_TOKEN).all(axis=1)]
+        number, config = self.layer_number, self.model.config
+        assert number is not None
+        whole = self.whole_sequences() if config.head and config.causal else ()
         if not len(whole):
             return {}
-        points = {"in through": (site, self.rotations.r_in), "out through": ("output", self.rotations.r_out)}
-        if self.config.get("skip"):  # the output of a layer with its skip connection is no point of the network
-            del points["out through"]
-        if affordable(self.model, number) < MANY:  # a wide model: its outputs alone take half a minute
-            del points["in through"]
-        return {name: steered(self.model, (number, at), r, whole, words) for name, (at, r) in points.items()}
+        scores = {}
+        for side, r in ((IN, self.rotations.r_in), (OUT, self.rotations.r_out)):
+            point = self.point(side)
+            if side == IN and affordable(self.model, number) < MANY:
+                continue  # a wide model: its outputs alone take half a minute
+            if point is not None:
+                scores[f"{side} through"] = steered(self.model, point, r, np.asarray(whole), words)
+        return scores
 
     def _cosines(self) -> dict[str, list[float | None]]:
         """Of every direction the lowest |cos| with its match in another restart."""
