@@ -16,6 +16,7 @@ FLOORS = [
     {"cli"},
     {"runs"},
     {"report", "explain"},
+    {"sparse"},
     {"evaluation"},
     {"models", "examples"},
     {"fit"},

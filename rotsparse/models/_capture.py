@@ -23,7 +23,7 @@ from rotsparse.models.heavy_rows import heavy_rows
 from rotsparse.models.inputs import ImageInputs, TokenInputs
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import ImageFile, TextFile, TokenFile
-from rotsparse.models.transformer import Point, check_point, run
+from rotsparse.models.transformer import Point, check_point, run, site_width
 from rotsparse.models.words import vocabulary
 
 
@@ -74,7 +74,7 @@ def capture(
         inputs: TokenInputs | ImageInputs = ImageInputs(model, source, sequences, batch)
     else:
         inputs = TokenInputs(model, source, length, sequences, batch, special)
-    width = max(_width(model, point) for point in wanted)
+    width = max(site_width(model.config, point.site) for point in wanted)
     rows = round(keep * inputs.positions) or 1
     per_shard = _sequences_per_shard(shard_bytes, rows, width * np.dtype(dtype).itemsize, batch)
     settings = {
@@ -89,7 +89,8 @@ def capture(
     def open_writers():
         return [
             StoreWriter(
-                Path(folder) / str(p), {**settings, "layer": p.layer, "site": p.site, "width": _width(model, p)}
+                Path(folder) / str(p),
+                {**settings, "layer": p.layer, "site": p.site, "width": site_width(model.config, p.site)},
             )
             for p in wanted
         ]
@@ -205,10 +206,6 @@ class _Work:
 def _groups(items: Iterator, size: int) -> Iterator[list]:
     while group := list(itertools.islice(items, size)):
         yield group
-
-
-def _width(model: Model, point: Point) -> int:
-    return model.config.d_hidden if point.site == "hidden" else model.config.d_model
 
 
 def _sequences_per_shard(shard_bytes: int, rows: int, row_bytes: int, batch: int) -> int:

@@ -1,11 +1,13 @@
 """A transformer as a function of its parameters, for every architecture that can be read.
 
-Every MLP has four named *sites*, at which values can be captured or replaced:
+Every layer has named *sites*, at which values can be captured or replaced:
 
-    residual   the stream in front of the block (in front of its norm)      [batch, tokens, d_model]
-    input      what enters the MLP's first matrix, after the norm            [batch, tokens, d_model]
-    hidden     what enters its last matrix, after the nonlinearity           [batch, tokens, d_hidden]
-    output     what it adds to the stream (before a post-norm)               [batch, tokens, d_model]
+    attention  what enters the attention's matrices q, k and v, after the norm   [batch, tokens, d_model]
+    heads      what enters its last matrix: the outputs of all heads             [batch, tokens, heads * d_head]
+    residual   the stream in front of the MLP (in front of its norm)             [batch, tokens, d_model]
+    input      what enters the MLP's first matrix, after the norm                [batch, tokens, d_model]
+    hidden     what enters its last matrix, after the nonlinearity               [batch, tokens, d_hidden]
+    output     what it adds to the stream (before a post-norm)                   [batch, tokens, d_model]
 
 There is no dropout, because models are not trained here.
 """
@@ -24,11 +26,13 @@ from rotsparse.models.config import TransformerConfig
 from rotsparse.models.embedding import affine, embed_image, embed_tokens, norm_of, position_bias
 from rotsparse.models.model import Inputs, Params
 
-SITES = ("residual", "input", "hidden", "output")
+SITES = ("attention", "heads", "residual", "input", "hidden", "output")
+READ = {"attention": ("q", "k", "v"), "heads": ("o",), "input": ("gate", "up", "in"), "hidden": ("down", "out")}
+"""The sites that enter linear maps, and the maps that read each (those of them that the architecture has)."""
 
 
 class Point(NamedTuple):
-    """A place in the network: a site of one layer's MLP."""
+    """A place in the network: a site of one layer."""
 
     layer: int
     site: str
@@ -118,7 +122,7 @@ def _blocks(params, config, x, probe, *, mask, first=0):
         visible = visible[None] if mask is None else visible[None] & mask[:, None, :]
 
         def attend(p, u, index=index, visible=visible):
-            return _attention(p, config, index, u, positions, visible, n, bias=bias)
+            return _attention(p, config, index, u, positions, visible, n, probe, bias=bias)
 
         x = _block(layer, config, x, attend, index, probe)
     return x
@@ -136,6 +140,8 @@ def step(
     """What `run` returns at one position of a causal model, given the keys and values of the positions before it in
     `cache` (zeros of that shape at the start); and the cache with this position's. `intervene` as in `run`."""
 
+    probe = _Probe(config, (), intervene or {})
+
     def attend(index, p, u):
         def remember(k, v):
             nonlocal cache
@@ -144,11 +150,11 @@ def step(
 
         n = cache.shape[3]
         visible = _visible(config, index, position[None], n)[None]
-        return _attention(p, config, index, u, position[None], visible, n, remember=remember)
+        return _attention(p, config, index, u, position[None], visible, n, probe, remember=remember)
 
     x: Any = embed_tokens(params, config, token[:, None], None, position[None])
     for index, layer in enumerate(params["layers"]):
-        x = _block(layer, config, x, partial(attend, index), index, _Probe(config, (), intervene or {}))
+        x = _block(layer, config, x, partial(attend, index), index, probe)
     return _output(params, config, x)[:, 0], cache
 
 
@@ -184,12 +190,17 @@ def check_point(config: TransformerConfig, point: tuple[int, str]) -> Point:
     return Point(layer, site)
 
 
+def site_width(config: TransformerConfig, site: str) -> int:
+    """The number of values at a site."""
+    return {"hidden": config.d_hidden, "heads": config.n_heads * config.d_head}.get(site, config.d_model)
+
+
 def _block(layer, config, x, attend, index, probe):
     def pre(name, x):
         return norm_of(layer[name], config)(x) if config.placement in ("pre", "sandwich") else x
 
     def attention(x):
-        return attend(layer["attn"], pre("attn_norm", x))
+        return attend(layer["attn"], probe(index, "attention", pre("attn_norm", x)))
 
     def mlp(x):
         return _mlp(layer["mlp"], config, pre("mlp_norm", x), index, probe)
@@ -224,7 +235,7 @@ def _mlp(p, config, u, index, probe):
     return y @ p["r_out"] if "r_out" in p else y  # r_out is undone: R⁻¹ = Rᵀ
 
 
-def _attention(p, config, index, u, positions, visible, n, *, bias=None, remember=lambda k, v: (k, v)):
+def _attention(p, config, index, u, positions, visible, n, probe, *, bias=None, remember=lambda k, v: (k, v)):
     q, k, v = (affine(p, name, u) for name in "qkv")
     if "q_norm" in p and config.wide_qk_norm:
         q, k = norm_of(p["q_norm"], config)(q), norm_of(p["k_norm"], config)(k)
@@ -243,7 +254,7 @@ def _attention(p, config, index, u, positions, visible, n, *, bias=None, remembe
     scores = _soft_cap(scores, config.attention_softcap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min), axis=-1)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
-    return affine(p, "o", mixed.reshape(*u.shape[:2], -1))
+    return affine(p, "o", probe(index, "heads", mixed.reshape(*u.shape[:2], -1)))
 
 
 def _rotate(rotary, x, positions, n):

@@ -1,0 +1,61 @@
+"""`SparseInput`: what a linear map reads if most coordinates are dropped in some basis.
+
+    x̂ = Rᵀ (k(R x - c) + c)
+
+where k sets all but the important coordinates to zero. So `W x̂ = W Rᵀ k(R x - c) + W Rᵀ c`: the columns of `W Rᵀ`
+whose coordinate is zero need not be read, and the last term is a bias. A coordinate is as important as `s |z|`: with
+the scores s = 1 the largest stay (LaRoSA in PCA's basis, TEAL in the neurons'), with `s_i = ‖W r_i‖` those that move
+the output most (Chen et al., "WINA: Weight Informed Neuron Activation", 2025).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rotsparse._core.precision import full_precision
+from rotsparse._core.types import AnyArray
+
+
+class SparseInput(eqx.Module):
+    """Drops coordinates of the values at a site, `[..., d]`, and comes back to the original coordinates: an
+    intervention for `models.run`.
+
+    `rotation`: R, rows are directions. `shift`: c, what stands in for a dropped coordinate. `scores`: s, what a
+    coordinate's magnitude counts. (`None`: the identity, 0, 1.) Either `threshold`: coordinates stay where `s |z|` is
+    above it; or `count`: the number that stays of every example. Raises `ValueError` unless one of the two is given.
+    """
+
+    rotation: Float[AnyArray, "d d"] | None = None
+    shift: Float[AnyArray, "d"] | None = None
+    scores: Float[AnyArray, "d"] | None = None
+    threshold: Float[AnyArray, ""] | float | None = None
+    count: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if (self.threshold is None) == (self.count is None):
+            raise ValueError("give either a threshold or a count of coordinates that stay")
+
+    def coordinates(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """`k(R x - c)`: what is multiplied with the columns of `W Rᵀ`."""
+        z = x
+        with full_precision():
+            z = z if self.rotation is None else z @ jnp.asarray(self.rotation, x.dtype).T
+        z = z if self.shift is None else z - jnp.asarray(self.shift, x.dtype)
+        weight = jnp.abs(z) if self.scores is None else jnp.abs(z) * jnp.asarray(self.scores, x.dtype)
+        if self.count is None:
+            return jnp.where(weight > jnp.asarray(self.threshold, x.dtype), z, 0)
+        if not 0 <= self.count <= z.shape[-1]:
+            raise ValueError(f"of {z.shape[-1]} coordinates {self.count} cannot stay")
+        if self.count == 0:
+            return jnp.zeros_like(z)
+        least = jax.lax.top_k(weight, self.count)[0][..., -1:]
+        return jnp.where(weight >= least, z, 0)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        z = self.coordinates(x)
+        z = z if self.shift is None else z + jnp.asarray(self.shift, x.dtype)
+        if self.rotation is None:
+            return z
+        with full_precision():
+            return z @ jnp.asarray(self.rotation, x.dtype)
