@@ -10,6 +10,7 @@ A layer, its inputs, and the rotations that make its per-example Jacobians spars
 The floors, top to bottom; imports go downward only:
 
     cli, runs, report, explain        what the command line does, and what is shown of a fit
+    torch                             models with sparse inputs in PyTorch; not imported here
     sparse                            inputs of linear maps with most coordinates dropped
     evaluation                        the evidence
     models, examples                  trained networks

@@ -1,6 +1,7 @@
 """What the documentation shows works: every Python and shell block of every page runs, every link leads somewhere."""
 
 import functools
+import importlib.util
 import inspect
 import os
 import re
@@ -139,7 +140,7 @@ def test_the_example_of_the_readme_prints_and_saves_what_it_says(folder, few_ste
 
 
 def test_the_recipe_for_sparse_inference_prints_its_figures(capsys):
-    recipe, folding, _ = blocks("docs/sparse_inference.md", "python")
+    recipe, folding, *_ = blocks("docs/sparse_inference.md", "python")
     names: dict = {}
     exec(compile(recipe, "<documentation>", "exec"), names)
     (shown,) = blocks("docs/sparse_inference.md", "text")
@@ -181,8 +182,14 @@ def test_the_page_on_real_models_runs(folder, few_steps, shell):
 def test_sparse_inference_of_a_real_model_runs(folder, few_steps):
     link_stories()
     names: dict = {}
-    execute(blocks("docs/sparse_inference.md", "python")[2], names)
+    _, _, fitting, exporting, loading, *_ = blocks("docs/sparse_inference.md", "python")
+    execute(fitting, names)
     assert names["folded"].exact_error < 1e-9 * names["folded"].scale
+    execute(exporting, names)
+    assert names["done"].dense_error < 1e-4 * names["done"].scale
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        execute(loading, names)
+        assert names["written"].shape == (1, 21)
 
 
 @pytest.mark.peers

@@ -17,6 +17,7 @@ from rotsparse.models.families import family_of, read_config
 from rotsparse.models.gguf_config import huggingface_config
 from rotsparse.models.gguf_file import GgufFile
 from rotsparse.models.model import Model, expected_shape, nested
+from rotsparse.models.rotary import pairs_apart
 
 _IGNORED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|.*\.attn_rot_embd\.weight")
 _WHOLE = {
@@ -120,14 +121,8 @@ def _meaning(name: str, config: TransformerConfig) -> tuple[tuple[str, ...], Cal
         return tuple(f"{layer}{parent}.{kind}_{part}" for part in ("gate", "up")), same
     if letters in ("q", "k") and config.architecture in ("llama", "mistral"):
         heads = config.n_heads if letters == "q" else config.n_kv_heads
-        return (f"{layer}{parent}.{kind}_{letters}",), lambda param, array: _rotary_order(array, heads)
+        return (f"{layer}{parent}.{kind}_{letters}",), lambda param, array: pairs_apart(array, heads)
     return (f"{layer}{parent}.{kind}_{letters}",), same
-
-
-def _rotary_order(array: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp turns neighbouring rows of a head, Hugging Face rows that are half a head apart."""
-    by_pair = array.reshape(heads, -1, 2, *array.shape[1:])
-    return by_pair.swapaxes(1, 2).reshape(array.shape)
 
 
 def _check_complete(file: GgufFile, raw, config: TransformerConfig, flat: dict[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ GGUF stores the vocabulary, and for byte-pair encodings the merges; how a text i
 (`tokenizer.ggml.pre`). The regular expressions are those of the models' own tokenizer files.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,19 @@ def gguf_tokenizer(path: str | os.PathLike):
 
 
 def save_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Write the tokenizer of a GGUF file into a Hugging Face folder. Raises `ValueError` as `gguf_tokenizer` does."""
+    """Write the tokenizer of a GGUF file into a Hugging Face folder, with its special tokens and its chat template, so
+    that transformers loads it. Raises `ValueError` as `gguf_tokenizer` does."""
     gguf_tokenizer(path).save(str(Path(folder) / "tokenizer.json"))
+    metadata = GgufFile(Path(path)).metadata
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if type(number) is int and 0 <= number < len(tokens):
+            config[f"{role}_token"] = tokens[number]
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        config["chat_template"] = template
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _byte_pairs(file: GgufFile, tokens: list[str], tk: Any):

@@ -39,16 +39,27 @@ def save_huggingface(
 
     Raises `ValueError` if the folder exists, or the format cannot hold the model (it says what).
     """
+    with new_folder(folder) as target:
+        fill_huggingface(model, target, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes)
+
+
+def fill_huggingface(
+    model: Model,
+    target: Path,
+    *,
+    tokenizer_from: str | os.PathLike | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """What `save_huggingface` does, into a folder that is there."""
     family = family_of(model.raw)
     raw = _adapted(model, family)
     config = read_config(raw, head=model.config.head)
     _check_same_computation(model, config)
     tensors = _tensors(model, family, config, raw)
-    with new_folder(folder) as target:
-        _write_tensors(target, tensors, shard_bytes)
-        (target / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-        if tokenizer_from is not None:
-            _copy_companions(Path(tokenizer_from), target)
+    _write_tensors(target, tensors, shard_bytes)
+    (target / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    if tokenizer_from is not None:
+        _copy_companions(Path(tokenizer_from), target)
 
 
 def _tensors(model: Model, family: Family, config: TransformerConfig, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:

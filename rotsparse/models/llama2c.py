@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import numpy as np
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.reading import regular_file
-from rotsparse.models.config import Rotary, TransformerConfig
+from rotsparse.models.config import TransformerConfig
 from rotsparse.models.model import Model, named, nested
+from rotsparse.models.rotary import Rotary, pairs_apart
 
 _HEADER = struct.Struct("<7i")
 _NORM_EPS = 1e-5
@@ -86,6 +88,37 @@ def save_llama2c(model: Model, path: str | os.PathLike) -> None:
         names = [name.replace("*", str(i)) for i in range(c.n_layers)] if "*" in name else [name]
         parts += [np.ascontiguousarray(flat[n], "<f4").tobytes() for n in names]
     write_atomically(path, b"".join(parts))
+
+
+def as_huggingface(model: Model) -> Model:
+    """The same function as a Llama model of Hugging Face: the rotary pairs of queries and keys are put half a head
+    apart. Raises `ValueError` if it has become something that is no Llama model."""
+    c = model.config
+    raw = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_hidden,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.d_head,
+        "max_position_embeddings": c.max_positions,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rotary.theta if c.rotary else 10000.0,
+        "hidden_act": c.activation,
+        "tie_word_embeddings": model.tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    heads = {"w_q": c.n_heads, "w_k": c.n_kv_heads}
+    layers = [
+        {**layer, "attn": {n: pairs_apart(a, heads[n]) if n in heads else a for n, a in layer["attn"].items()}}
+        for layer in model.params["layers"]
+    ]
+    config = replace(c, architecture="llama", rotary=replace(_rotary(c.d_head), interleaved=False))
+    return Model(config, {**model.params, "layers": layers}, "huggingface", raw)
 
 
 def _config(dim, hidden, n_layers, n_heads, n_kv_heads, vocab, seq_len):

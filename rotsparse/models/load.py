@@ -8,13 +8,14 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rotsparse._core.files import new_folder
 from rotsparse._core.reading import reading, regular_file
 from rotsparse.models.checkpoint import is_lfs_pointer, read_json
 from rotsparse.models.gguf import load_gguf
 from rotsparse.models.gguf_tokenizer import gguf_tokenizer, save_tokenizer
 from rotsparse.models.huggingface import load_huggingface
-from rotsparse.models.huggingface_writer import save_huggingface
-from rotsparse.models.llama2c import Llama2cTokenizer, load_llama2c, save_llama2c
+from rotsparse.models.huggingface_writer import fill_huggingface, save_huggingface
+from rotsparse.models.llama2c import Llama2cTokenizer, as_huggingface, load_llama2c, save_llama2c
 from rotsparse.models.model import Model
 
 
@@ -84,13 +85,26 @@ def save_model(model: Model, path: str | os.PathLike, *, tokenizer_from: str | o
     if model.format == "huggingface":
         save_huggingface(model, path, tokenizer_from=tokenizer_from)
     elif model.format == "gguf":
-        save_huggingface(model, path)
-        if tokenizer_from is not None:
-            save_tokenizer(tokenizer_from, path)
+        with new_folder(path) as folder:
+            fill_folder(model, folder, tokenizer_from=tokenizer_from)
     elif model.format == "llama2c":
         save_llama2c(model, path)
     else:
         raise ValueError(f"the model came from no file format (its format is {model.format!r}): none to write it in")
+
+
+def fill_folder(model: Model, folder: Path, *, tokenizer_from: str | os.PathLike | None = None) -> None:
+    """Write a model as a Hugging Face folder into an empty one, whichever format it was read from.
+
+    Raises `ValueError` if Hugging Face's format cannot hold it, or the tokenizer of llama2.c's format is to go with it.
+    """
+    if model.format == "llama2c":
+        if tokenizer_from is not None:
+            raise ValueError("a llama2.c tokenizer cannot be written as tokenizer.json: leave tokenizer_from out")
+        model = as_huggingface(model)
+    fill_huggingface(model, folder, tokenizer_from=tokenizer_from if model.format == "huggingface" else None)
+    if model.format == "gguf" and tokenizer_from is not None:
+        save_tokenizer(tokenizer_from, folder)
 
 
 def load_tokenizer(path: str | os.PathLike, model: Model) -> Tokenizer:

@@ -47,6 +47,13 @@ class Rotary:
         return self.scaling.frequencies(self.theta, self.dims, n)
 
 
+def pairs_apart(array: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a matrix of queries or keys (or its bias) in the order of Hugging Face, whose pairs are half a head
+    apart, from one in which pairs are neighbours (llama2.c, llama.cpp)."""
+    by_pair = array.reshape(heads, -1, 2, *array.shape[1:])
+    return by_pair.swapaxes(1, 2).reshape(array.shape)
+
+
 def plain_frequencies(theta: float, dims: int) -> np.ndarray:
     """`θ^(-2i/dims)`."""
     return theta ** (-np.arange(0, dims, 2) / dims)
