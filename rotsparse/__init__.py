@@ -44,6 +44,8 @@ from rotsparse.evaluation.compare import Comparison as Comparison
 from rotsparse.evaluation.compare import compare as compare
 from rotsparse.evaluation.metrics import evaluate as evaluate
 from rotsparse.evaluation.verdict import against_baselines as against_baselines
+from rotsparse.explain.chain_graph import Needed as Needed
+from rotsparse.explain.chain_graph import Share as Share
 from rotsparse.fit.chain import fit_chain as fit_chain
 from rotsparse.fit.chain import layer_rotations as layer_rotations
 from rotsparse.fit.default_method import default_basis_method as default_basis_method
@@ -78,6 +80,7 @@ from rotsparse.objectives.measures import Tanh as Tanh
 from rotsparse.objectives.measures import TopK as TopK
 from rotsparse.objectives.measures import Welsch as Welsch
 from rotsparse.runs.effects import effects as effects
+from rotsparse.runs.graph import graph as graph
 from rotsparse.runs.opened import LayerRun as LayerRun
 from rotsparse.runs.opened import load_run as load_run
 from rotsparse.solvers.anneal import Anneal as Anneal

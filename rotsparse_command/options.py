@@ -229,6 +229,39 @@ class Explain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Graph:
+    """Write the graph of a run: which input directions move which output directions, of a fit-model run through all of
+    its layers. graph.svg is a picture, graph.graphml and graph.json (networkx) are for other programs. Prints how the
+    edges were chosen, and the modules of the graph beside those of random graphs.
+
+    Example: rotsparse graph runs/mlp
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder. For a fit-model run, the graph goes through all of its layers."""
+    out: Annotated[Path | None, _default("the run folder")] = None
+    """The folder to write into."""
+    share: float = 0.9
+    """Keep the strongest edges that hold this share of the mean squared Jacobian between two places."""
+    tolerance: Annotated[float | None, _default("cut by --share")] = None
+    """Of layers of a language model: keep the fewest edges with which the cross-entropy of held-out text rises by at
+    most so many nats, each layer by itself."""
+    layers: str = "all"
+    """Of a fit-model run: numbers and ranges, such as 0-4 or 0,2,5."""
+    example: Annotated[int | None, _default("the mean over examples")] = None
+    """The graph of the Jacobian at one held-out example, with its activations."""
+    prompt: Annotated[str | None, _default("the mean over text")] = None
+    """Of a language model: the graph of the Jacobian at the last token of this text, with its activations and the words
+    that the model predicts. attribution.json is the graph in the format of circuit-tracer and Neuronpedia."""
+    tokenizer: Annotated[Path | None, _default("the one in the model's folder or GGUF file")] = None
+    """With --prompt: the tokenizer (tokenizer.json, or llama2.c's .bin)."""
+    draws: int = 20
+    """Random graphs of each kind to compare the modules with."""
+    seed: int = 0
+    """Seed of the modules and of the random graphs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Write the directions of one side of a run for another library.
 
@@ -401,6 +434,7 @@ Command = (
     | Annotated[Fold, tyro.conf.subcommand("fold")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Graph, tyro.conf.subcommand("graph")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]

@@ -105,6 +105,21 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"--{name.replace('_', '-')} should be greater than zero, got {value}")
 
 
+def layer_numbers(text: str, count: int) -> list[int]:
+    """Parse layer numbers such as "0-4", "0,2,5" or "all". Raises `ValueError` for others than 0 to `count - 1`."""
+    if text == "all":
+        return list(range(count))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--layers should be numbers and ranges such as 0-4 or 0,2,5, or all, got {text!r}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers or max(numbers) >= count:
+        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
+    return sorted(numbers)
+
+
 def again(command: str, options: Any) -> str:
     """The command line that gives the same run again, without what only says how to run it."""
     return " ".join(filter(None, ["rotsparse", command, spelled(options, leave_out=_HOW)]))

@@ -13,7 +13,7 @@ import jax
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
 from rotsparse._core.reading import reading
-from rotsparse.cli import demo, explain_command, export_command, model_commands, steer_command
+from rotsparse.cli import demo, explain_command, export_command, graph_command, model_commands, steer_command
 from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
@@ -53,6 +53,8 @@ def run(command: Any) -> int:
             return redraw(command)
         case opt.Explain():
             return explain_command.run(command, console)
+        case opt.Graph():
+            return graph_command.run(command, console)
         case opt.Export():
             return export_command.run(command, console)
         case opt.Steer():

@@ -20,7 +20,7 @@ from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
 from rotsparse._core.reading import reading
-from rotsparse.cli.arguments import again, check_positive, fit_arguments, plain, recorded, spelled
+from rotsparse.cli.arguments import again, check_positive, fit_arguments, layer_numbers, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
@@ -70,7 +70,7 @@ def inspect(command: "options.Inspect", console: Console) -> int:
 def capture(command: "options.Capture", console: Console) -> int:
     """`rotsparse capture`."""
     model = models.load_model(command.source.model)
-    layers = _layer_numbers(command.layers, model)
+    layers = layer_numbers(command.layers, model.config.n_layers)
     checks.seed(command.seed)
     for name in ("sequences", "batch"):
         check_positive(name, getattr(command, name))
@@ -113,7 +113,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
     norm = command.site == "residual"
     work = [
         (i, models.mlp_layer(model, i, norm=norm, skip=command.skip), *_examples(command, i, model))
-        for i in _layer_numbers(command.layers, model)
+        for i in layer_numbers(command.layers, model.config.n_layers)
     ]
     if command.dry_run:
         rate = estimate.product_rate()
@@ -288,22 +288,6 @@ def _control(command: "options.FitModel", folder: Path, files: Mapping[str, Any]
     )
     out = shlex.quote(f"{folder.parent}-{folder.name}-benchmark")
     return " ".join(filter(None, ["rotsparse benchmark", spelled(layer), spelled(command.fit), "--out", out]))
-
-
-def _layer_numbers(text: str, model: models.Model) -> list[int]:
-    """Parse layer numbers such as "0-4", "0,2,5" or "all". Raises `ValueError` for layers that the model lacks."""
-    count = model.config.n_layers
-    if text == "all":
-        return list(range(count))
-    numbers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--layers should be numbers and ranges such as 0-4 or 0,2,5, or all, got {text!r}")
-        numbers |= set(range(int(first), int(last or first) + 1))
-    if not numbers or max(numbers) >= count:
-        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
-    return sorted(numbers)
 
 
 def _source(

@@ -31,7 +31,7 @@ def run(command: "options.Steer", console: Console) -> int:
         point = opened.point(side)
         if point is None:
             raise ValueError("the outputs of a layer with its skip connection are the stream: push an input, in-...")
-        tokenizer = _tokenizer(opened, command.tokenizer)
+        tokenizer = tokenizer_of(opened, command.tokenizer)
         directions = opened.directions(side)
         if number >= len(directions):
             raise ValueError(f"there are {len(directions)} {side} directions, 0 to {len(directions) - 1}: got {number}")
@@ -50,7 +50,8 @@ def run(command: "options.Steer", console: Console) -> int:
     return 0
 
 
-def _tokenizer(opened: LayerRun, path: Path | None) -> Tokenizer:
+def tokenizer_of(opened: LayerRun, path: Path | None) -> Tokenizer:
+    """The tokenizer in a file, or the one that comes with the run's model. Raises `ValueError` if there is none."""
     if path is None:
         path = Path(str(opened.config.get("model")))
         if not (path.is_dir() or path.suffix == ".gguf"):

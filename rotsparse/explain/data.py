@@ -10,14 +10,21 @@ from jaxtyping import Float
 from rotsparse._core.printable import visible
 from rotsparse.explain.directions import EDGES, OUT, SIDES, Direction, Explanation
 from rotsparse.explain.examples import BEFORE, BEHIND, Context, Texts
+from rotsparse.explain.graph import Graph, layer_graph
+from rotsparse.explain.graph_drawing import LEGEND
 from rotsparse.explain.words import Word
 from rotsparse.layers.base import ClosedForm
 
 # What a card shows: contexts at each end, partners, neurons of each edge, and words at each end.
 ENDS, PARTNERS, NEURONS, WORDS = 6, 6, 5, 7
 
+# The edges of the graph hold this share of the energy; at most so many are drawn.
+SHARE, EDGES_DRAWN = 0.99, 300
+
 # Directions of a side that get a card: the most influential ones.
 MOST_CARDS = 640
+
+SIDES_OF = tuple(SIDES)  # the places of the graph, from left to right
 
 NOTHING = -(2**15)  # no value
 _NO_WORD = 2**32 - 1  # whose lower half is 2**16 - 1
@@ -61,6 +68,7 @@ def page_data(
         "ends": ENDS,
         "pictures": _pictures(of, sides),
         "sides": sides,
+        "graph": _graph(layer_graph(of, share=SHARE, title=title).strongest(EDGES_DRAWN)),
         "words": words.words,
     }
 
@@ -80,6 +88,26 @@ def _side(of: Explanation, side: str, table: "_WordTable", drawings: Sequence[Dr
         **{name: [_spelled(ends) for ends in of_name] for name, of_name in scores.items()},
         "drawings": None if drawings is None else [_drawing(d) for d in drawings[: len(shown)]],
         **_packed(contexts, table, text),
+    }
+
+
+def _graph(of: Graph) -> dict[str, Any]:
+    """The drawing of the graph, and its modules beside those of random graphs."""
+    modules = of.modules()
+    drawn = of.drawing(modules)
+    dots = [
+        [SIDES_OF[d.place], d.number, round(d.x, 1), round(d.y, 1), round(d.radius, 1), d.about] for d in drawn.dots
+    ]
+    curves = [[c.path, round(c.width, 2), c.kind, c.about] for c in drawn.curves]
+    groups = [[name.split("-") for name in group] for group in modules.groups]
+    return {
+        "size": [round(drawn.width), round(drawn.height)],
+        "titles": [[title, round(x, 1)] for title, x in drawn.titles],
+        "dots": dots,
+        "curves": curves,
+        "modules": [[[side, int(number)] for side, number in group] for group in groups],
+        "said": [of.stages[0].cut, str(modules)],
+        "legend": [list(entry) for entry in LEGEND],
     }
 
 

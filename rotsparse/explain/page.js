@@ -223,8 +223,39 @@
     parts.push(el("div", { class: "two" },
       section("Neighbourhood", null, neighbourhood(side, number)),
       section("Distribution", `${data.examples}, logarithmic`, histogram(of.histograms[number], name(side, number)))));
-    parts.push(el("p", { class: "keys" }, el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " next and previous, ", el("kbd", {}, "/"), " search, ", el("kbd", {}, "s"), " the other side"));
+    parts.push(el("p", { class: "keys" }, el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " next and previous, ", el("kbd", {}, "/"), " search, ", el("kbd", {}, "s"), " the other side, ", el("kbd", {}, "g"), " the graph"));
     return parts;
+  }
+
+  // --- the graph
+
+  function graph() {
+    const of = data.graph, [width, height] = of.size, small = 90;
+    const captioned = (side, number) => {
+      const drawings = data.sides[side].drawings;
+      return drawings && known(side, number) && drawings[number].size.length === 1 ? el("small", {}, ` (${drawings[number].caption.split(":")[0]})`) : null;
+    };
+    const lines = of.curves.map(([d, thick, kind, about]) =>
+      el("svg:path", { class: kind, d, "stroke-width": thick }, el("svg:title", {}, about)));
+    const nodes = of.dots.map(([side, number, x, y, r, about]) => {
+      const left = side === "in", drawn = [el("svg:rect", { class: "hit", x: left ? x - 34 : x - 8, y: y - 7, width: 42, height: 14 }), el("svg:circle", { cx: x, cy: y, r }, el("svg:title", {}, about)),
+        el("svg:text", { x: left ? x - r - 4 : x + r + 4, y: y + 3.5, "text-anchor": left ? "end" : "start" }, String(number))];
+      return known(side, number) ? el("svg:a", { href: `#${side}-${number}`, "aria-label": name(side, number) }, drawn) : el("svg:g", {}, drawn);
+    });
+    const kinds = new Set(of.curves.map(([, , kind]) => kind));
+    const legend = of.legend.filter(([kind]) => kinds.has(kind)).map(([kind, said]) => el("li", { class: kind }, said));
+    const modules = of.modules.filter((group) => group.length > 1).map((group, i) => el("li", {}, el("b", {}, `Module ${i}`),
+      group.slice(0, small).flatMap(([side, number]) => [" ", link(side, number), captioned(side, number)]), group.length > small ? ` and ${group.length - small} more` : null));
+    return [
+      el("a", { class: "back", href: "#in" }, "← all directions"),
+      el("h2", {}, "The graph"),
+      el("p", { class: "note" }, of.said.map((said) => `${minus(said)}. `)),
+      el("div", { class: "scroll" }, el("svg:svg", { class: "graph", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": "Graph of the directions" },
+        of.titles.map(([title, x]) => el("svg:text", { class: "strong", x, y: 14, "text-anchor": "middle" }, title)), lines, nodes)),
+      el("ul", { class: "legend" }, legend),
+      section("Modules", "groups with more weight between them than with the rest", el("ol", { class: "modules" }, modules),
+        el("p", { class: "note" }, "Any graph has some modularity. Rewired: edges exchange their targets, and every direction keeps its number of edges; a modularity above that says that it is no chance which directions are joined. Reweighted: the edges stay, and their weights are permuted; above that, it is no chance how strongly they are joined.")),
+    ];
   }
 
   // --- the list
@@ -235,6 +266,7 @@
   const again = el("input", { type: "checkbox" });
   const buttons = Object.fromEntries(Object.keys(data.sides).map((side) => [side,
     el("button", { type: "button" }, side === "in" ? "Inputs" : "Outputs", ` ${data.sides[side].count}`)]));
+  const graphButton = el("button", { type: "button", class: "show" }, "Graph");
   const haystacks = {};
   function haystack(side, number) {
     const key = `${side}-${number}`;
@@ -302,14 +334,17 @@
   function show() {
     if (shown === location.hash) return;
     shown = location.hash;
-    const [side, number] = location.hash.slice(1).split("-");
+    const [side, number] = location.hash.slice(1).split("-"), drawn = location.hash === "#graph";
     state.side = side in data.sides ? side : "in";
     const asked = number !== undefined && /^\d+$/.test(number) && known(state.side, Number(number));
     state.number = asked ? Number(number) : narrow() ? null : matching()[0] ?? null;
-    document.body.classList.toggle("open", asked);
+    if (drawn) state.number = null;
+    document.body.classList.toggle("open", asked || drawn);
+    graphButton.setAttribute("aria-pressed", String(drawn));
     if (listed !== state.side) { list(); listed = state.side; } else current();
     const place = document.getElementById("card");
-    place.replaceChildren(...(state.number === null ? [el("p", { class: "none" }, "Choose a direction.")] : card(state.side, state.number)));
+    place.replaceChildren(...(drawn ? graph() : state.number === null ? [el("p", { class: "none" }, "Choose a direction.")] : card(state.side, state.number)));
+    if (drawn) document.title = `The graph · ${data.title}`;
     if (asked) { document.title = `${name(state.side, state.number)} · ${data.title}`; window.scrollTo(0, narrow() ? 0 : Math.min(window.scrollY, place.offsetTop)); }
     current();
   }
@@ -320,6 +355,7 @@
   search.addEventListener("input", () => { state.query = search.value; list(); });
   again.addEventListener("change", () => { state.again = again.checked; list(); });
   for (const [side, button] of Object.entries(buttons)) button.addEventListener("click", () => go(side));
+  graphButton.addEventListener("click", () => go("graph"));
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     show(); // the address may have changed a moment ago
@@ -328,7 +364,7 @@
       if (event.key === "Enter") { const first = matching()[0]; if (first !== undefined) go(`${state.side}-${first}`); }
       return;
     }
-    const does = { j: () => step(1), k: () => step(-1), s: () => go(other[state.side]), "/": () => search.focus() }[event.key];
+    const does = { j: () => step(1), k: () => step(-1), s: () => go(other[state.side]), g: () => go("graph"), "/": () => search.focus() }[event.key];
     if (does) { event.preventDefault(); does(); }
   });
   window.addEventListener("hashchange", show);
@@ -343,7 +379,7 @@
       el("p", {}, data.links.map(([text, address], i) => [i ? " · " : null, el("a", { href: address }, text)]))));
   const filter = Object.values(data.sides).some((side) => side.facts.some((facts) => facts.again !== null));
   document.getElementById("list").append(
-    el("div", { class: "tools" }, el("div", { class: "sides", role: "group", "aria-label": "Side of the layer" }, Object.values(buttons)),
+    el("div", { class: "tools" }, el("div", { class: "sides", role: "group", "aria-label": "Side of the layer" }, Object.values(buttons)), graphButton,
       search, filter ? el("label", {}, again, "found again by every start") : "", count), rows);
   show();
 })();

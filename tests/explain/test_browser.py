@@ -6,7 +6,8 @@ import shutil
 import pytest
 from test_page import HOSTILE, explanation
 
-from rotsparse.explain.data import page_data
+from rotsparse.explain.data import SHARE, page_data
+from rotsparse.explain.graph import layer_graph
 from rotsparse.explain.page import Layer, write_index, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -123,6 +124,22 @@ def test_every_card_opens_and_every_control_has_a_name(shown):
     controls = "[...document.querySelectorAll('button, input, a')]"
     assert page.evaluate(f"{controls}.filter(e => !e.textContent && !e.ariaLabel && !e.labels?.length).length") == 0
     assert page.evaluate("[...document.querySelectorAll('script')].length") == 2
+
+
+def test_the_graph_leads_to_the_cards(shown):
+    page, width, of = shown
+    page.get_by_role("button", name="Graph").click()
+    is_open(page, "The graph")
+    drawn = layer_graph(of, share=SHARE, title="")
+    assert page.locator("svg.graph path").count() == len(drawn.edges)
+    assert page.locator("svg.graph circle").count() == len(drawn.nodes)
+    assert fits(page, width)
+    page.get_by_label("Output 2", exact=True).click()
+    is_open(page, "Output 2")
+    page.keyboard.press("g")
+    is_open(page, "The graph")
+    page.locator(".modules a").first.click()
+    assert page.locator("#card h2").inner_text() != "The graph"
 
 
 def test_an_address_of_nothing_shows_the_list(shown):

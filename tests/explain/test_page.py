@@ -10,9 +10,22 @@ import pytest
 
 import rotsparse as rs
 from layer_kinds import D_IN, LAYERS, correlated_inputs
-from rotsparse.explain.data import ENDS, NEURONS, NOTHING, PARTNERS, WORDS, Drawing, page_data, percent
+from rotsparse.explain.data import (
+    EDGES_DRAWN,
+    ENDS,
+    NEURONS,
+    NOTHING,
+    PARTNERS,
+    SHARE,
+    WORDS,
+    Drawing,
+    page_data,
+    percent,
+)
 from rotsparse.explain.directions import Explanation
 from rotsparse.explain.examples import BEFORE, Examples, Texts
+from rotsparse.explain.graph import layer_graph
+from rotsparse.explain.graph_drawing import about as about_edge
 from rotsparse.explain.page import Layer, index, render, write_page
 from rotsparse.explain.words import WordScores
 
@@ -88,6 +101,21 @@ def test_every_number_is_the_librarys():
                     seen = values[i, slot, start : start + len(context.words)]
                     assert seen.tolist() == [NOTHING if v is None else round(100 * v) for v in context.values]
                 assert (words[i, slots[len(contexts) :]] == 2**16 - 1).all(), "places that are free are empty"
+
+
+def test_the_graph_is_the_librarys():
+    of = explanation()
+    page = content(render(page_data(of, title="t", facts={}, verdict=["v"])))["graph"]
+    graph = layer_graph(of, share=SHARE, title="t")
+    assert sorted(about for *_, about in page["curves"]) == sorted(map(about_edge, graph.edges))
+    assert {f"{side}-{number}" for side, number, *_ in page["dots"]} == {node.name for node in graph.nodes}
+    for node, direction in ((n, of.directions(("in", "out")[n.place])[n.number]) for n in graph.nodes):
+        assert node.influence == direction.influence
+    modules = graph.modules()
+    assert page["said"] == [graph.stages[0].cut, str(modules)]
+    assert [[f"{side}-{number}" for side, number in group] for group in page["modules"]] == modules.groups
+    drawn = page_data(of, title="t", facts={}, verdict=[])["graph"]
+    assert len(drawn["curves"]) <= EDGES_DRAWN
 
 
 def test_no_text_is_markup(tmp_path):
