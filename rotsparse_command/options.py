@@ -15,6 +15,10 @@ MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "
 Control = Literal["quick", "none"]
 
 
+Site = Literal["attention", "heads", "residual", "input", "hidden", "output"]
+Read = Literal["attention", "heads", "input", "hidden"]
+
+
 def _default(what: str) -> Any:
     """What `--help` says about an option whose default is `None`."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
@@ -353,9 +357,9 @@ class Capture:
     """The folder to write, with one store for each layer and site, such as 0.input."""
     layers: str = "all"
     """Numbers and ranges, such as 0-4 or 0,2,5."""
-    sites: tuple[Literal["residual", "input", "hidden", "output"], ...] = ("input",)
-    """residual: the stream before the norm; input: after the norm; hidden: the hidden layer; output: what the MLP adds
-    to the stream."""
+    sites: tuple[Site, ...] = ("input",)
+    """attention: what enters q, k and v; heads: what the attention's last matrix reads; residual: the stream before the
+    MLP's norm; input: after the norm; hidden: the hidden layer; output: what the MLP adds to the stream."""
     length: int = 128
     """Tokens per sequence."""
     keep: float = 1.0
@@ -426,6 +430,61 @@ class FoldModel:
     """Which of the file's two rotations to fold into the stream."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sparsify:
+    """Find bases in which most inputs of a model's linear maps can be skipped, with thresholds and a budget for each
+    site, and measure on held-out text what that costs: beside no rotation (TEAL), weight-aware scores (WINA), a
+    Hadamard rotation and principal components (LaRoSA).
+
+    Example: rotsparse sparsify SmolLM2-135M text.txt --keep 0.5 --out runs/sparse
+    """
+
+    model: tyro.conf.Positional[Path]
+    """A Hugging Face folder (config.json and safetensors), a GGUF file, or a llama2.c checkpoint (.bin)."""
+    text: tyro.conf.Positional[Path]
+    """A UTF-8 text to find the bases on, or token numbers in a .npy file, [n] or [sequences, tokens]: take 100 tokens
+    and more for each dimension of the stream."""
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    test_text: Annotated[Path | None, _default("the last fifth of the text")] = None
+    """A held-out text (or .npy), on which every reported number is measured."""
+    tokenizer: Annotated[Path | None, _default("the one in the model's folder or GGUF file")] = None
+    """The tokenizer: a tokenizer.json, or llama2.c's .bin."""
+    keep: float = 0.5
+    """The share of the weights that is read: bases, thresholds and budgets are for this share."""
+    shares: tuple[float, ...] = (0.75, 0.6, 0.5, 0.4)
+    """The shares at which all bases are compared."""
+    layers: str = "all"
+    """Numbers and ranges, such as 0-4 or 0,2,5."""
+    sites: tuple[Read, ...] = ("attention", "heads", "input", "hidden")
+    """attention: what enters q, k and v; heads: what the attention's last matrix reads; input: what enters the MLP;
+    hidden: what enters the MLP's last matrix."""
+    rotate: tuple[Read, ...] = ("attention", "heads", "input")
+    """The sites that get a rotation. One of the hidden layer would cost more than it saves when the model runs."""
+    methods: tuple[Literal["none", "wina", "hadamard", "pca", "weighted", "learned"], ...] = (
+        "none",
+        "wina",
+        "hadamard",
+        "pca",
+        "weighted",
+        "learned",
+    )
+    """The bases to compare."""
+    absorb: bool = False
+    """Coordinates that are dropped take their mean (which becomes a bias) instead of zero."""
+    length: int = 512
+    """Tokens per sequence."""
+    tokens: Annotated[int | None, _default("all of the text")] = None
+    """At most so many tokens of the text to find the bases on."""
+    fisher_tokens: int = 16384
+    """Tokens from which the network's curvature is estimated."""
+    test_tokens: int = 16384
+    """Tokens of the held-out text to measure on."""
+    steps: int = 400
+    """Steps of each fit."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
@@ -442,6 +501,7 @@ Command = (
     | Annotated[Capture, tyro.conf.subcommand("capture")]
     | Annotated[FitModel, tyro.conf.subcommand("fit-model")]
     | Annotated[FoldModel, tyro.conf.subcommand("fold-model")]
+    | Annotated[Sparsify, tyro.conf.subcommand("sparsify")]
 )
 
 

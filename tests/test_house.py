@@ -123,7 +123,7 @@ def chain(module: str) -> tuple[str, ...]:
 
 
 def test_few_levels_of_imports():
-    """Packages: as many levels as there are floors. Modules: as few as thirteen floors of several modules each allow."""
+    """Packages: as many levels as there are floors. Modules: as few as floors of several modules allow."""
     assert len(FLOORS) <= MOST_LEVELS
     longest = max((chain(module) for module in inside()), key=len)
     print(f"{len(longest)} levels: " + " -> ".join(name.removeprefix("rotsparse.") for name in longest))

@@ -13,7 +13,15 @@ import jax
 from rotsparse._core import checks, files
 from rotsparse._core.printable import visible
 from rotsparse._core.reading import reading
-from rotsparse.cli import demo, explain_command, export_command, graph_command, model_commands, steer_command
+from rotsparse.cli import (
+    demo,
+    explain_command,
+    export_command,
+    graph_command,
+    model_commands,
+    sparsify_command,
+    steer_command,
+)
 from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
@@ -70,6 +78,8 @@ def run(command: Any) -> int:
             return model_commands.fit(command, console)
         case opt.FoldModel():
             return model_commands.fold(command, console)
+        case opt.Sparsify():
+            return sparsify_command.run(command, console)
     raise AssertionError(command)
 
 

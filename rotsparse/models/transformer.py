@@ -112,6 +112,23 @@ def run_from(
     return _output(params, config, _blocks(params, config, x, probe, mask=mask, first=layer)), probe.captured
 
 
+def block(
+    params: Params,
+    config: TransformerConfig,
+    x: Float[Array, "batch tokens d_model"],
+    layer: int,
+    *,
+    mask: Bool[AnyArray, "batch tokens"] | None = None,
+    capture: tuple[tuple[int, str], ...] = (),
+    intervene: Mapping[tuple[int, str], Intervention] | None = None,
+) -> tuple[Float[Array, "batch tokens d_model"], dict[tuple[int, str], Array]]:
+    """The stream behind a layer, from the one in front of it, and the values at the points of this layer in `capture`:
+    a network whose activations do not fit into memory can be walked through a layer at a time. The parameters of other
+    layers may be `None`. Arguments as those of `run`."""
+    shortened, probe = {**params, "layers": params["layers"][: layer + 1]}, _Probe(config, capture, intervene or {})
+    return _blocks(shortened, config, x, probe, mask=mask, first=layer), probe.captured
+
+
 def _blocks(params, config, x, probe, *, mask, first=0):
     """The stream behind the last layer, from the one in front of the layer `first`."""
     n = x.shape[1]

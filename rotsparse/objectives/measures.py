@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Measure(eqx.Module):
@@ -280,13 +280,13 @@ class TopK(Measure):
         return jnp.where(self._outside(z), jnp.asarray(2, z.dtype), 0)
 
 
-def outside_largest(square: Float[Array, "n k"], count: int) -> Bool[Array, "n k"]:
+def outside_largest(square: Float[Array, "n k"], count: Int[Array, ""] | int) -> Bool[Array, "n k"]:
     """Which entries are not among the `count` largest of their row (of non-negative numbers). If several entries tie
     for the last place and not all of them fit, all of them count as outside."""
     return square <= _threshold(square, count)
 
 
-def _threshold(square: Float[Array, "n k"], count: int) -> Float[Array, "n 1"]:
+def _threshold(square: Float[Array, "n k"], count: Int[Array, ""] | int) -> Float[Array, "n 1"]:
     """The smallest threshold that at most `count` entries of each row exceed, to `2⁻³⁰` of the row's maximum. Bisection
     takes a tenth of the time of sorting."""
 

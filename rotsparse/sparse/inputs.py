@@ -9,12 +9,12 @@ the output most (Chen et al., "WINA: Weight Informed Neuron Activation", 2025).
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
+from rotsparse.objectives.measures import outside_largest
 
 
 class SparseInput(eqx.Module):
@@ -23,14 +23,15 @@ class SparseInput(eqx.Module):
 
     `rotation`: R, rows are directions. `shift`: c, what stands in for a dropped coordinate. `scores`: s, what a
     coordinate's magnitude counts. (`None`: the identity, 0, 1.) Either `threshold`: coordinates stay where `s |z|` is
-    above it; or `count`: the number that stays of every example. Raises `ValueError` unless one of the two is given.
+    above it; or `count`: the number that stays of every example (fewer where several are equal). Raises `ValueError`
+    unless one of the two is given.
     """
 
     rotation: Float[AnyArray, "d d"] | None = None
     shift: Float[AnyArray, "d"] | None = None
     scores: Float[AnyArray, "d"] | None = None
     threshold: Float[AnyArray, ""] | float | None = None
-    count: int | None = eqx.field(static=True, default=None)
+    count: Int[AnyArray, ""] | int | None = None
 
     def __check_init__(self):
         if (self.threshold is None) == (self.count is None):
@@ -45,12 +46,10 @@ class SparseInput(eqx.Module):
         weight = jnp.abs(z) if self.scores is None else jnp.abs(z) * jnp.asarray(self.scores, x.dtype)
         if self.count is None:
             return jnp.where(weight > jnp.asarray(self.threshold, x.dtype), z, 0)
-        if not 0 <= self.count <= z.shape[-1]:
+        if isinstance(self.count, int) and not 0 <= self.count <= z.shape[-1]:
             raise ValueError(f"of {z.shape[-1]} coordinates {self.count} cannot stay")
-        if self.count == 0:
-            return jnp.zeros_like(z)
-        least = jax.lax.top_k(weight, self.count)[0][..., -1:]
-        return jnp.where(weight >= least, z, 0)
+        square = jnp.square(weight).reshape(-1, z.shape[-1])
+        return jnp.where(outside_largest(square, self.count).reshape(z.shape), 0, z)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         z = self.coordinates(x)

@@ -1,0 +1,156 @@
+"""The report of `rotsparse sparsify`: what dropping coordinates costs in each basis."""
+
+import base64
+import math
+from collections.abc import Mapping
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rotsparse._core.printable import html as escape
+from rotsparse._core.printable import markdown
+from rotsparse.report.figures import GREY, LEARNED, PALETTE, png
+
+NAMES = {
+    "none": "no rotation (TEAL)",
+    "wina": "weight-aware scores (WINA)",
+    "hadamard": "random Hadamard",
+    "pca": "PCA (LaRoSA)",
+    "weighted": "weighted PCA",
+    "learned": "learned",
+}
+CHOICES = {"largest": "largest of each token", "thresholds": "thresholds", "budgets": "thresholds and budgets"}
+SITES = {"attention": "q, k, v", "heads": "o", "input": "gate, up", "hidden": "down"}
+
+
+def title(results: Mapping[str, Any]) -> str:
+    whole = results["whole"]
+    return (
+        f"Rise of the cross-entropy, and divergence from the whole model, in nats a token on {results['tokens']:,} "
+        f"held-out tokens; whole model {whole:.4f}, perplexity {math.exp(whole):.2f}"
+    )
+
+
+def rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table, its head first: a row for each basis and choice."""
+    shares = sorted({row["keep"] for row in results["rows"]}, reverse=True)
+    found = {(row["method"], row["choice"], row["keep"]): row for row in results["rows"]}
+    table = [["basis", "kept", *(f"{1 - share:.0%} dropped" for share in shares)]]
+    for choice in CHOICES:
+        for method in NAMES:
+            cells = [found.get((method, choice, share)) for share in shares]
+            if any(cells):
+                texts = (
+                    f"{of['rise']:.3f} ± {of['rise_error']:.3f}, {of['divergence']:.3f}" if of else "" for of in cells
+                )
+                table.append([NAMES[method], CHOICES[choice], *texts])
+    return table
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The same in Markdown."""
+    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows(results))
+    return "\n".join([f"{title(results)}:", "", head, "|---" * head.count(" | ") + "|---|", *body, ""])
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """`rise`: the rise of the cross-entropy against the share dropped, a panel for each choice. `budgets`: the share
+    that each site keeps."""
+    return {"rise": png(_rise(results)), "budgets": png(_budgets(results))}
+
+
+def _rise(results) -> Figure:
+    drawn = Figure(figsize=(9.6, 3.6), layout="constrained", dpi=150, facecolor="white")
+    panels = drawn.subplots(1, len(CHOICES), sharey=True)
+    colours = dict(zip(NAMES, (GREY, *PALETTE[1:], PALETTE[0]), strict=False)) | {"learned": LEARNED, "pca": PALETTE[0]}
+    for ax, choice in zip(panels, CHOICES, strict=True):
+        for method in NAMES:
+            at = sorted((1 - r["keep"], r["divergence"], r["divergence_error"]) for r in results["rows"]
+                        if (r["method"], r["choice"]) == (method, choice))  # fmt: skip
+            if at:
+                x, y, error = zip(*at, strict=True)
+                width = 2.4 if method == "learned" else 1.4
+                ax.errorbar(x, y, error, color=colours[method], lw=width, marker="o", ms=3, label=NAMES[method])
+        ax.set_yscale("log")
+        ax.set_title(CHOICES[choice], fontsize=9, loc="left")
+        ax.set_xlabel("share of the weights that is not read", fontsize=8)
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+        ax.tick_params(labelsize=8)
+        ax.grid(True, color="#eeeeee")
+        ax.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("divergence, nats a token", fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False)
+    return drawn
+
+
+def _budgets(results) -> Figure:
+    """The shares kept by the chosen plan, a line for each kind of site."""
+    drawn = Figure(figsize=(6.4, 3.2), layout="constrained", dpi=150, facecolor="white")
+    ax = drawn.subplots()
+    kept = results["kept"]
+    for (site, label), colour in zip(SITES.items(), (PALETTE[0], PALETTE[1], LEARNED, PALETTE[2]), strict=True):
+        at = sorted((int(name.split(".")[0]), share) for name, share in kept.items() if name.split(".")[1] == site)
+        if at:
+            ax.plot(*zip(*at, strict=True), "o-", ms=3, color=colour, label=f"{site} ({label})")
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("layer", fontsize=8)
+    ax.set_ylabel("share of coordinates that stay", fontsize=8)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    ax.tick_params(labelsize=8)
+    ax.grid(True, color="#eeeeee")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return drawn
+
+
+def page(results: Mapping[str, Any], config: Mapping[str, Any], drawn: Mapping[str, bytes]) -> str:
+    """One self-contained HTML page."""
+    head, *body = rows(results)
+    captions = {
+        "rise": "How far the next-token distributions move from those of the whole model, by the share of the weights "
+        "that need not be read, with the standard error over sequences. The vertical axis is logarithmic.",
+        "budgets": f"The share of the coordinates that each site keeps where the model reads {results['keep']:.0%} of "
+        f"its weights, in the basis {NAMES[results['method']]}.",
+    }
+    pictures = {
+        name: f'<figure><img alt="{escape(captions[name])}" src="data:image/png;base64,'
+        f'{base64.b64encode(of).decode("ascii")}"><figcaption>{escape(captions[name])}</figcaption></figure>'
+        for name, of in drawn.items()
+    }
+    told = {name: value for name, value in config.items() if name not in ("versions", "again", "inputs")}
+    facts = "".join(f"<tr><th>{escape(str(n))}</th><td>{escape(str(v))}</td></tr>" for n, v in told.items())
+    return Template(files("rotsparse.report").joinpath("sparsity.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title(results)),
+        finding=escape(finding(results)),
+        rise=pictures["rise"],
+        budgets=pictures["budgets"],
+        head="".join(f"<th>{escape(cell)}</th>" for cell in head),
+        rows="".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body),
+        again=escape(str(config.get("again", ""))),
+        facts=facts,
+    )
+
+
+def finding(results: Mapping[str, Any]) -> str:
+    """The first sentence: what the share asked for costs, and what the best of the others costs by the same choice."""
+    at = [row for row in results["rows"] if row["keep"] == results["keep"]]
+    ours = [row for row in at if row["method"] == results["method"] and row["choice"] == results["choice"]]
+    if not ours:
+        return title(results)
+    (own,) = ours
+    dropped, whole = 1 - results["keep"], results["whole"]
+    said = (
+        f"With {dropped:.0%} of the weights not read, perplexity rises from {math.exp(whole):.2f} to "
+        f"{math.exp(whole + own['rise']):.2f} ({own['rise']:.4f} ± {own['rise_error']:.4f} nats a token)"
+    )
+    others = [row for row in at if row["method"] != results["method"]]
+    if not others:
+        return f"{said}."
+    best = min(others, key=lambda row: row["divergence"])
+    ratio = own["divergence"] / best["divergence"]
+    return (
+        f"{said}. Its divergence from the whole model is {ratio:.2f} of that of the best other basis, "
+        f"{NAMES[best['method']]} with {CHOICES[best['choice']]}."
+    )

@@ -1,0 +1,221 @@
+"""The job of `rotsparse sparsify`: from a model and a text to sparse inputs of its linear maps, and what they cost.
+
+Layer by layer: the site's activations on the text, every basis, and what dropping coordinates costs in each. What is
+found of a layer is saved at once, so an interrupted run goes on with the next one. At the end the cross-entropy of a
+held-out text is measured for every basis, by the same code.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float, Int, PRNGKeyArray
+
+from rotsparse._core.files import make_folder, write_atomically
+from rotsparse.layers.files import load_arrays
+from rotsparse.models.model import Model
+from rotsparse.models.transformer import Point
+from rotsparse.runs.folders import CHECKPOINTS
+from rotsparse.runs.phases import Phases, Shown
+from rotsparse.sparse import plans
+from rotsparse.sparse.bases import BASELINES, LEARNED, Basis, baseline, damped, learned, readers, scores
+from rotsparse.sparse.budget import MEASURED, allotted, thresholds
+from rotsparse.sparse.calibration import activations, fisher_information
+from rotsparse.sparse.file import FILE, write_sparse_inputs
+from rotsparse.sparse.perplexity import costs
+from rotsparse.sparse.plans import Measured
+
+# Thresholds are taken from at most so many tokens, and budgets from so many.
+THRESHOLDED, BUDGETED = 8192, 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does. `keep`: the share of the weights that the bases are fitted for, and that the result reads.
+    `shares`: those at which all are compared. `rotate`: the sites that get a rotation. `absorb`: whether dropped
+    coordinates take their mean, which becomes a bias, instead of zero."""
+
+    sites: tuple[str, ...] = ("attention", "heads", "input", "hidden")
+    rotate: tuple[str, ...] = ("attention", "heads", "input")
+    layers: tuple[int, ...] = ()
+    keep: float = 0.5
+    shares: tuple[float, ...] = (0.75, 0.6, 0.5, 0.4)
+    methods: tuple[str, ...] = (*BASELINES, LEARNED)
+    absorb: bool = False
+    steps: int = 400
+    seed: int = 0
+
+
+def calibrate(
+    folder: Path,
+    model: Model,
+    tokens: Int[np.ndarray, "sequences length"],
+    fisher_tokens: Int[np.ndarray, "few length"],
+    settings: Settings,
+    phases: Phases,
+) -> None:
+    """Find the bases of every layer, into `checkpoints/step-LAYER`. Layers that are there already are kept."""
+    todo = [layer for layer in settings.layers if not _file(folder, layer).exists()]
+    if not todo:
+        return
+    key = jax.random.key(settings.seed)
+    _fisher(folder, model, fisher_tokens, settings, key, phases)
+    with phases.phase("bases") as at:
+        for layer, values in activations(model, tokens, settings.sites, folder, layers=todo):
+            found: dict[str, np.ndarray] = {}
+            fisher = load_arrays(_fisher_file(folder, layer))
+            for site, x in values.items():
+                at(f"layer {layer}, {site}")
+                of_site = jax.random.fold_in(jax.random.fold_in(key, 1 + layer), settings.sites.index(site))
+                measured = of_one_site(model, Point(layer, site), x, fisher[site], settings, of_site)
+                for method, of in measured.items():
+                    found |= {f"{site}.{method}.{name}": array for name, array in _arrays(of).items()}
+            write_atomically(_file(folder, layer), safetensors.numpy.save(found))
+
+
+def _fisher(folder: Path, model: Model, tokens, settings: Settings, key: PRNGKeyArray, phases: Phases) -> None:
+    """The Fisher information at all sites, into a file for each layer."""
+    if all(_fisher_file(folder, layer).exists() for layer in settings.layers):
+        return
+    points = [Point(layer, site) for layer in settings.layers for site in settings.sites]
+    with phases.phase("Fisher information") as at:
+        progress = partial(_told, at, len(tokens))
+        found = fisher_information(model, tokens, points, key=jax.random.fold_in(key, 0), progress=progress)
+    make_folder(folder / CHECKPOINTS)
+    for layer in settings.layers:
+        make_folder(_fisher_file(folder, layer).parent)
+        arrays = {site: np.ascontiguousarray(found[Point(layer, site)]) for site in settings.sites}
+        write_atomically(_fisher_file(folder, layer), safetensors.numpy.save(arrays))
+
+
+def of_one_site(
+    model: Model,
+    point: Point,
+    x: Float[np.ndarray, "n d"],
+    fisher: Float[np.ndarray, "d d"],
+    settings: Settings,
+    key: PRNGKeyArray,
+) -> dict[str, Measured]:
+    """Every basis of a site, and what dropping coordinates costs in it."""
+    d, site = x.shape[1], point.site
+    moment = np.zeros((d, d))
+    for start in range(0, len(x), 2**14):
+        part = np.asarray(x[start : start + 2**14])
+        moment += part.T @ part
+    reading, rotate = readers(model, *point), site in settings.rotate
+    heads = (model.config.n_heads, model.config.n_kv_heads) if site == "heads" else None
+    few = np.asarray(x[:: max(1, len(x) // THRESHOLDED)])
+    found = {}
+    for method in settings.methods:
+        if method != LEARNED:
+            basis = baseline(method, moment / len(x), reading, heads=heads, rotate=rotate)
+        else:
+            start = baseline("pca", moment / len(x), reading, heads=heads, rotate=rotate).rotation
+            if start is None or heads is not None:
+                metric = damped(fisher)
+                turned = metric if start is None else start @ metric @ start.T
+                basis = Basis(start, scores(np.eye(d, dtype=np.float32), turned))
+            else:
+                basis = learned(np.asarray(x), fisher, start, keep=settings.keep, key=key, steps=settings.steps)
+        found[method] = measured(few, basis, absorb=settings.absorb, keep=settings.keep)
+    return found
+
+
+def measured(x: Float[np.ndarray, "n d"], basis: Basis, *, absorb: bool, keep: float) -> Measured:
+    """The thresholds in a basis, and the mean of what is dropped at the share `keep`."""
+    rotation, weight = basis
+    z = x if rotation is None else x @ rotation.T
+    shift = None
+    if absorb:
+        magnitude = np.abs(z) if weight is None else np.abs(z) * weight
+        dropped = magnitude <= np.quantile(magnitude, 1 - keep)
+        shift = (np.where(dropped, z, 0).sum(axis=0) / np.maximum(dropped.sum(axis=0), 1)).astype(np.float32)
+        z = z - shift
+    return Measured(basis, shift, thresholds(z, weight), x.shape[1])
+
+
+def compare(
+    folder: Path,
+    model: Model,
+    tokens: Int[np.ndarray, "sequences length"],
+    test: Int[np.ndarray, "sequences length"],
+    settings: Settings,
+    phases: Phases,
+) -> dict[str, Any]:
+    """What each basis costs on the held-out text `test`, by each choice and at each share, in nats a token, with
+    standard errors over sequences; and the share that each site keeps. Budgets are measured on some of `tokens`."""
+    rows, trials = [], []
+    for method in settings.methods:
+        sites = sites_of(folder, settings.layers, method)
+        weights = plans.weights_read(model, sites)
+        with phases.phase(f"{method}: what each site costs") as at:
+            few = tokens[:: max(1, tokens.size // BUDGETED)]
+            progress = partial(_told, at, len(sites) * len(MEASURED) * -(-len(few) // 2))
+            curves = plans.measured_curves(model, few, sites, progress=progress)
+        for choice in plans.CHOICES:
+            for keep in settings.shares:
+                kept = allotted(curves, weights, keep) if choice == plans.BUDGETS else dict.fromkeys(sites, keep)
+                trials.append(plans.sparse_inputs(sites, kept, choice))
+                shares = {str(point): share for point, share in kept.items()}
+                rows.append({"method": method, "choice": choice, "keep": keep, "kept": shares})
+    with phases.phase("what each basis costs") as at:
+        found = costs(model, test, trials, progress=partial(_told, at, len(trials) * -(-len(test) // 2)))
+    for row, rise, divergence in zip(rows, found.rise, found.divergence, strict=True):
+        for name, of in (("rise", rise), ("divergence", divergence)):
+            row[name], row[f"{name}_error"] = float(of.mean()), float(of.std(ddof=1) / len(of) ** 0.5)
+    return {"whole": float(found.whole.mean()), "tokens": int(test.size), "rows": rows}
+
+
+def _told(at: Shown, of: int, done: int) -> None:
+    at(f"{done / of:.0%}")
+
+
+def written(folder: Path, model: Model, settings: Settings, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the sparse inputs of the run's result: the learned bases (of the methods compared, the best, if they are
+    not among them) with thresholds, with budgets where these cost less. Returns what it is."""
+    at = [row for row in results["rows"] if row["keep"] == settings.keep and row["choice"] != plans.LARGEST]
+    of_method = [row for row in at if row["method"] == LEARNED] or at
+    best = min(of_method, key=lambda row: row["divergence"])
+    sites = sites_of(folder, settings.layers, best["method"])
+    chosen = plans.sparse_inputs(sites, {point: best["kept"][str(point)] for point in sites}, best["choice"])
+    write_sparse_inputs(folder / FILE, chosen, model)
+    return {name: best[name] for name in ("method", "choice", "keep", "kept")}
+
+
+def sites_of(folder: Path, layers: Sequence[int], method: str) -> dict[Point, Measured]:
+    """The measured basis of every site."""
+    return {Point(layer, site): of for layer in layers for site, of in _read(folder, layer, method)}
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / CHECKPOINTS / f"step-{layer}" / "sites.safetensors"
+
+
+def _fisher_file(folder: Path, layer: int) -> Path:
+    return folder / CHECKPOINTS / f"step-{layer}" / "fisher.safetensors"
+
+
+def _arrays(of: Measured) -> dict[str, np.ndarray]:
+    optional = {"rotation": of.basis.rotation, "scores": of.basis.scores, "shift": of.shift}
+    arrays = {"thresholds": of.thresholds, "width": np.array([of.width])}
+    return {**{name: np.ascontiguousarray(a) for name, a in optional.items() if a is not None}, **arrays}
+
+
+def _read(folder: Path, layer: int, method: str) -> list[tuple[str, Measured]]:
+    """The sites of a layer in one of the bases."""
+    sites: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in load_arrays(_file(folder, layer)).items():
+        site, of, part = name.split(".")
+        if of == method:
+            sites.setdefault(site, {})[part] = array
+    return [(site, _measured(arrays)) for site, arrays in sites.items()]
+
+
+def _measured(arrays: Mapping[str, np.ndarray]) -> Measured:
+    basis = Basis(arrays.get("rotation"), arrays.get("scores"))
+    return Measured(basis, arrays.get("shift"), arrays["thresholds"], int(arrays["width"][0]))

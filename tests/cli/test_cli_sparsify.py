@@ -1,0 +1,79 @@
+"""`rotsparse sparsify`, as a user meets it."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from rotsparse.models import load_model, save_model
+from rotsparse.runs import sparse_run
+from rotsparse.sparse.file import read_sparse_inputs
+from signals import send
+from tiny_models import tiny_llama2c
+
+SPARSIFY = ("sparsify", "model.bin", "tokens.npy", "--length", 16, "--steps", 10, "--shares", 0.5, "--out", "run")
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_model(tiny_llama2c(), tmp_path / "model.bin")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 31, 640))
+    np.save(tmp_path / "few.npy", np.zeros(20, np.int64))
+    return load_model(tmp_path / "model.bin")
+
+
+def test_from_a_model_and_tokens_to_sparse_inputs(rotsparse, model, tmp_path):
+    code, said = rotsparse(*SPARSIFY)
+    assert code == 0 and "PCA (LaRoSA)" in said and "run/report.html" in said
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {row["method"] for row in metrics["rows"]} == {"none", "wina", "hadamard", "pca", "weighted", "learned"}
+    assert metrics["method"] == "learned" and metrics["tokens"] == 128  # the last fifth
+    inputs = read_sparse_inputs(run / "rotsparse.safetensors", model)
+    assert len(inputs) == 4 * model.config.n_layers
+    assert all((of.rotation is None) == (point[1] == "hidden") for point, of in inputs.items())
+    page = (run / "report.html").read_text()
+    assert "With 50% of the weights not read" in page and "<img" in page and "http" not in page.split("</style>")[1]
+    assert not (run / "checkpoints").exists()
+
+    code, said = rotsparse(*SPARSIFY)
+    assert code == 2 and "run exists" in said
+
+
+def test_an_interrupted_run_goes_on_with_the_next_layer(rotsparse, model, tmp_path, monkeypatch):
+    rotsparse(*SPARSIFY)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    done = []
+
+    def spy(of, point, *arguments):
+        done.append(tuple(point))
+        if point == (1, "heads"):
+            send(signal.SIGTERM)
+        return original(of, point, *arguments)
+
+    original = sparse_run.of_one_site
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_run, "of_one_site", spy)
+        code, said = rotsparse(*SPARSIFY)
+        assert code == 75 and "--resume" in said
+        done.clear()
+        patch.setattr(sparse_run, "of_one_site", lambda *a: done.append(tuple(a[1])) or original(*a))
+        code, said = rotsparse(*SPARSIFY, "--resume")
+    assert code == 0 and {layer for layer, _ in done} == {1}
+    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("run", "whole")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--keep", 0), "expected .05 to 1"),
+        (("--layers", 7), "layers 0 to"),
+        (("--test-text", "few.npy"), "whole sequences"),
+        (("--methods", "pca", "pca"), "each of them once"),
+    ],
+)
+def test_bad_options_are_explained(rotsparse, model, arguments, message):
+    code, said = rotsparse(*SPARSIFY, *arguments)
+    assert code == 2 and message in said

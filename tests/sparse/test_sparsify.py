@@ -1,0 +1,126 @@
+"""From a model and tokens to sparse inputs: calibration, bases, budgets, costs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotsparse import models
+from rotsparse.models.transformer import Point
+from rotsparse.sparse import bases, budget, plans
+from rotsparse.sparse.calibration import activations, fisher_information, sequences
+from rotsparse.sparse.inputs import SparseInput
+from rotsparse.sparse.perplexity import costs
+from sparse_models import sparse_inputs
+from tiny_models import inputs, tiny
+
+SITES = ("attention", "heads", "input", "hidden")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "olmo2"])
+def test_activations_come_a_layer_at_a_time_as_the_whole_model_has_them(name, tmp_path):
+    model, tokens = tiny(name), inputs(name)
+    points = tuple((layer, site) for layer in range(2) for site in SITES)
+    whole = models.run(model.params, model.config, tokens, capture=points)[1]
+    for layer, values in activations(model, tokens, SITES, tmp_path, layers=range(2), batch=1):
+        for site in SITES:
+            expected = np.asarray(whole[Point(layer, site)]).reshape(-1, values[site].shape[1])
+            np.testing.assert_allclose(values[site], expected, atol=1e-5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fisher_information_is_the_mean_of_gradients_squared():
+    model, tokens = tiny("llama"), inputs("llama")[:1]
+    point, key = Point(1, "input"), jax.random.key(3)
+    found = fisher_information(model, tokens, [point], key=key)[point]
+    logits = models.run(model.params, model.config, tokens)[0]
+    drawn = jax.random.categorical(jax.random.fold_in(key, 0), logits)
+
+    def loss(added):
+        out = models.run(model.params, model.config, tokens, intervene={point: lambda v: v + added})[0]
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(out), drawn[..., None], axis=-1))
+
+    g = np.asarray(jax.grad(loss)(jnp.zeros((1, tokens.shape[1], 16)))).reshape(-1, 16)
+    np.testing.assert_allclose(found, g.T @ g / len(g), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_costs_are_those_of_interventions_in_the_whole_model(name):
+    model, tokens = tiny(name), inputs(name)
+    trials = [sparse_inputs(model), {(1, "hidden"): SparseInput(threshold=0.1)}, {}]
+    found = costs(model, tokens, trials, batch=1)
+    whole = jax.nn.log_softmax(models.run(model.params, model.config, tokens)[0])
+    at = tokens[:, 1:, None]
+    for trial, rise, divergence in zip(trials, found.rise, found.divergence, strict=True):
+        logits = models.run(model.params, model.config, tokens, intervene=trial)[0] if trial else whole
+        other = jax.nn.log_softmax(logits)
+        lost = -np.take_along_axis(np.asarray(other - whole)[:, :-1], at, axis=-1)[..., 0].mean(axis=1)
+        np.testing.assert_allclose(rise, lost, atol=1e-4)
+        np.testing.assert_allclose(divergence, (np.exp(whole) * (whole - other)).sum(-1).mean(1), atol=1e-4)
+    assert np.abs(found.rise[2]).max() < 1e-5 < found.divergence[0].min()
+
+
+@pytest.mark.parametrize("name", bases.BASELINES)
+def test_baselines_are_rotations_of_their_kind(name, rng):
+    x, w = rng.standard_normal((500, 12)) * np.linspace(1, 3, 12), rng.standard_normal((7, 12))
+    basis = bases.baseline(name, x.T @ x / 500, w)
+    if basis.rotation is not None:
+        np.testing.assert_allclose(basis.rotation @ basis.rotation.T, np.eye(12), atol=1e-5)
+    if name == "pca":
+        powers = np.square(x @ basis.rotation.T).sum(0)
+        assert (np.diff(powers) < 0).all()
+    if name == "wina":
+        np.testing.assert_allclose(basis.scores, np.linalg.norm(w, axis=0), rtol=1e-5)
+    kept = bases.baseline(name, x.T @ x / 500, w, rotate=False)
+    assert kept.rotation is None
+
+
+def test_heads_that_share_values_share_a_rotation(rng):
+    x = rng.standard_normal((500, 12))
+    r = bases.baseline("pca", x.T @ x / 500, np.eye(12), heads=(4, 2)).rotation
+    blocks = r.reshape(4, 3, 4, 3)
+    assert np.abs(blocks[0, :, 1]).max() == 0
+    np.testing.assert_array_equal(blocks[0, :, 0], blocks[1, :, 1])
+    assert np.abs(blocks[1, :, 1] - blocks[2, :, 2]).max() > 0.01
+
+
+def test_budgets_are_the_cheapest(rng):
+    shares = budget.SHARES
+    curves = {name: scale * np.maximum(0, 1 - shares) ** power for name, scale, power in
+              (("a", 1.0, 2), ("b", 0.1, 3), ("c", 5.0, 2.5))}  # fmt: skip
+    weights = {"a": 100, "b": 300, "c": 50}
+    kept = budget.allotted(curves, weights, 0.5)
+    read = sum(weights[name] * share for name, share in kept.items())
+    assert 0.47 * 450 <= read <= 0.5 * 450 + 1e-6
+
+    def cost(plan):
+        return sum(curves[name][np.argmin(abs(shares - share))] for name, share in plan.items())
+
+    affordable = (dict(zip("abc", plan, strict=True)) for plan in itertools.product(shares[::5], repeat=3)
+                  if sum(weights[n] * k for n, k in zip("abc", plan, strict=True)) <= 225)  # fmt: skip
+    assert cost(kept) <= 1.03 * min(map(cost, affordable))
+
+
+def test_a_curve_passes_its_measurements_and_falls():
+    found = budget.curve([0.8, 0.05])
+    at = [int(np.argmin(abs(budget.SHARES - share))) for share in budget.MEASURED]
+    np.testing.assert_allclose(found[at], [0.8, 0.05])
+    assert (np.diff(found) < 0).all() and found[-1] == 0
+
+
+def test_each_choice_keeps_the_share_it_says(rng):
+    z = rng.standard_normal((4000, 10)).astype(np.float32)
+    point = Point(0, "input")
+    sites = {point: plans.Measured(bases.Basis(None, None), None, budget.thresholds(z), 10)}
+    for choice in (plans.LARGEST, plans.THRESHOLDS):
+        (made,) = plans.sparse_inputs(sites, {point: 0.4}, choice).values()
+        kept = np.count_nonzero(np.asarray(made.coordinates(jnp.asarray(z)))) / z.size
+        assert kept == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_model_without_a_next_token_is_refused(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros(100, np.int64))
+    with pytest.raises(ValueError, match="predicts no next token"):
+        sequences(tiny("bert"), models.TokenFile(tmp_path / "tokens.npy"), 16)
