@@ -1,5 +1,7 @@
 """The error of what reads a space if only some coordinates of each example are kept."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -120,7 +122,7 @@ class DroppedError(Objective):
         count = max(1, round(self.keep * z.shape[1]))
         return jnp.where(outside_largest(square, count), z, 0)
 
-    def _mean(self, function):
+    def _mean(self, function) -> Any:
         with products(self.precision):
             total = self.data.sum(function, self.chunk)
         scale = self.data.count * self.unit

@@ -106,7 +106,8 @@ def learned(
 
 def scores(rotation: Float[AnyArray, "d d"], metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d"]:
     """`√(r_iᵀ M r_i)` of every direction, divided by their root mean square."""
-    square = np.einsum("ij,ij->i", np.asarray(rotation, np.float64) @ np.asarray(metric, np.float64), rotation)
+    rotation, metric = np.asarray(rotation, np.float64), np.asarray(metric, np.float64)
+    square = np.einsum("ij,ij->i", rotation @ metric, rotation)
     return np.sqrt(np.maximum(square, 0) / square.mean()).astype(np.float32)
 
 

@@ -49,7 +49,7 @@ class SparseInput(eqx.Module):
         if isinstance(self.count, int) and not 0 <= self.count <= z.shape[-1]:
             raise ValueError(f"of {z.shape[-1]} coordinates {self.count} cannot stay")
         square = jnp.square(weight).reshape(-1, z.shape[-1])
-        return jnp.where(outside_largest(square, self.count).reshape(z.shape), 0, z)
+        return jnp.where(outside_largest(square, jnp.asarray(self.count)).reshape(z.shape), 0, z)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         z = self.coordinates(x)

@@ -41,14 +41,16 @@ def measured_curves(
 ) -> dict[Point, Float[np.ndarray, "shares"]]:
     """What the coordinates that a site drops cost, for each site by itself (see `budget`)."""
     points = sorted(sites, key=lambda point: point.layer)
-    trials = [{point: _sparse_input(sites[point], keep, False)} for point in points for keep in MEASURED]
+    trials: list[dict[tuple[int, str], SparseInput]] = [
+        {point: _sparse_input(sites[point], keep, False)} for point in points for keep in MEASURED
+    ]
     found = costs(model, tokens, trials, **progress).divergence.mean(axis=1).reshape(len(points), -1)
     return {point: curve(of.tolist()) for point, of in zip(points, found, strict=True)}
 
 
 def sparse_inputs(
     sites: Mapping[Point, Measured], kept: Mapping[Point, float], choice: str
-) -> dict[Point, SparseInput]:
+) -> dict[tuple[int, str], SparseInput]:
     """What every site drops, if it keeps these shares. Raises `ValueError` for an unknown choice."""
     if choice not in CHOICES:
         raise ValueError(f"unknown choice {choice!r}: expected one of {', '.join(CHOICES)}")

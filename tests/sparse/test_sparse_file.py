@@ -17,7 +17,7 @@ from tiny_models import RAW, message, tiny, tiny_llama2c
 
 def same(a: SparseInput, b: SparseInput) -> bool:
     ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
-    return a.count == b.count and len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs))
+    return bool(a.count == b.count) and len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "llama2c"])
