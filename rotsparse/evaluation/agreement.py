@@ -114,7 +114,7 @@ def agreements(
     x = activations("x", x, layer.d_in)
     units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
     units |= {"covariance": covariance, "covariance_out": covariance_out}
-    best = int(np.argmin(solution.candidate_values))
+    best = solution.best
     candidates = [{name: np.asarray(r, np.float64) for name, r in of.items()} for of in solution.candidates]
     influences = [shares(layer, x, bases, units) for bases in candidates]
     found = {}

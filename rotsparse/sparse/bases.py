@@ -106,9 +106,9 @@ def learned(
 
 def scores(rotation: Float[AnyArray, "d d"], metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d"]:
     """`√(r_iᵀ M r_i)` of every direction, divided by their root mean square."""
-    rotation, metric = np.asarray(rotation, np.float64), np.asarray(metric, np.float64)
-    square = np.einsum("ij,ij->i", rotation @ metric, rotation)
-    return np.sqrt(np.maximum(square, 0) / square.mean()).astype(np.float32)
+    r, m = np.asarray(rotation, np.float64), np.asarray(metric, np.float64)
+    square = ((r @ m) * r).sum(axis=1)
+    return np.asarray(np.sqrt(np.maximum(square, 0) / square.mean()).astype(np.float32))
 
 
 def damped(metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d d"]:
@@ -128,7 +128,7 @@ def _head_moments(moment: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
 
 def _expanded(rotations: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
     """The rotation of all heads from those of the heads of values."""
-    return block_diag(*np.repeat(rotations, heads[0] // heads[1], axis=0))
+    return np.asarray(block_diag(*np.repeat(rotations, heads[0] // heads[1], axis=0)))
 
 
 def _root(m):

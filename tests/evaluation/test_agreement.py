@@ -39,6 +39,15 @@ def turned(*directions):
     return r
 
 
+def test_directions_are_numbered_in_the_restart_that_was_returned(case):
+    """Which need not be the one with the lowest value: a method may choose by more than that."""
+    layer, x, solution = case
+    made = with_candidates(solution, np.eye(8)[::-1], np.eye(8))
+    returned = dataclasses.replace(made, bases=made.candidates[1])
+    assert returned.best == 1
+    np.testing.assert_array_equal(agreements(layer, x, returned, scale_inputs=False)["in"].order, np.arange(8))
+
+
 def test_few_directions_that_carry_the_influence(case):
     layer, x, solution = case
     made = with_candidates(solution, np.eye(8)[::-1], turned(2, 3, 4, 5, 6, 7)[[3, 0, 5, 1, 2, 4, 6, 7]])
