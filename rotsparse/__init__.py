@@ -67,6 +67,7 @@ from rotsparse.objectives.activation import ActivationSparsity as ActivationSpar
 from rotsparse.objectives.base import Objective as Objective
 from rotsparse.objectives.combined import Held as Held
 from rotsparse.objectives.combined import WeightedSum as WeightedSum
+from rotsparse.objectives.dropped import DroppedError as DroppedError
 from rotsparse.objectives.floor import floor as floor
 from rotsparse.objectives.jacobian import JacobianSparsity as JacobianSparsity
 from rotsparse.objectives.measures import L4 as L4

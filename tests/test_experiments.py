@@ -323,3 +323,22 @@ def test_rows_measures_both_bases_on_own_and_on_other_tokens(rng):
     lines = rows.report(results, config).splitlines()
     assert len(lines) == 8 and lines[4].startswith("| 30 |") and lines[5].startswith("| 400 |")
     assert rows.figure(results).axes[0].get_xlabel() == "tokens that the basis comes from"
+
+
+def test_dropping_compares_what_bases_are_fitted_to(rng, tmp_path):
+    import dropping
+
+    from tiny_models import tiny
+
+    tokens = rng.integers(0, 31, (40, 16))
+    config = dropping.Config(layers=(0, 1), tokens=480, fisher_tokens=64, steps=30)
+    rows = dropping.compared(tiny("llama"), tokens[:30], tokens[30:], config, tmp_path)
+    assert {(r["basis"], r["fitted"]) for r in rows} == {
+        ("neurons", "none"),
+        ("principal components", "none"),
+        *(("learned", metric) for metric in dropping.METRICS),
+    }
+    assert len(rows) == 9 and all(r["divergence"] > 0 for r in rows)
+    lines = dropping.report(rows, config).splitlines()
+    assert len(lines) == 13 and lines[7].endswith("| 1.00 |")
+    assert dropping.figure(rows).axes[0].get_xlabel() == "divergence, nats a token"

