@@ -444,7 +444,12 @@ class Sparsify:
     text: tyro.conf.Positional[Path]
     """A UTF-8 text to find the bases on, or token numbers in a .npy file, [n] or [sequences, tokens]: take 100 tokens
     and more for each dimension of the stream."""
-    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    out: Path
+    """The run folder to write. Until the run is complete, its name ends in .unfinished."""
+    overwrite: bool = False
+    """Replace an earlier run."""
+    resume: bool = False
+    """Continue an interrupted run of the same command with its next layer, if there is one."""
     test_text: Annotated[Path | None, _default("the last fifth of the text")] = None
     """A held-out text (or .npy), on which every reported number is measured."""
     tokenizer: Annotated[Path | None, _default("the one in the model's folder or GGUF file")] = None

@@ -27,8 +27,8 @@ def run(command: "options.Sparsify", console: Console) -> int:
     train, test = _texts(command, model)
     config = {"command": "sparsify", **plain(command), folders.INPUTS: {"model": model.fingerprint()}}
     config[folders.INPUTS] |= inputs.hashes(text=command.text, test_text=command.test_text)
-    phases, where = Phases(console), command.run
-    with folders.new_run(where.out, config=config, overwrite=where.overwrite, resume=where.resume) as folder:
+    phases, out = Phases(console), command.out
+    with folders.new_run(out, config=config, overwrite=command.overwrite, resume=command.resume) as folder:
         sparse_run.calibrate(folder, model, train, _thinned(train, command.fisher_tokens), settings, phases)
         results = sparse_run.compare(folder, model, train, _thinned(test, command.test_tokens), settings, phases)
         results |= sparse_run.written(folder, model, settings, results)
@@ -42,7 +42,7 @@ def run(command: "options.Sparsify", console: Console) -> int:
         folders.write_json(folder / folders.CONFIG, config)
         folders.write_json(folder / layer_run.METRICS, results | {"seconds": phases.seconds})
     _show(results, console)
-    console.print(f"report: {visible(where.out / 'report.html')}", highlight=False, soft_wrap=True)
+    console.print(f"report: {visible(out / 'report.html')}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -147,6 +147,7 @@ def a_command(rng, whole_models):
         ways += [
             ("capture", *MODEL, "--length", "8", "--out", store),
             ("fit-model", "--model", "model.bin", "--store", "store", *QUICK, "--layers", "0"),
+            ("sparsify", "model.bin", "tokens.npy", "--length", "8", "--methods", "pca", "--shares", "0.5"),
             ("fold-model", *MODEL),
             ("benchmark", *LAYER, *STEPS),
             ("demo", "--network", "digits", "--control", "none", "--steps", "3"),
@@ -157,6 +158,9 @@ def a_command(rng, whole_models):
     match way[0]:
         case "fit" | "fit-model":
             arguments += ["--out", out, *options, *(["--tensorboard"] if rng.random() < 0.2 else [])]
+            may = [out, f"{out}.unfinished"]
+        case "sparsify":
+            arguments += ["--out", out, *options]
             may = [out, f"{out}.unfinished"]
         case "benchmark" | "demo":
             arguments += ["--out", out, *options[:1][: "--overwrite" in options]]
