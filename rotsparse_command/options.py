@@ -267,19 +267,22 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the directions of one side of a run for another library.
+    """Write what a run found for another library: the directions of one side of a layer, or the model of a sparsify run
+    with its sparse inputs.
 
-    Example: rotsparse export runs/stories/layer-4 --side out --out saes/layer-4
+    Examples: rotsparse export runs/stories/layer-4 --side out --out saes/layer-4
+    rotsparse export runs/sparse --out SmolLM2-sparse
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run of one layer."""
+    """The run of one layer, or a sparsify run."""
     out: Path
     """The folder to write."""
     side: Literal["in", "out"] = "out"
     """Which of the two rotations."""
-    to: Literal["sae"] = "sae"
-    """sae: an orthogonal autoencoder without error, with two features for each direction, that SAELens loads."""
+    to: Annotated[Literal["sae", "huggingface"] | None, _default("what the run has")] = None
+    """sae: an orthogonal autoencoder without error, with two features for each direction, that SAELens loads.
+    huggingface: a Hugging Face folder and rotsparse.safetensors beside its weights, that `rotsparse.torch` loads."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ from rotsparse.cli import (
     export_command,
     graph_command,
     model_commands,
-    sparsify_command,
     steer_command,
 )
 from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, spelled
@@ -79,6 +78,8 @@ def run(command: Any) -> int:
         case opt.FoldModel():
             return model_commands.fold(command, console)
         case opt.Sparsify():
+            from rotsparse.cli import sparsify_command  # which imports Matplotlib and SciPy
+
             return sparsify_command.run(command, console)
     raise AssertionError(command)
 

@@ -40,6 +40,15 @@ def test_from_a_model_and_tokens_to_sparse_inputs(rotsparse, model, tmp_path):
     code, said = rotsparse(*SPARSIFY)
     assert code == 2 and "run exists" in said
 
+    code, said = rotsparse("export", "run", "--out", "exported")
+    assert code == 0 and "read back" in said
+    again = load_model(tmp_path / "exported")
+    assert len(read_sparse_inputs(tmp_path / "exported" / "rotsparse.safetensors", again)) == len(inputs)
+    with pytest.raises(ValueError, match="other"):
+        read_sparse_inputs(tmp_path / "exported" / "rotsparse.safetensors", tiny_llama2c(1))
+    code, said = rotsparse("export", "run", "--to", "sae", "--out", "saes")
+    assert code == 2 and "sparse inputs" in said
+
 
 def test_an_interrupted_run_goes_on_with_the_next_layer(rotsparse, model, tmp_path, monkeypatch):
     rotsparse(*SPARSIFY)
