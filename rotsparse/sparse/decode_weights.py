@@ -1,0 +1,112 @@
+"""The weights of a model as the decode step reads them: whole, or transposed for those inputs that are sparse."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from rotsparse.models.model import Model
+from rotsparse.sparse.file import SparseInputs
+from rotsparse.sparse.inputs import SparseInput
+
+PAD = 64
+"""Rows are padded to a multiple of so many numbers: whole cache lines of every type."""
+READERS = {
+    "attention": ("attn", "qkv"),
+    "heads": ("attn", "o"),
+    "input": ("mlp", ("gate", "up")),
+    "hidden": ("mlp", ("down",)),
+}
+"""For each site the part of a layer and the matrices that read it, which are stored as one."""
+TYPES = {np.dtype(np.float32): np.float32, np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.int8): np.int8}
+"""The types of stored weights, and what the kernels take for them."""
+
+
+def weight_type(dtype: Any) -> np.dtype:
+    """Raises `ValueError` for a type that no kernel reads."""
+    if np.dtype(dtype) not in TYPES:
+        raise ValueError(f"weights are stored as float32, bfloat16 or int8, not as {np.dtype(dtype)}")
+    return np.dtype(dtype)
+
+
+def padded(n: int) -> int:
+    """The next multiple of `PAD`."""
+    return -(-n // PAD) * PAD
+
+
+def stored(rows: Float[np.ndarray, "rows n"], dtype: np.dtype) -> tuple[np.ndarray, Float[np.ndarray, "rows"]]:
+    """A matrix in a type, its rows padded, flat; and what to multiply each row by (int8: its largest entry / 127)."""
+    rows = np.asarray(rows, np.float32)
+    wide = np.zeros((len(rows), padded(rows.shape[1])), np.float32)
+    wide[:, : rows.shape[1]] = rows
+    if dtype != np.int8:
+        return wide.astype(dtype).view(TYPES[dtype]).reshape(-1), np.ones(len(rows), np.float32)
+    largest = np.abs(wide).max(axis=1)
+    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return np.rint(wide / scales[:, None]).astype(np.int8).reshape(-1), scales
+
+
+def site_arrays(
+    model: Model, site: str, inputs: SparseInputs, dtype: np.dtype, rotation_dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """The fields of `decode_step.Matrix` of one site. Of a sparse input `W x̂ = W Rᵀ k(R x - c) + W Rᵀ c`: what is
+    stored is `R Wᵀ`, whose rows are read, and the last term is a bias."""
+    part, letters = READERS[site]
+    parts = [layer[part] for layer in model.params["layers"]]
+    n_in, n_out = parts[0][f"w_{letters[0]}"].shape[1], sum(len(parts[0][f"w_{letter}"]) for letter in letters)
+    count, wide = len(parts), padded(n_in)
+    sparse = [inputs.get((layer, site)) for layer in range(count)]
+    rotated = np.array([s is not None and s.rotation is not None for s in sparse])
+    sizes = [n_out * wide if s is None else n_in * padded(n_out) for s in sparse]
+    begins = np.cumsum([0, *sizes])
+    arrays: dict[str, np.ndarray] = {
+        "weights": np.empty(begins[-1], TYPES[dtype]),
+        "begins": begins[:-1],
+        "widths": np.array([wide if s is None else padded(n_out) for s in sparse]),
+        "gathered": np.array([s is not None for s in sparse]),
+        "scales": np.ones((count, max(n_in, n_out)), np.float32),
+        "biases": np.zeros((count, n_out), np.float32),
+        "threshold": np.zeros(count, np.float32),
+        "count": np.full(count, -1),
+        "shifts": np.zeros((count, wide), np.float32),
+        "scores": np.ones((count, wide), np.float32),
+        "rotations": np.empty(rotated.sum() * n_in * wide, TYPES[rotation_dtype]),
+        "rotation_begins": np.where(rotated, (np.cumsum(rotated) - 1) * n_in * wide, -1),
+        "rotation_scales": np.ones((count, n_in), np.float32),
+    }
+    for layer, (p, s) in enumerate(zip(parts, sparse, strict=True)):
+        w = np.concatenate([np.asarray(p[f"w_{letter}"], np.float32) for letter in letters])
+        _fill_bias(arrays["biases"][layer], p, letters)
+        rows = w if s is None else _fill_sparse(arrays, layer, s, w)
+        weights, arrays["scales"][layer, : len(rows)] = stored(rows, dtype)
+        arrays["weights"][begins[layer] : begins[layer + 1]] = weights
+        if s is not None and s.rotation is not None:
+            begin = arrays["rotation_begins"][layer]
+            rotation, arrays["rotation_scales"][layer] = stored(np.asarray(s.rotation), rotation_dtype)
+            arrays["rotations"][begin : begin + n_in * wide] = rotation
+    return arrays
+
+
+def _fill_bias(bias: np.ndarray, p, letters) -> None:
+    at = 0
+    for letter in letters:
+        n = len(p[f"w_{letter}"])
+        if f"b_{letter}" in p:
+            bias[at : at + n] = p[f"b_{letter}"]
+        at += n
+
+
+def _fill_sparse(arrays: dict[str, np.ndarray], layer: int, s: SparseInput, w: np.ndarray) -> np.ndarray:
+    """The rows `R Wᵀ` of a sparse input; its other fields go where the kernels look for them."""
+    rows = w.T if s.rotation is None else np.asarray(s.rotation, np.float32) @ w.T
+    for field, name in (("shift", "shifts"), ("scores", "scores")):
+        if (value := getattr(s, field)) is not None:
+            arrays[name][layer, : len(rows)] = value
+    if s.shift is not None:
+        arrays["biases"][layer] += np.asarray(s.shift, np.float32) @ rows
+    if s.threshold is not None:
+        arrays["threshold"][layer] = s.threshold
+    if s.count is not None:
+        arrays["count"][layer] = s.count
+    return rows
