@@ -33,10 +33,10 @@ $(BIN)/pip:
 
 # The extras that a target needs, and one stamp for each such set: remade when the requirements change.
 extras-core :=
-extras-tests := [tests,gguf,models,tensorboard]
+extras-tests := [tests,decode,gguf,models,tensorboard]
 extras-dev := [dev]
 extras-docs := [docs]
-extras-benchmarks := [benchmarks,models]
+extras-benchmarks := [benchmarks,decode,models]
 extras-experiments := [models]
 extras-peers := [tests,peers,browser,release]
 extras-gpu := [tests,benchmarks]

@@ -182,7 +182,7 @@ def test_the_page_on_real_models_runs(folder, few_steps, shell):
 def test_sparse_inference_of_a_real_model_runs(folder, few_steps):
     link_stories()
     names: dict = {}
-    _, _, fitting, exporting, loading, *_ = blocks("docs/sparse_inference.md", "python")
+    _, _, fitting, exporting, loading, decoding, *_ = blocks("docs/sparse_inference.md", "python")
     execute(fitting, names)
     assert names["folded"].exact_error < 1e-9 * names["folded"].scale
     execute(exporting, names)
@@ -190,6 +190,9 @@ def test_sparse_inference_of_a_real_model_runs(folder, few_steps):
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         execute(loading, names)
         assert names["written"].shape == (1, 21)
+    if importlib.util.find_spec("numba"):
+        execute(decoding, names)
+        assert names["decoder"].position == 59
 
 
 @pytest.mark.peers

@@ -13,7 +13,7 @@ A rotation in front of a matrix costs the reading of d² numbers. It costs nothi
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Decoder:
         threads: int | None = None,
     ):
         try:
-            from rotsparse.sparse import decode_step
+            from rotsparse.sparse import decode_step, kernels
         except ImportError:
             raise ImportError("decoding on CPUs needs numba: pip install 'rotsparse[decode]'") from None
         model = as_huggingface(model) if model.format == "llama2c" else model
@@ -63,6 +63,7 @@ class Decoder:
         self.position = 0
         self._embed = np.asarray(model.params["embed"], np.float32)
         self._run: Any = decode_step.step
+        self._abandoned = kernels.ABANDONED
         self._shape = decode_step.Shape(
             layers=c.n_layers,
             d_model=c.d_model,
@@ -87,15 +88,25 @@ class Decoder:
         self._state.read[:] = 0
 
     def step(self, token: int) -> Float[np.ndarray, "vocabulary"]:
-        """The logits behind one more token (overwritten by the next step). Raises `ValueError` if no more fit."""
+        """The logits behind one more token (overwritten by the next step). Raises `ValueError` for a token that the
+        model does not have, or if no more fit."""
+        if not 0 <= token < len(self._embed):
+            raise ValueError(f"tokens are from 0 to {len(self._embed) - 1}, got {token}")
         if self.position >= self.length:
             raise ValueError(f"{self.length} tokens fit into this decoder: give it a longer length, or reset it")
         self._state.stream[:] = self._embed[token] * np.float32(self.config.embedding_scale)
         arguments = (self._shape, self._constants, *self._matrices, self._state, self.position)
-        others = [self._others.submit(self._run, *arguments, rank, self.threads) for rank in range(1, self.threads)]
-        self._run(*arguments, 0, self.threads)
-        for other in others:
-            other.result()
+        others = []
+        try:
+            for rank in range(1, self.threads):
+                others.append(self._others.submit(self._run, *arguments, rank, self.threads))
+            self._run(*arguments, 0, self.threads)
+        except BaseException:  # interrupted: let those go on who wait for a thread that will not come
+            self._state.counter[0] = self._abandoned
+            raise
+        finally:
+            wait(others)
+            self._state.counter[0] = 0
         self.position += 1
         return self._state.logits
 

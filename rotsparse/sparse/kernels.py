@@ -20,6 +20,7 @@ from numba import extending, types
 
 _LINE = 64  # bytes
 _LANES = 16
+ABANDONED = 1 << 62
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VECTOR, _INTEGERS = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
 _STORED = {32: ir.VectorType(_F32, _LANES), 16: ir.VectorType(_I16, _LANES), 8: ir.VectorType(_I8, _LANES)}
@@ -210,12 +211,12 @@ def dots(w, first, width, scale, x, begin, end, y):
 
 @nb.njit(nogil=True)
 def wait(counter, threads):
-    """Wait until all threads have come here. The counter only grows."""
+    """Wait until all threads have come here. The counter only grows; from `ABANDONED` on nobody waits any more."""
     if threads > 1:
         ticket = _arrive(counter)
         target = ticket - ticket % threads + threads
         spins = 0
-        while _count(counter) < target:
+        while ticket < ABANDONED and _count(counter) < target:
             spins += 1
             if spins > 2000:  # another process has the core of a thread that is waited for
                 _let_others_run()

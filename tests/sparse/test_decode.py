@@ -4,9 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-pytest.importorskip("numba", reason="needs the extra `decode`")
-
+from helpers import ROOT
 from rotsparse import models
+from rotsparse._core.digests import digest
 from rotsparse.models.fold import outputs
 from rotsparse.models.load import load_model
 from rotsparse.sparse.decode import Decoder, undecodable
@@ -15,6 +15,11 @@ from rotsparse.sparse.export import sparse_outputs
 from rotsparse.sparse.inputs import SparseInput
 from sparse_models import orthogonal, sparse_inputs
 from tiny_models import RAW, STORIES, message, needs_stories, tiny, tiny_llama2c
+
+numba = pytest.importorskip("numba", reason="needs the extra `decode`")
+# A compiled step is kept until its own file changes: here, until the kernels that it calls change too.
+KERNELS = ROOT / "rotsparse" / "sparse" / "kernels.py"
+numba.config.CACHE_DIR = str(ROOT / ".pytest_cache" / f"numba-{digest(KERNELS.read_bytes())}")
 
 TOKENS = np.random.default_rng(0).integers(0, 31, 12)
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"]
@@ -94,6 +99,37 @@ def test_coarser_weights(dtype, tolerance):
     assert not np.array_equal(decoded(model, inputs, dtype=dtype), decoded(model, dtype=dtype))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(ml_dtypes.bfloat16, 0.02), (np.int8, 0.1)])
+def test_coarser_rotations(dtype, tolerance):
+    """With everything kept a rotation makes no difference but that of its rounding."""
+    model = tiny("llama")
+    r = orthogonal(16, np.random.default_rng(0)).astype(np.float32)
+    inputs = {(layer, site): SparseInput(r, threshold=-1.0) for layer in range(2) for site in ("attention", "input")}
+    ours = decoded(model, inputs, rotation_dtype=dtype)
+    close(ours, outputs(model, TOKENS[None])[0], tolerance=tolerance)
+    assert not np.array_equal(ours, decoded(model, inputs))
+    with pytest.raises(ValueError, match="not as float16"):
+        Decoder(model, inputs, rotation_dtype=np.float16)
+
+
+def test_an_interrupted_step_leaves_no_thread_behind(monkeypatch):
+    decoder = Decoder(tiny("llama"), threads=2)
+    expected = decoder.step(3).copy()
+    run = decoder._run
+
+    def interrupted(*arguments):
+        if arguments[-2] == 0:  # the rank
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    decoder.reset()
+    monkeypatch.setattr(decoder, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.step(3)
+    monkeypatch.setattr(decoder, "_run", run)
+    np.testing.assert_array_equal(decoder.step(3), expected)
+
+
 def test_stored_rows():
     rows = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
     rows[3] = 0
@@ -117,6 +153,8 @@ def test_generate_and_what_is_read():
     assert {k: v for k, v in read.items() if k != "input"} == {k: v for k, v in whole.items() if k != "input"}
     with pytest.raises(ValueError, match="length counts the prompt"):
         dense.generate(TOKENS[:3], 21)
+    with pytest.raises(ValueError, match="tokens are from 0 to 30, got -1"):
+        dense.step(-1)
     dense.reset()
     for _ in range(20):
         dense.step(0)
