@@ -42,7 +42,7 @@ def write_sparse_inputs(path: str | os.PathLike, inputs: SparseInputs, model: Mo
                     value, np.float64 if value.dtype == np.float64 and value.ndim else np.float32
                 ).reshape(value.shape)
         if sparse.count is not None:
-            counts[f"layers.{layer}.{site}"] = sparse.count
+            counts[f"layers.{layer}.{site}"] = int(sparse.count)
     metadata = {
         SIGNATURE: _KIND,
         "version": _VERSION,

@@ -232,7 +232,7 @@ def share(n, rank, threads):
 
 
 @nb.njit(nogil=True, fastmath=FAST)
-def _least_kept(keys, n, count):
+def _largest(keys, n, count):
     """The `count`-th largest of n keys: bit by bit, as many passes as there are bits, each over whole registers."""
     found = np.uint32(0)
     for bit in range(30, -1, -1):
@@ -248,14 +248,15 @@ def _least_kept(keys, n, count):
 @nb.njit(nogil=True, fastmath=FAST)
 def active(z, n, shift, scores, threshold, count, scale, keys, rows, a):
     """Which coordinates `z - shift` stay, as `SparseInput` has it: their numbers into `rows`, their values times
-    `scale` into `a`; returns how many. (With a count that is negative the threshold counts.)"""
+    `scale` into `a`; returns how many. Of a count that is negative the threshold is taken instead. Where several are
+    equal and not all of them fit into the count, none of these stays."""
     for i in range(n):
         z[i] -= shift[i]
         keys[i] = float_bits(abs(z[i]) * scores[i])
     if count < 0:
         least = np.uint32(float_bits(max(threshold, np.float32(0))) + np.uint32(threshold >= 0))
     else:
-        least = _least_kept(keys, n, count) if count > 0 else np.uint32(0xFFFFFFFF)
+        least = np.uint32(_largest(keys, n, count + 1) + np.uint32(1)) if count < n else np.uint32(0)
     kept = 0
     for i in range(n):
         rows[kept] = i

@@ -24,7 +24,7 @@ class DropCoordinates(torch.nn.Module):
             value = getattr(sparse, name)
             tensor = None if value is None else torch.tensor(np.asarray(value))
             self.register_buffer(name, tensor, persistent=False)
-        self.count, self.readers = sparse.count, readers
+        self.count, self.readers = None if sparse.count is None else int(sparse.count), readers
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         self._asked = 0
 
@@ -36,10 +36,10 @@ class DropCoordinates(torch.nn.Module):
         if self.threshold is not None:
             return torch.where(weight > self.threshold, z, 0)
         assert self.count is not None
-        if self.count == 0:
-            return torch.zeros_like(z)
-        least = weight.topk(self.count, dim=-1).values[..., -1:]
-        return torch.where(weight >= least, z, 0)
+        if self.count >= z.shape[-1]:
+            return z
+        beyond = weight.topk(self.count + 1, dim=-1).values[..., -1:]  # of equal ones that do not all fit none stays
+        return torch.where(weight > beyond, z, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The input with coordinates dropped."""
