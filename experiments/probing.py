@@ -5,6 +5,9 @@ image shows a 3, whether a wave of the numbers is high, or whether a token begin
 ICA, varimax and random rotations, and for twins: the same fit, on the same inputs, of a layer with redrawn weights. All
 bases of a space hold the same information, and a fit may look meaningful where nothing was learned: a basis counts as
 more meaningful by its lead over its twins.
+
+And an intruder test without a judge (`evaluation.intruder`): are the top examples of a direction more alike than those
+of its twins and of random directions? By their token, by the model's last hidden state behind it, or by the image.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse import models
+from rotsparse.evaluation.intruder import intruder_rates
 from rotsparse.evaluation.nulls import random_weights
 from rotsparse.evaluation.probing import SIZES, probe_table
 from rotsparse.examples import addition, digits
@@ -53,6 +57,9 @@ class Subject(NamedTuple):
     train: np.ndarray
     test: np.ndarray
     labels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
+    # What held-out examples are compared by in the intruder test, and the text of each.
+    vectors: dict[str, np.ndarray] = {}
+    texts: np.ndarray = np.zeros(0, int)
 
 
 def read_digits(config: Config) -> Subject:
@@ -69,7 +76,8 @@ def read_digits(config: Config) -> Subject:
     )
     labels = {str(digit): (y == digit, y_test == digit) for digit in range(10)}
     x, x_test = (np.asarray(first(jnp.asarray(of))) for of in (network.train, network.test))
-    return Subject(layer, x, x_test, {"in": labels})
+    images = network.test - network.train.mean(axis=0)
+    return Subject(layer, x, x_test, {"in": labels}, {"image": images}, np.arange(len(x_test)))
 
 
 def add_numbers(config: Config) -> Subject:
@@ -105,9 +113,14 @@ def read_stories(config: Config) -> dict[str, Subject]:
     words = [tokenizer.decode([tokenizer.encode("a")[-1], t])[1:] for t in range(model.config.vocab_size)]
     labels = {n: (of[:border], of[border:]) for n, of in text_labels(tokens, words).items()}
     found = {}
+    _, seen = models.run(model.params, model.config, tokens, capture=((model.config.n_layers - 1, "residual"),))
+    (last,) = (np.asarray(of).reshape(-1, of.shape[-1])[border:] for of in seen.values())
+    vectors = {"token": np.eye(model.config.vocab_size, dtype=np.float32)[tokens.ravel()[border:]]}
+    vectors["hidden state"] = last - last.mean(axis=0)
+    texts = np.repeat(np.arange(len(tokens)), tokens.shape[1])[border:]
     for layer, x in zip(config.layers, inputs, strict=True):
-        both = {"in": labels, "out": labels}
-        found[f"stories260K, layer {layer}"] = Subject(models.mlp_layer(model, layer), x[:border], x[border:], both)
+        parts = x[:border], x[border:], {"in": labels, "out": labels}, vectors, texts
+        found[f"stories260K, layer {layer}"] = Subject(models.mlp_layer(model, layer), *parts)
     return found
 
 
@@ -134,7 +147,7 @@ def text_labels(tokens: np.ndarray, words: list[str], frequent: int = 12) -> dic
 
 
 def study(subject: Subject, config: Config, seed: int) -> dict[str, Any]:
-    """The probes of every basis on every side that has labels."""
+    """The probes and intruder rates of every basis on every side that has labels."""
     key = jax.random.key(seed)
     layer, x = subject.layer, subject.train
     fit = {"method": rs.default_method(steps=config.steps), "restarts": 2}
@@ -154,7 +167,25 @@ def study(subject: Subject, config: Config, seed: int) -> dict[str, Any]:
         x, x_test = values[side]
         coordinates = {name: (x @ np.asarray(r).T, x_test @ np.asarray(r).T) for name, r in rows.items()}
         table[side] = summary(probe_table(coordinates, labels))
+        rates = {
+            what: {name: intruder_rates(z, v, subject.texts, key=key) for name, (_, z) in coordinates.items()}
+            for what, v in subject.vectors.items()
+        }
+        table[side]["intruders"] = {what: intruder_summary(of) for what, of in rates.items()}
     return table
+
+
+def intruder_summary(rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How often the intruder is found, on average over directions, their ends and draws; and the lead of the learned
+    basis over its twins and over random rotations, with standard errors over directions."""
+    ends = {name: of.mean(axis=0) for name, of in rates.items()}
+    kinds = {kind: np.mean([of for name, of in ends.items() if name.split()[0] == kind], axis=0) for kind in BASES}
+    error = {kind: of.std(ddof=1) / np.sqrt(len(of)) for kind, of in kinds.items()}
+    leads = {}
+    for other in ("twin", "haar"):
+        lead = float(kinds["learned"].mean() - kinds[other].mean())
+        leads[other] = lead, float(np.hypot(error["learned"], error[other]))
+    return {"rates": {kind: float(of.mean()) for kind, of in kinds.items()}, "leads": leads}
 
 
 def summary(table: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
@@ -183,8 +214,21 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> str:
             cells = [f"{of['areas'][basis][0]:.3f} ({of['areas'][basis][-1]:.3f})" for basis in BASES]
             leads = [f"{of['lead'][k]:+.3f} ±{of['lead_error'][k]:.3f}" for k in (0, -1)]
             lines.append(f"| {' | '.join([name, side, str(len(of['labels'])), *cells, *leads])} |")
+    intruders = [f"| {' | '.join(['layer', 'side', 'alike by', *BASES, 'lead over twins', 'over random'])} |"]
+    intruders.append("|---" * (len(BASES) + 5) + "|")
+    for name, sides in found.items():
+        for side, of in sides.items():
+            for what, rates in of.get("intruders", {}).items():
+                cells = [f"{rates['rates'][basis]:.3f}" for basis in BASES]
+                leads = ["{:+.3f} ±{:.3f}".format(*rates["leads"][other]) for other in ("twin", "haar")]
+                intruders.append(f"| {' | '.join([name, side, what, *cells, *leads])} |")
+    test = "How often the one of five that is not a top example is least alike to the others; chance is .200. "
     said = "Mean area under the ROC curve over labels, held out, of the best direction (of the best five). "
-    return f"# Sparse probes\n\n{said}± is a standard error over labels.\n\n" + "\n".join(lines) + "\n"
+    return (
+        f"# Sparse probes\n\n{said}± is a standard error over labels.\n\n"
+        + "\n".join(lines)
+        + (f"\n\n# Intruders\n\n{test}± is a standard error over directions.\n\n" + "\n".join(intruders) + "\n")
+    )
 
 
 def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:

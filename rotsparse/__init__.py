@@ -21,6 +21,9 @@ The floors, top to bottom; imports go downward only:
     layers, data, _core               layers and their Jacobians; examples; orthogonal matrices, files, checks
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from rotsparse._core.alignment import amari_distance as amari_distance
 from rotsparse._core.alignment import match as match
 from rotsparse._core.alignment import mean_max_cosine as mean_max_cosine
@@ -100,3 +103,13 @@ from rotsparse.solvers.refine import Refine as Refine
 from rotsparse.solvers.riemannian import Riemannian as Riemannian
 
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from rotsparse.report import plot as plot
+
+
+def __getattr__(name: str):
+    """`rs.plot` is imported when it is asked for: Matplotlib takes half a second."""
+    if name != "plot":
+        raise AttributeError(f"module 'rotsparse' has no attribute {name!r}")
+    return importlib.import_module("rotsparse.report.plot")

@@ -309,6 +309,15 @@ def test_labels_of_a_text_and_the_lead_over_the_twins():
     assert found["lead"] == pytest.approx([0.075, 0.1125, 0.15])
     assert "| layer 4 | in | 2 |" in probing.report({"layer 4": {"in": found}})
 
+    rates = {name: np.full((2, 4), 0.3) for name in table} | {"learned": np.array([[1.0, 0.5, 0.5, 0.5], [0.5] * 4])}
+    rates["twin 0"] = np.full((2, 4), 0.5)
+    intruders = probing.intruder_summary(rates)
+    assert intruders["rates"]["learned"] == pytest.approx(0.5625)
+    assert intruders["rates"]["twin"] == pytest.approx(0.4) and intruders["rates"]["haar"] == pytest.approx(0.3)
+    assert intruders["leads"]["twin"] == pytest.approx((0.1625, 0.0625))
+    report = probing.report({"layer 4": {"in": found | {"intruders": {"token": intruders}}}})
+    assert "| layer 4 | in | token | 0.562 |" in report and "+0.263 ±0.062 |" in report
+
 
 def test_rows_measures_both_bases_on_own_and_on_other_tokens(rng):
     import rows

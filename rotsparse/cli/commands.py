@@ -29,6 +29,7 @@ from rotsparse.evaluation import baselines
 from rotsparse.evaluation.benchmark import benchmark
 from rotsparse.evaluation.compare import compare_with_baselines
 from rotsparse.evaluation.control import Control
+from rotsparse.explain.page import PAGE
 from rotsparse.layers.files import open_activations, save_layer
 from rotsparse.layers.fold import fold as fold_layer
 from rotsparse.layers.rotations import Rotations
@@ -206,32 +207,55 @@ def redraw(command: "opt.Report") -> int:
 
 
 def _redraw(run: Path, config: dict[str, Any]) -> None:
-    """Draw the figures and the page of one fit."""
+    """Draw the figures and the page of one fit, from what it stored; what an earlier version did not store is computed
+    again."""
+    phases = Phases(console)
     with reading(run):
-        arguments = _drawn(run, config)
-    layer_run.write_comparison(run, **arguments, config=config, phases=Phases(console))
+        opened, arguments = _drawn(run, config)
+        known = layer_run.stored(run, opened.metrics)
+    parts = arguments["layer"], arguments["train"], arguments["test"], arguments["solution"]
+    if known is None:
+        console.print(f"{visible(run)} is of an earlier version, which kept no data of its figures", soft_wrap=True)
+        comparison, data, bases = layer_run.compared(
+            run, *parts, seed=config["seed"], units=opened.units, phases=phases
+        )
+    else:
+        comparison, data = known
+        bases = {"neurons": Rotations.identity(opened.layer.d_in, opened.layer.d_out), "learned": opened.rotations}
+    pictures = demo.pictures(run, config) if config["command"] == "demo" else None
+    if pictures is not None and known is not None:
+        bases["pca"] = baselines.pca(opened.layer, in_memory(arguments["train"])[0])
+    layer_run.write_page(
+        run,
+        **arguments,
+        comparison=comparison,
+        data=data,
+        config=config,
+        units=opened.units,
+        directions=(run / PAGE).exists(),
+        pictures=None if pictures is None else pictures(bases),
+        phases=phases,
+    )
     console.print(f"report: {visible(run / 'report.html')}")
 
 
-def _drawn(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `write_comparison` for a run. Raises `ValueError`, and other exceptions for files of a run that
-    rotsparse did not write."""
+def _drawn(folder: Path, config: dict[str, Any]) -> tuple[LayerRun, dict[str, Any]]:
+    """A run, and the arguments of `write_page` that it holds. Raises `ValueError`, and other exceptions for files of a
+    run that rotsparse did not write."""
     run = LayerRun(folder, config)
     if not isinstance(config.get("versions", {}), dict):
         raise ValueError(f"{folder / folders.CONFIG} does not say which versions the run had")
     function_error, floor = run.metrics["function_error"], run.metrics["objective"]["floor"]
     layer, train, test = run.inputs
     checks.seed(config["seed"])
-    return {
+    return run, {
         "layer": layer,
         "train": train,
         "test": test,
         "solution": run.solution,
-        "scale_inputs": config["input_scale"] == "std",
         "floor": None if floor is None else float(floor),
         "function_error": float(function_error),
         "control": None if run.metrics.get("control") is None else Control.from_json(run.metrics["control"]),
-        "pictures": demo.pictures(folder, config) if config["command"] == "demo" else None,
     }
 
 

@@ -80,6 +80,7 @@ def run(command: "options.Demo", console: Console) -> int:
             config=config,
             control=command.control == "quick",
             pictures=None if of.embedding is None else functools.partial(_pictures, of.embedding),
+            directions=True,
             console=console,
         )
         if of.embedding is not None:

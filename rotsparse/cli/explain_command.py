@@ -12,6 +12,7 @@ from rotsparse.cli import demo_directions
 from rotsparse.explain.data import page_data
 from rotsparse.explain.page import PAGE, Layer, write_index, write_page
 from rotsparse.models.load import load_tokenizer
+from rotsparse.models.model import Model
 from rotsparse.report.subject import subject, title
 from rotsparse.runs import folders
 from rotsparse.runs.opened import LayerRun
@@ -28,21 +29,30 @@ def run(command: "options.Explain", console: Console) -> int:
     model, layers = None, []
     for folder in parts:
         opened = LayerRun(folder, folders.read_object(folder / folders.CONFIG), model=model)
-        with console.status(f"explaining {visible(folder)} ..."), reading(folder):
-            missing = explain(opened, tokenizer=command.tokenizer)
+        layers.append(_page(opened, console, command.tokenizer))
         model = vars(opened).get("model")  # read once for all layers
         console.print(f"directions: {visible(folder / PAGE)}", highlight=False)
-        for reason in missing:
-            console.print(f"  left out: {visible(reason)}", highlight=False, soft_wrap=True)
-        if whole_model:
-            again = [f"{side} {of['reproduced']:.0%}" for side, of in (opened.metrics.get("agreement") or {}).items()]
-            said = f"directions found again: {', '.join(again)}" if again else "one start"
-            number = int(folder.name.removeprefix("layer-"))
-            layers.append(Layer(number, f"{folder.name}/{PAGE}", opened.verdict[0], said))
     if whole_model:
         write_index(command.run, f"{subject(config)}: directions", layers)
         console.print(f"index: {visible(command.run / PAGE)}", highlight=False)
     return 0
+
+
+def layer(folder: Path, console: Console, *, model: Model) -> Layer:
+    """Write the page of a layer of a fit-model run. Returns its line of the index."""
+    return _page(LayerRun(folder, folders.read_object(folder / folders.CONFIG), model=model), console, None)
+
+
+def _page(opened: LayerRun, console: Console, tokenizer: Path | None) -> Layer:
+    """Write the page of a run, and say what was left out. Returns a line of the index."""
+    with console.status(f"explaining {visible(opened.folder)} ..."), reading(opened.folder):
+        missing = explain(opened, tokenizer=tokenizer)
+    for reason in missing:
+        console.print(f"  left out: {visible(reason)}", highlight=False, soft_wrap=True)
+    again = [f"{side} {of['reproduced']:.0%}" for side, of in (opened.metrics.get("agreement") or {}).items()]
+    said = f"directions found again: {', '.join(again)}" if again else "one start"
+    number = -1 if opened.layer_number is None else opened.layer_number
+    return Layer(number, f"{opened.folder.name}/{PAGE}", opened.verdict[0], said)
 
 
 def explain(opened: LayerRun, *, tokenizer: Path | None = None) -> list[str]:

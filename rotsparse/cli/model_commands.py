@@ -20,14 +20,17 @@ from rotsparse._core.files import make_folder, new_folder, write_atomically
 from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
 from rotsparse._core.reading import reading
+from rotsparse.cli import explain_command
 from rotsparse.cli.arguments import again, check_positive, fit_arguments, layer_numbers, plain, recorded, spelled
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
+from rotsparse.explain.page import PAGE, write_index
 from rotsparse.layers.files import save_array, save_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.models.inputs import check_tokens
 from rotsparse.models.sequences import PADDING
+from rotsparse.report.subject import subject
 from rotsparse.runs import estimate, folders, inputs, layer_run
 from rotsparse_command import options
 
@@ -130,7 +133,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
         "activations": "activations.npy",
         "test_activations": "test_activations.npy",
     }
-    results = {}
+    results, entries = {}, []
     config, run = {"command": "fit-model", **plain(command)}, command.run
     stores = {f"store {i}": command.store / f"{i}.{command.site}" for i, *_ in work}
     config[folders.INPUTS] = {"model": model.fingerprint(), **inputs.hashes(**stores)}
@@ -138,8 +141,9 @@ def fit(command: "options.FitModel", console: Console) -> int:
         for i, layer, train, test in work:
             console.rule(f"layer {i}")
             of_layer = folder / f"layer-{i}"
-            if (of_layer / layer_run.METRICS).exists():  # its last file: this layer is complete
+            if (of_layer / layer_run.METRICS).exists():  # the fit of this layer is complete
                 results[i] = folders.read_json(of_layer / layer_run.METRICS)
+                entries.append(explain_command.layer(of_layer, console, model=model))
                 continue
             make_folder(of_layer)
             # The inputs that `rotsparse report` needs, and `rotsparse fit` to repeat this layer alone.
@@ -162,8 +166,11 @@ def fit(command: "options.FitModel", console: Console) -> int:
                 config=own,
                 console=console,
                 control=command.control == "quick",
+                directions=True,
             )
             results[i] = folders.read_json(of_layer / layer_run.METRICS)
+            entries.append(explain_command.layer(of_layer, console, model=model))
+        write_index(folder, f"{subject(config)}: directions", entries)
         folders.write_json(
             folder / folders.CONFIG, config | {"versions": folders.versions(), "model": str(command.model)}
         )
@@ -178,6 +185,7 @@ def fit(command: "options.FitModel", console: Console) -> int:
         table.add_row(*row)
     console.print(table)
     console.print(f"a report for each layer: {visible(run.out)}/layer-*/report.html")
+    console.print(f"its directions: {visible(run.out / PAGE)}")
     console.print(f"{CONTROL}\n  {control}", highlight=False, markup=False, soft_wrap=True)
     return 1 if Result.NON_FINITE.name in {metrics["result"] for metrics in results.values()} else 0
 

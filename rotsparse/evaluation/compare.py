@@ -1,7 +1,8 @@
 """`compare`: one table of all metrics for all bases, on the same held-out examples and the same resamples of them."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,15 @@ class Comparison:
             "concentration": {basis: of._asdict() for basis, of in self.concentration.items()},
             "curves": {basis: of._asdict() for basis, of in self.curves.items()},
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Comparison":
+        """What `to_json` wrote; JSON has null for NaN. Raises `KeyError` or `TypeError` for anything else."""
+        number = lambda of: {name: math.nan if v is None else v for name, v in of.items()}  # noqa: E731
+        metrics = {b: {name: Interval(**number(m)) for name, m in of.items()} for b, of in content["metrics"].items()}
+        shares = {basis: Concentration(**number(of)) for basis, of in content["concentration"].items()}
+        lines = {b: Curves(**{name: tuple(v) for name, v in of.items()}) for b, of in content["curves"].items()}
+        return cls(metrics, shares, lines)
 
     def table(self, title: str | None = None, *, seconds: dict[str, float] | None = None) -> Table:
         """A rich table (see `tables.rich_table`)."""

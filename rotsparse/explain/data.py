@@ -10,7 +10,7 @@ from jaxtyping import Float
 from rotsparse._core.printable import visible
 from rotsparse.explain.directions import EDGES, OUT, SIDES, Direction, Explanation
 from rotsparse.explain.examples import BEFORE, BEHIND, Context, Texts
-from rotsparse.explain.graph import Graph, layer_graph
+from rotsparse.explain.graph import DRAWN, Graph, layer_graph
 from rotsparse.explain.graph_drawing import LEGEND
 from rotsparse.explain.words import Word
 from rotsparse.layers.base import ClosedForm
@@ -19,7 +19,7 @@ from rotsparse.layers.base import ClosedForm
 ENDS, PARTNERS, NEURONS, WORDS = 6, 6, 5, 7
 
 # The edges of the graph hold this share of the energy; at most so many are drawn.
-SHARE, EDGES_DRAWN = 0.99, 300
+SHARE, EDGES_DRAWN = 0.99, DRAWN
 
 # Directions of a side that get a card: the most influential ones.
 MOST_CARDS = 640

@@ -162,10 +162,10 @@ class Graph:
         titles = [place.title for place in self.places]
         return drawing(titles, self.nodes, self.edges, {} if of is None else of.module)
 
-    def svg(self, of: Modules | None = None, *, links: Sequence[str] | None = None) -> str:
-        """The graph as a picture, with transparent background, for light and dark pages. `links`: for each place the
-        address that a node's number is added to."""
-        return svg(self.drawing(of), self.title, links=links)
+    def svg(self, of: Modules | None = None, *, links: Sequence[str] | None = None, inline: bool = False) -> str:
+        """The graph as a picture, with transparent background, for light and dark pages: a file, or, `inline`, an
+        element of a page. `links`: for each place the address that a node's number is added to."""
+        return svg(self.drawing(of), self.title, links=links, inline=inline)
 
     def node_link(self) -> dict[str, Any]:
         """The graph as `networkx.node_link_data` gives it, for JSON."""

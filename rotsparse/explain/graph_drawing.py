@@ -158,8 +158,8 @@ STYLE = """
 """.strip()
 
 
-def svg(of: Drawing, title: str, *, links: Sequence[str] | None = None) -> str:
-    """A drawing as one SVG element, which needs nothing else: as a file, or within a page."""
+def svg(of: Drawing, title: str, *, links: Sequence[str] | None = None, inline: bool = False) -> str:
+    """A drawing as one SVG element, which needs nothing else: as a file, or `inline`, within a page."""
     below = 26
     parts = [f"<title>{html(title)}</title><style>{STYLE}</style>"]
     parts += [
@@ -178,9 +178,9 @@ def svg(of: Drawing, title: str, *, links: Sequence[str] | None = None) -> str:
             parts.append(f'<path class="{kind}" d="M{x:.0f},{y - 3:.0f} h18" stroke-width="3"></path>')
             parts.append(f'<text x="{x + 23:.0f}" y="{y:.0f}">{said}</text>')
             x += 36 + 5.4 * len(said)
-    width = max(of.width, x)
+    width, space = max(of.width, x), "" if inline else ' xmlns="http://www.w3.org/2000/svg"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" viewBox="0 0 {width:.0f} '
+        f'<svg{space} class="graph" role="img" viewBox="0 0 {width:.0f} '
         f'{of.height + below:.0f}" width="{width:.0f}" height="{of.height + below:.0f}">{"".join(parts)}</svg>\n'
     )
 

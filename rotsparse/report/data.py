@@ -4,12 +4,16 @@ All magnitudes are in units of `rms(Z)`, the root mean square of all entries ove
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse._core.checks import activations
+from rotsparse._core.errors import CheckError
+from rotsparse._core.files import npz, write_atomically
+from rotsparse._core.reading import load_npz
 from rotsparse._core.types import Data
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
@@ -18,6 +22,8 @@ from rotsparse.layers.jacobians import jacobians
 from rotsparse.layers.rotations import Rotations
 
 BEFORE, AFTER = "neurons", "learned"
+
+_BY_BASIS = ("mean", "examples", "curves")
 
 # The histogram's bins: 1% wide, over the whole range of float32, so that no scale is needed in advance.
 _BIN = 0.01
@@ -41,6 +47,31 @@ class PictureData:
     examples: dict[str, Float[np.ndarray, "k d_out d_in"]]
     ranks: Float[np.ndarray, "r"]
     curves: dict[str, Float[np.ndarray, "r"]]
+
+    def save(self, path: Path) -> None:
+        """Write the arrays to a `.npz` file, atomically."""
+        arrays = {"ranks": self.ranks}
+        for name in _BY_BASIS:
+            arrays |= {f"{name} {basis}": array for basis, array in getattr(self, name).items()}
+        write_atomically(path, npz(**{name: np.asarray(array, np.float32) for name, array in arrays.items()}))
+
+    @classmethod
+    def load(cls, path: Path) -> "PictureData":
+        """What `save` wrote. Raises `ValueError` if the file is missing, damaged or of another kind."""
+        arrays = load_npz(path)
+        parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in _BY_BASIS}
+        for key, array in arrays.items():
+            name, _, basis = key.partition(" ")
+            if name in parts:
+                parts[name][basis] = array
+        both = {BEFORE, AFTER}
+        if "ranks" not in arrays or not (both == set(parts["mean"]) == set(parts["examples"]) <= set(parts["curves"])):
+            raise CheckError(f"{path} holds no pictures")
+        shapes = {of.shape for of in parts["mean"].values()} | {of.shape[1:] for of in parts["examples"].values()}
+        lengths = {of.shape for of in parts["curves"].values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or lengths != {arrays["ranks"].shape}:
+            raise CheckError(f"{path} is damaged: its arrays do not fit each other")
+        return cls(parts["mean"], parts["examples"], arrays["ranks"], parts["curves"])
 
 
 def picture_data(

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,11 +32,19 @@ from rotsparse.report.data import AFTER, BEFORE
 from rotsparse.report.subject import title
 
 
+class Shown(NamedTuple):
+    """A figure on the page: an SVG element, or PNG files for light and for dark pages."""
+
+    svg: str | None = None
+    light: bytes = b""
+    dark: bytes = b""
+
+
 def render(
     *,
     finding: str,
     remarks: Sequence[str] = (),
-    figures: dict[str, bytes],
+    figures: Mapping[str, Shown],
     comparison: Comparison,
     solution: Solution,
     agreement: Mapping[str, Agreement],
@@ -45,12 +53,14 @@ def render(
     scale_outputs: bool,
     config: dict[str, Any],
     control: Control | None = None,
+    graph: tuple[str, str] | None = None,
+    directions: str | None = None,
     captions: Mapping[str, str] | None = None,
     floor: float | None = None,
     function_error: float | None = None,
 ) -> str:
-    """The page. `figures` holds PNG files by the names of `write_report`, and further ones that have their caption in
-    `captions`; `examples` is the number of held-out ones."""
+    """The page. `figures` are by the names of `write_report`, and further ones that have their caption in `captions`;
+    `examples` is the number of held-out ones; `directions` the address of the page of directions, if there is one."""
     captions, own = captions or {}, _captions(examples, scale_inputs, scale_outputs, floor is not None)
     embedded = {name: _figure(figures[name], caption) for name, caption in {**own, **captions}.items()}
     config = dict(config)
@@ -62,6 +72,8 @@ def render(
         remarks="".join(f"<p>{escape(remark)}</p>" for remark in remarks),
         tiles=_tiles(comparison, solution, function_error),
         heat_maps=embedded["heat_maps"] + "".join(embedded[name] for name in captions),
+        directions=_directions(directions),
+        graph="" if graph is None else _graph(*graph),
         nulls="" if control is None else _nulls(control),
         examples=f"{examples:,}",
         table=_table(comparison, [metric for metric in _metrics(comparison) if metric in CHOSEN], concentration=True),
@@ -86,30 +98,54 @@ def _captions(examples: int, scale_inputs: bool, scale_outputs: bool, has_floor:
     return {
         "heat_maps": "Every square says how far one output direction (row) moves for a small change along one input "
         f"direction (column), in absolute value, averaged over {examples:,} held-out examples.{scaled} White is at "
-        "most 0.1 of the root mean square (rms) of all entries; the colour scale is logarithmic and shared. Directions "
-        "have no order of their own: in both pictures one rule orders rows and columns, so that large entries come to "
-        "the diagonal.",
+        "most 0.1 of the root mean square (rms) of all entries (on dark pages the background is); the colour scale is "
+        "logarithmic and shared. The numbers are those of the directions: learned ones are numbered by their "
+        "influence, and neurons stand in the order of theirs. No rule brings large entries to the diagonal.",
         "examples": "The same for single examples, above in the basis of neurons, below in the learned one. Rows and "
         "columns keep the order of the averages. The fit makes every one of these sparse, not their average.",
         "sorted": "The entries of all held-out examples, the largest at the left. The further left a curve falls "
         "below the dotted line, the more entries are practically zero. A curve that drops vertically ends in exact "
-        "zeros, such as the rows of inactive ReLU neurons.",
+        "zeros, such as the rows of inactive ReLU neurons. Named are the learned basis, neurons, and of the other "
+        "bases the one with most entries below the line.",
         "curves": "The same as shares, in three ways. Left: how many entries are smaller than a fraction of the rms of "
         "all entries. Middle: the same in units of the rms of each entry's own row; where a single row holds most of "
         "the energy, only this curve speaks of the others. Right: how much of the mean squared Jacobian its largest "
         "entries hold.",
         "metrics": "A point for every basis, with its 95% interval where that is wider than the point. A diamond "
-        "marks the best.",
-        "history": "The objective during the fit. If it still falls at the end, more steps may help."
-        + (limit if has_floor else ""),
+        "marks the best. Axes are logarithmic where the values span more than a factor of twenty.",
+        "history": "The objective during the fit, logarithmic if it falls by more than a factor of ten. If it still "
+        "falls at the end, more steps may help." + (limit if has_floor else ""),
     }
 
 
-def _figure(png: bytes, caption: str) -> str:
-    image = base64.b64encode(png).decode("ascii")
+def _figure(shown: Shown, caption: str) -> str:
     caption = escape(caption)
-    picture = f'<img alt="{caption}" src="data:image/png;base64,{image}">'
+    if shown.svg is not None:
+        picture = f'<div class="drawn" role="img" aria-label="{caption}">{shown.svg}</div>'
+    else:
+        light, dark = (
+            f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in (shown.light, shown.dark)
+        )
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        picture = f'<picture>{source}<img alt="{caption}" src="{light}"></picture>'
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _graph(svg: str, caption: str) -> str:
+    return (
+        "<h2>Which directions move which</h2>"
+        f'<figure><div class="drawn scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _directions(address: str | None) -> str:
+    what = "What its directions respond to, and what they move"
+    if address is None:
+        return (
+            f'<p class="note">{what}: <code>rotsparse explain</code> writes <code>directions.html</code> beside this '
+            "page.</p>"
+        )
+    return f'<a class="go" href="{escape(address)}">{what} →</a>'
 
 
 def _tiles(comparison: Comparison, solution: Solution, function_error: float | None) -> str:

@@ -34,6 +34,8 @@ def picture(
             ax.set_yticks([])
             ax.set_xticks([0, len(embedding) - 1])
             ax.tick_params(labelsize=6, colors=GREY, length=2)
+            ax.set_facecolor("none")
+            ax.spines["bottom"].set_color(GREY)
             for side in ("top", "right", "left"):
                 ax.spines[side].set_visible(False)
         row[0].set_ylabel(basis_name(name), fontsize=8, fontweight="bold", color=INK)

@@ -32,6 +32,7 @@ METRICS = "metrics.json"
 SOLUTION = "solution.npz"
 ROTATIONS = "rotations.safetensors"
 TABLE = "table.md"
+PICTURES = "pictures.npz"
 
 # In the metadata of the rotations: how their directions are ordered.
 NUMBERED = "by influence"

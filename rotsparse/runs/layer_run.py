@@ -21,12 +21,17 @@ from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.fit_nulls import quick_control
 from rotsparse.evaluation.numbering import numbered
 from rotsparse.evaluation.verdict import verdict
+from rotsparse.explain.data import SHARE
+from rotsparse.explain.directions import Explanation
+from rotsparse.explain.graph import layer_graph
+from rotsparse.explain.page import PAGE
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.base import Layer
 from rotsparse.layers.fold import fold
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.floor import floor
 from rotsparse.objectives.measures import Measure
+from rotsparse.report.data import PictureData, picture_data
 from rotsparse.runs import folders, loading
 from rotsparse.runs.folders import METRICS as METRICS
 from rotsparse.runs.folders import NUMBERED, SOLUTION
@@ -56,15 +61,16 @@ def run(
     console: Console,
     control: bool = True,
     pictures: Pictures | None = None,
+    directions: bool = False,
 ) -> Solution:
     """Fit on `train`, report on `test`, and write `config.json`, `rotations.safetensors`, `metrics.json`, `table.md`,
-    `report.html` and `figures/` into `folder`. Directions are numbered by their influence on `test`
-    (`evaluation.numbering`), in all of these.
+    `report.html`, `figures/` and their data (`pictures.npz`) into `folder`. Directions are numbered by their influence
+    on `test` (`evaluation.numbering`), in all of these.
 
     `fit` holds the arguments of `find_rotations`, `config` the options of the command. With `control` the layer and its
     null models are fitted once more, by a few hundred steps each (`quick_control`). `pictures` draws further figures
-    for the report. Raises `ValueError` for inputs that `find_rotations` refuses, and `KeyboardInterrupt` if the fit was
-    interrupted.
+    for the report. `directions`: whether there will be a page of them. Raises `ValueError` for inputs that
+    `find_rotations` refuses, and `KeyboardInterrupt` if the fit was interrupted.
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
@@ -89,18 +95,22 @@ def run(
             made = _control(layer, train, test, fit, key=jax.random.fold_in(key, 4), shown=at)
     config = config | {"seed": seed, "versions": folders.versions(), "device": jax.devices()[0].device_kind}
     folders.write_json(folder / folders.CONFIG, config)
-    said, comparison, agreement = write_comparison(
+    comparison, data, bases = compared(folder, layer, train, test, solution, seed=seed, units=units, phases=phases)
+    said, agreement = write_page(
         folder,
         layer,
         train,
         test,
         solution,
+        comparison=comparison,
+        data=data,
         config=config,
-        scale_inputs=scale_inputs,
+        units=units,
         floor=lowest,
         function_error=folded.error,
         control=made,
-        pictures=pictures,
+        directions=directions,
+        pictures=None if pictures is None else pictures(bases),
         phases=phases,
     )
     about = {"seed": seed, "objective": solution.value, "scale_inputs": scale_inputs}
@@ -137,66 +147,114 @@ def run(
     return solution
 
 
-def write_comparison(
+def compared(
+    folder: Path,
+    layer: Layer,
+    train,
+    test: Float[Data, "m d_in"],
+    solution: Solution,
+    *,
+    seed: int,
+    units,
+    phases: Phases,
+) -> tuple[Comparison, PictureData, dict[str, Rotations]]:
+    """Compare a solution with every baseline on held-out examples. Writes the table, and the data of the pictures, so
+    that they can be drawn again. For a source, baselines are computed on the sample that a fit keeps in memory."""
+    sample, _ = in_memory(train)
+    test = loading.compared(layer, test)
+    phases.console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
+    key = jax.random.key(seed)
+    keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
+    found = {"learned": solution.rotations}
+    with phases.phase("comparing") as at:
+        scale = units["scale_inputs"]
+        comparison, bases = compare_with_baselines(layer, sample, test, found, keys=keys, scale_inputs=scale, shown=at)
+        at("data of the figures")
+        data = picture_data(layer, test, bases, **units)
+    phases.console.print(comparison.table())
+    write_atomically(folder / TABLE, comparison.markdown().encode())
+    data.save(folder / folders.PICTURES)
+    return comparison, data, bases
+
+
+def stored(folder: Path, metrics: Mapping[str, Any]) -> tuple[Comparison, PictureData] | None:
+    """What `compared` found when the run was made; `None` if an earlier version did not keep it."""
+    if not (folder / folders.PICTURES).exists():
+        return None
+    try:
+        comparison = Comparison.from_json(metrics)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    data = PictureData.load(folder / folders.PICTURES)
+    return (comparison, data) if set(data.curves) == set(comparison.metrics) else None
+
+
+def write_page(
     folder: Path,
     layer: Layer,
     train: Float[Data, "n d_in"] | Source,
     test: Float[Data, "m d_in"],
     solution: Solution,
     *,
+    comparison: Comparison,
+    data: PictureData,
     config: dict[str, Any],
-    scale_inputs: bool,
+    units: dict[str, Any],
     floor: float | None,
     function_error: float,
     control: Control | None,
-    pictures: Pictures | None = None,
+    directions: bool,
+    pictures: Mapping[str, tuple["Figure", str]] | None,
     phases: Phases,
-) -> tuple[list[str], Comparison, dict[str, Agreement]]:
-    """Compare a solution with every baseline on held-out examples, and its restarts with each other, and write the
-    report. Returns what was found (one sentence, then remarks), the comparison and the agreement. For a source,
-    baselines and the standard deviations that scale inputs are computed on the sample that a fit keeps in memory."""
+) -> tuple[list[str], dict[str, Agreement]]:
+    """Write the report. Returns what was found (one sentence, then remarks), and how far the restarts agree.
+    `directions`: whether there is, or will be, a page of them."""
     from rotsparse.report import write  # imported here: Matplotlib takes half a second
 
     sample, source = in_memory(train)
     test = loading.compared(layer, test)
-    console = phases.console
-    console.print(f"comparing with the baselines on {len(test):,} held-out examples ...")
-    key = jax.random.key(config["seed"])
-    keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
-    learned = {"learned": solution.rotations}
-    with phases.phase("comparing") as at:
-        comparison, bases = compare_with_baselines(
-            layer, sample, test, learned, keys=keys, scale_inputs=scale_inputs, shown=at
-        )
-    console.print(comparison.table())
-    write_atomically(folder / TABLE, comparison.markdown().encode())
-    scales: dict[str, Any] = {"scale_inputs": scale_inputs, "covariance": scale_covariance(sample)}
-    agreement = agreements(layer, test, solution, **scales)
+    agreement = agreements(layer, test, solution, **units)
     said = verdict(comparison, layer, solution, control, agreement)
     if source is not None:
         said.append(
             f"The fit drew from {len(source):,} examples on disk; the baselines were fitted on {len(sample):,} of "
             "them, evenly spread."
         )
-    with phases.phase("drawing the report"):
+    with phases.phase("drawing the report") as at:
+        at("the graph")
+        graph = _graph(layer, test, solution.rotations, units, directions)
         write.write_report(
             folder,
-            layer=layer,
-            x_test=test,
-            bases=bases,
+            data=data,
             comparison=comparison,
             solution=solution,
+            examples=len(test),
+            scale_inputs=units["scale_inputs"],
             config=config,
             finding=said[0],
             remarks=said[1:],
             control=control,
-            pictures=None if pictures is None else pictures(bases),
+            graph=graph,
+            directions=PAGE if directions else None,
+            pictures=pictures,
             floor=floor,
             function_error=function_error,
             agreement=agreement,
-            **scales,
+            shown=at,
         )
-    return said, comparison, agreement
+    return said, agreement
+
+
+def _graph(layer, x, rotations: Rotations, units, directions: bool) -> tuple[str, str]:
+    """The strongest edges between the directions as an SVG element, and what it shows."""
+    graph = layer_graph(Explanation(layer, x, rotations, units=units), share=SHARE, title="directions").strongest()
+    modules = graph.modules()
+    links = [f"{PAGE}#{place.key}-" for place in graph.places] if directions else None
+    caption = (
+        f"{graph.stages[0].cut}. Wider edges hold more; numbers are those of the directions. {modules}. Rewired and "
+        "reweighted are random graphs of the same degrees and weights: every graph has some modularity."
+    )
+    return graph.svg(modules, links=links, inline=True), caption
 
 
 def _spelled(measure: Measure) -> str:

@@ -20,6 +20,7 @@ from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
+from rotsparse.runs import layer_run
 from rotsparse_command.options import FitOptions
 from rotsparse_command.streams import output_until_closed
 
@@ -157,6 +158,26 @@ def test_fold_and_compare_and_report(files, rotsparse, monkeypatch):
     assert code == 2 and f"{files / 'x.npy'}, which ../run/config.json names as 'activations', does not exist" in said
 
 
+def test_a_report_is_drawn_from_what_was_stored(files, rotsparse, monkeypatch):
+    assert rotsparse(*FIT)[0] == 0
+    page = (files / "run" / "report.html").read_text()
+    table = (files / "run" / "table.md").read_text()
+    with monkeypatch.context() as patch:
+        for name in ("compare_with_baselines", "picture_data"):
+            patch.setattr(layer_run, name, None)
+        assert rotsparse("report", "run")[0] == 0
+        again = (files / "run" / "report.html").read_text()
+        assert again.partition("<h2>The layer")[0] == page.partition("<h2>The layer")[0]
+        assert re.findall(r"<table.*?</table>", again)[:2] == re.findall(r"<table.*?</table>", page)[:2]
+    (files / "run" / "pictures.npz").unlink()
+    code, said = rotsparse("report", "run")
+    assert code == 0 and "of an earlier version, which kept no data of its figures" in said
+    assert "comparing with the baselines" in said and (files / "run" / "table.md").read_text() == table
+    (files / "run" / "pictures.npz").write_bytes(b"PK")
+    code, said = rotsparse("report", "run")
+    assert code == 2 and "pictures.npz cannot be read, it may be damaged" in said
+
+
 @pytest.fixture
 def found(files):
     """Functions of a folder and a seed: rotations saved there."""
@@ -217,7 +238,7 @@ def test_the_measure_has_the_options_that_were_given():
 
 @pytest.mark.parametrize(
     "command",
-    "demo fit compare benchmark fold report explain export steer runs inspect capture".split()
+    "demo fit compare benchmark fold report explain graph export steer runs inspect capture".split()
     + "fit-model fold-model sparsify".split(),
 )
 def test_help_says_what_an_option_is_when_it_is_not_given(rotsparse, command):

@@ -64,13 +64,18 @@ def test_from_capture_to_a_folded_model(rotsparse, model, tmp_path):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["layers"].keys() == {"0", "1"}
     table = (tmp_path / "run/table.md").read_text()
     assert "| 0 |" in table and "| 1 |" in table and "rotsparse benchmark --layer run/layer-0/layer.safetensors" in said
+    assert "its directions: run/directions.html" in said and "left out" not in said
+    written = [tmp_path / f"run/{place}directions.html" for place in ("", "layer-0/", "layer-1/")]
+    pages = [page.read_text() for page in written]
     for i in range(2):
+        assert 'href="directions.html"' in (tmp_path / f"run/layer-{i}/report.html").read_text()
         (tmp_path / f"run/layer-{i}/report.html").unlink()
     assert rotsparse("report", "run/layer-1")[0] == 0 and (tmp_path / "run/layer-1/report.html").exists()
     assert rotsparse("report", "run")[0] == 0 and (tmp_path / "run/layer-0/report.html").exists()
 
     code, said = rotsparse("explain", "run")
     assert code == 0 and "directions: run/layer-1/directions.html index: run/directions.html" in said
+    assert [page.read_text() for page in written] == pages, "the pages that fit-model has written"
     index = (tmp_path / "run/directions.html").read_text()
     assert index.count("<li>") == 2 and 'href="layer-1/directions.html"' in index
     page = (tmp_path / "run/layer-1/directions.html").read_text()

@@ -36,9 +36,11 @@ ODD = ("notes", "a b", "it's", "né", "a[/]b", "new\nline", "\x1b[31m", "-rf", "
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is drawn or trained, and a single baseline is fitted: what this test looks at is files."""
-    for name in ("overview", "heat_maps", "examples", "sorted_magnitudes", "history", "metrics"):
+    for name in ("overview", "heat_maps", "examples", "sorted_magnitudes", "curves", "history", "metrics"):
         monkeypatch.setattr(figures, name, lambda *_: None)
-    monkeypatch.setattr(figures, "png", lambda _: b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(figures, "png", lambda *_, **__: b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(figures, "svg", lambda _: b"<svg></svg>")
+    monkeypatch.setattr(figures, "pdf", lambda _: b"%PDF-1.4")
     methods = baselines.methods
     monkeypatch.setattr(baselines, "methods", lambda *a, **k: {"neurons": methods(*a, **k)["neurons"]})
     draw = np.random.default_rng(0).standard_normal

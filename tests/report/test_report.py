@@ -1,9 +1,11 @@
-"""The report: its data against plain NumPy, its ordering on planted structure, its files as a browser sees them."""
+"""The report: its data against plain NumPy, its figures, its files as a browser sees them."""
 
 import base64
 import html.parser
 import io
+import json
 import re
+import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import jax
@@ -11,22 +13,22 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import rotsparse as rs
+from rotsparse._core.intervals import Interval
 from rotsparse.data.moments import covariance
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.agreement import agreements
-from rotsparse.evaluation.compare import compare
+from rotsparse.evaluation.compare import Comparison, compare
 from rotsparse.evaluation.tables import CHOSEN
 from rotsparse.fit.default_method import default_method
 from rotsparse.fit.find_rotations import find_rotations
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.rotations import Rotations
-from rotsparse.report import figures
-from rotsparse.report.data import picture_data
-from rotsparse.report.ordering import diagonal_order
+from rotsparse.report import figures, plot
+from rotsparse.report.data import PictureData, picture_data
 from rotsparse.report.write import write_report
 
 FIGURES = {"overview", "heat_maps", "examples", "sorted", "curves", "history", "metrics"}
@@ -54,10 +56,16 @@ def folder(case, tmp_path_factory):
     """A run folder with the report of `case`."""
     folder = tmp_path_factory.mktemp("run")
     config = {"seed": 3, "layer": "<script>alert(1)</script>", "hold": [], "versions": {"jax": "1.2.3"}}
-    write_report(
-        folder, **vars(case), scale_inputs=False, config=config, finding=FINDING, floor=0.25, function_error=1.25e-7
-    )
+    write_report(folder, **report_arguments(case), config=config, finding=FINDING, floor=0.25, function_error=1.25e-7)
     return folder
+
+
+def report_arguments(case, *, scale_inputs=False, **changed):
+    """The arguments of `write_report` for `case`, with some of its parts exchanged."""
+    of = SimpleNamespace(**vars(case) | changed)
+    data = picture_data(of.layer, of.x_test, of.bases, scale_inputs=scale_inputs)
+    parts = {"comparison": of.comparison, "solution": of.solution, "agreement": of.agreement}
+    return {"data": data, "examples": len(of.x_test), "scale_inputs": scale_inputs, **parts}
 
 
 class Page(html.parser.HTMLParser):
@@ -71,7 +79,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -138,58 +146,56 @@ def test_bases_without_neurons_or_learned_are_refused(case):
             picture_data(case.layer, case.x_test, bases, scale_inputs=False)
 
 
-# --- ordering -----------------------------------------------------------------------------------------------------
+# --- order --------------------------------------------------------------------------------------------------------
 
 
-def planted(rng, sizes):
-    """A permuted block-diagonal matrix with faint noise, and the block of each row and column."""
-    in_block = [np.repeat(np.arange(len(sizes)), side) for side in zip(*sizes, strict=True)]
-    rows, columns = (rng.permutation(block) for block in in_block)
-    return rng.uniform(0.6, 1, (len(rows), len(columns))) * np.where(rows[:, None] == columns, 1, 0.05), rows, columns
+def test_the_order_by_influence_draws_no_diagonal_into_noise():
+    """A rule that pairs rows with columns does: half of the mass of its noise comes close to the diagonal."""
+    noise = np.abs(np.random.default_rng(0).standard_normal((60, 60)))
+    rows, columns = plot.by_influence(noise)
+    assert sorted(rows) == sorted(columns) == list(range(60))
+    ordered = noise[rows][:, columns]
+    assert (np.diff(np.square(ordered).sum(axis=1)) <= 0).all() and (np.diff(np.square(ordered).sum(axis=0)) <= 0).all()
+    band = np.abs(np.subtract.outer(np.arange(60), np.arange(60))) < 3
+    assert abs(ordered[band].mean() / ordered.mean() - 1) < 0.1
 
 
-def distance_from_diagonal(a):
-    """Mean distance of the entries from the diagonal, weighted by their squares; about a third for no structure."""
-    i, j = (np.arange(n) / (n - 1) for n in a.shape)
-    return np.average(np.abs(i[:, None] - j), weights=np.square(a))
+def test_what_is_stored_of_the_pictures_is_what_was_drawn(case, tmp_path):
+    data = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
+    data.save(tmp_path / "pictures.npz")
+    again = PictureData.load(tmp_path / "pictures.npz")
+    for name in ("mean", "examples", "curves"):
+        before, after = getattr(data, name), getattr(again, name)
+        assert before.keys() == after.keys()
+        for basis in before:
+            np.testing.assert_allclose(after[basis], before[basis], rtol=1e-6)
+    for broken in ({"ranks": data.ranks}, {"x": np.zeros(3)}):
+        (tmp_path / "pictures.npz").unlink()
+        np.savez(tmp_path / "pictures.npz", **broken)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="holds no pictures"):
+            PictureData.load(tmp_path / "pictures.npz")
 
 
-@given(st.integers(0, 10_000), st.lists(st.tuples(st.integers(2, 5), st.integers(0, 3)), min_size=2, max_size=6))
-def test_ordering_recovers_planted_blocks(seed, shapes):
-    # Blocks are at least as wide as high, so that every row finds a partner in its own block.
-    a, rows, columns = planted(np.random.default_rng(seed), [(m, m + extra) for m, extra in shapes])
-    for matrix, of_rows, of_columns in ((a, rows, columns), (a.T, columns, rows)):
-        row_order, column_order = diagonal_order(matrix)
-        assert sorted(row_order) == list(range(len(of_rows)))
-        assert sorted(column_order) == list(range(len(of_columns)))
-        for blocks in (of_rows[row_order], of_columns[column_order]):
-            assert np.count_nonzero(np.diff(blocks)) == len(shapes) - 1, "the rows of a block are not together"
-        np.testing.assert_array_equal(
-            list(dict.fromkeys(of_rows[row_order])), list(dict.fromkeys(of_columns[column_order]))
-        )
-
-
-def test_ordering_brings_mass_to_the_diagonal(rng):
-    a = planted(rng, [(4, 4)] * 10)[0]
-    rows, columns = diagonal_order(a)
-    assert distance_from_diagonal(a) > 0.3
-    assert distance_from_diagonal(a[rows][:, columns]) < 0.06
-
-
-def test_ordering_puts_strong_pairs_first_and_empty_rows_last(rng):
-    a = np.diag([3.0, 0, 5, 4])[rng.permutation(4)]
-    rows, columns = diagonal_order(np.vstack([np.zeros((2, 4)), a]))
-    ordered = np.vstack([np.zeros((2, 4)), a])[rows][:, columns]
-    np.testing.assert_array_equal(np.diag(ordered[:4]), [5, 4, 3, 0])
-    assert not ordered[3:].any()
+def test_a_comparison_is_read_as_it_was_written(case):
+    made = case.comparison
+    again = Comparison.from_json(json.loads(json.dumps(made.to_json())))
+    assert again.metrics == made.metrics and again.concentration == made.concentration and again.curves == made.curves
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
 def test_every_figure_is_a_picture_of_the_right_size(folder):
-    assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
-    for path in (folder / "figures").iterdir():
+    kinds = {"png", "svg", "pdf"}
+    written = {path.name for path in (folder / "figures").iterdir()}
+    assert written == {f"{name}.{kind}" for name in FIGURES for kind in kinds}
+    for path in (folder / "figures").glob("*.pdf"):
+        assert path.read_bytes().startswith(b"%PDF")
+    for path in (folder / "figures").glob("*.svg"):
+        root = ElementTree.fromstring(path.read_text())
+        fills = re.findall(r"fill: #ffffff", path.read_text())
+        assert root.tag.endswith("svg") and not fills, "transparent"
+    for path in (folder / "figures").glob("*.png"):
         pixels = imread(path)
         assert pixels.shape[1] == 1600, path
         assert 500 < pixels.shape[0] < 4000, path
@@ -198,18 +204,28 @@ def test_every_figure_is_a_picture_of_the_right_size(folder):
         assert (border == 1).all(), f"{path} is cut off at its border"
 
 
-def test_heat_maps_show_the_ordered_means_on_one_scale(case):
+@pytest.mark.parametrize("theme", [plot.LIGHT, plot.DARK], ids=["light", "dark"])
+def test_heat_maps_show_the_means_on_one_scale_with_the_numbers_of_directions(case, theme):
     data = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
-    images = [image for ax in figures.heat_maps(data, case.comparison).axes for image in ax.get_images()]
-    for image, basis in zip(images, ("neurons", "learned"), strict=False):
-        rows, columns = diagonal_order(data.mean[basis])
+    axes = [ax for ax in figures.heat_maps(data, case.comparison, theme).axes if ax.get_images()]
+    for ax, basis in zip(axes, ("neurons", "learned"), strict=False):
+        (image,) = ax.get_images()
+        natural = tuple(np.arange(n) for n in data.mean[basis].shape)
+        rows, columns = plot.by_influence(data.mean[basis]) if basis == "neurons" else natural
         np.testing.assert_allclose(np.asarray(image.get_array()), data.mean[basis][rows][:, columns])
-        assert image.get_clim() == images[0].get_clim()
+        assert image.get_clim() == axes[0].get_images()[0].get_clim()
+        assert [t.get_text() for t in ax.get_yticklabels()] == [str(n) for n in rows]
+        assert [t.get_text() for t in ax.get_xticklabels()] == [str(n) for n in columns]
+
+
+def colours(ax):
+    return [line.get_color() for line in ax.lines if len(line.get_xdata()) > 2]
 
 
 def test_a_curve_for_every_basis_and_a_line_for_every_restart(case):
     data = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
-    drawn = [np.asarray(line.get_ydata()) for line in figures.sorted_magnitudes(data, case.comparison).axes[0].lines]
+    ax = figures.sorted_magnitudes(data, case.comparison).axes[0]
+    drawn = [np.asarray(line.get_ydata()) for line in ax.lines]
     for name, curve in data.curves.items():
         assert any(len(y) == len(curve) and np.array_equal(y, curve) for y in drawn), name
     lines = figures.history(case.solution, 0.25).axes[0].lines
@@ -218,10 +234,54 @@ def test_a_curve_for_every_basis_and_a_line_for_every_restart(case):
         assert any(np.array_equal(line.get_ydata(), expected) for line in lines)
 
 
+def test_no_colour_stands_for_two_bases(case):
+    """Grey does: it says that a curve is none of those that are named."""
+    data = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
+    for ax in (figures.sorted_magnitudes(data, case.comparison).axes[0], *figures.curves(case.comparison).axes):
+        named = [colour for colour in colours(ax) if colour != plot.LIGHT.pale]
+        assert sorted(named) == sorted({plot.LIGHT.ink, plot.LIGHT.learned, plot.LIGHT.rival})
+    best = plot.best_rival(list(case.bases), case.comparison)
+    shares = {basis: of["fraction_below_0.1_rms"].value for basis, of in case.comparison.metrics.items()}
+    assert shares[best] == max(share for basis, share in shares.items() if basis not in ("neurons", "learned"))
+
+
+@pytest.mark.parametrize(("values", "scale"), [([1, 5, 19], "linear"), ([1, 5, 21], "log"), ([0, 5, 50], "linear")])
+def test_an_axis_is_logarithmic_where_values_span_decades(values, scale):
+    bases = ("learned", "neurons", "pca")
+    of = Comparison({b: {"edges_99": Interval(v, v, v)} for b, v in zip(bases, values, strict=True)})
+    ax = Figure().subplots()
+    plot.metric(ax, of, "edges_99")
+    assert ax.get_xscale() == scale and ("logarithmic" in ax.texts[0].get_text()) == (scale == "log")
+    low, high = ax.get_xlim()
+    assert low <= min(values) and max(values) <= high
+
+
+def test_the_history_begins_where_its_values_do(case):
+    ax = figures.history(case.solution).axes[0]
+    course = np.concatenate([case.solution.history.objective.ravel(), case.solution.history.checked.ravel()])
+    low, high = ax.get_ylim()
+    assert low <= course.min() and course.max() <= high and low > course.min() - 0.1 * (course.max() - course.min())
+
+
+def test_the_public_functions_draw_on_any_axes(case):
+    data = rs.plot.picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
+    axes = Figure(figsize=(8, 8)).subplots(2, 3).flat
+    rs.plot.matrix(axes[0], data.mean["learned"])
+    rs.plot.sorted_magnitudes(axes[1], data)
+    rs.plot.small_entries(axes[2], case.comparison)
+    rs.plot.energy(axes[3], case.comparison, theme=rs.plot.DARK)
+    rs.plot.history(axes[4], case.solution)
+    rs.plot.metric(axes[5], case.comparison, "hoyer")
+    assert all(ax.has_data() for ax in axes)
+    with pytest.raises(AttributeError, match="no attribute 'plots'"):
+        _ = rs.plots  # type: ignore[attr-defined]
+
+
 def test_figures_are_the_same_bytes_each_time_and_leave_no_trace(case):
     before = dict(matplotlib.rcParams)
-    once, again = (figures.png(figures.metrics(case.comparison)) for _ in range(2))
-    assert once == again
+    for kind in (figures.png, figures.svg, figures.pdf):
+        once, again = (kind(figures.history(case.solution)) for _ in range(2))
+        assert once == again
     assert dict(matplotlib.rcParams) == before
 
 
@@ -232,20 +292,38 @@ def test_page_needs_nothing_beside_itself(folder):
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
-        for name in ("src", "href", "srcset", "action", "data"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+        for name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("data:", "#")), (tag, name)
     markup = re.sub(r"data:image/png;base64,[\w+/=]+", "", (folder / "report.html").read_text(encoding="utf-8"))
-    assert not re.search(r"https?:|url\(|@import", markup)
+    assert not re.search(r"https?:|url\((?!#)|@import", markup)
 
 
 def test_page_embeds_the_figures_with_a_text_for_those_who_cannot_see_them(folder):
-    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     embedded = [base64.b64decode(image["src"].split(",", 1)[1]) for image in images]
-    files = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in FIGURES - {"overview"}}
-    assert sorted(embedded) == sorted(files.values())
-    assert all(len(image["alt"]) > 30 for image in images)
-    assert all(imread(io.BytesIO(png)).ndim == 3 for png in embedded)
+    matrices = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in ("heat_maps", "examples")}
+    assert sorted(embedded) == sorted(matrices.values())
+    dark = [base64.b64decode(of["srcset"].split(",", 1)[1]) for tag, of in page.tags if tag == "source"]
+    assert len(dark) == 2
+    for png in dark:
+        pixels = imread(io.BytesIO(png))
+        assert (pixels[0, :, 3] == 0).all(), "transparent at the border"
+    lines = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class") == "drawn"]
+    assert len(lines) == len(FIGURES) - 3 and text.count("<svg") == len(lines)
+    assert "var(--figure-learned)" in text and plot.LIGHT.learned not in text.split("</style>", 1)[1]
+    assert all(len(of.get("alt") or of.get("aria-label")) > 30 for of in (*images, *lines))
+
+
+def test_the_page_leads_to_the_directions_and_shows_their_graph(case, tmp_path):
+    hostile = "</figcaption><script>alert(1)</script>"
+    arguments = report_arguments(case)
+    graph = '<svg class="graph"></svg>', hostile
+    write_report(tmp_path, **arguments, config={}, finding="F", graph=graph, directions="directions.html")
+    text = (tmp_path / "report.html").read_text()
+    assert 'href="directions.html"' in text and "Which directions move which" in text and "<script" not in text
+    assert text.index("Which directions") < text.index("<table"), "the graph comes before the tables"
 
 
 def test_page_escapes_what_it_is_given(folder):
@@ -289,8 +367,8 @@ def test_agreement_is_that_of_the_fitted_directions(case, tmp_path):
         fit: dict = {"restarts": 2, "method": default_method(steps=5), "scale_inputs": False, **restricted}
         solution = find_rotations(case.layer, case.x_test, key=jax.random.key(1), **fit)
         agreement = agreements(case.layer, case.x_test, solution, scale_inputs=False)
-        changed = vars(case) | {"solution": solution, "agreement": agreement}
-        write_report(tmp_path, **changed, scale_inputs=False, config={}, finding="None.")
+        arguments = report_arguments(case, solution=solution, agreement=agreement)
+        write_report(tmp_path, **arguments, config={}, finding="None.")
         text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
         sides = {side: mask for side, mask in solution.free.items() if mask.any()}
         assert "in" in sides and sum(mask.sum() for mask in sides.values()) < 11
@@ -306,7 +384,8 @@ def test_report_of_a_single_start_with_scaled_inputs(case, tmp_path):
     comparison = compare(case.layer, case.x_test, bases, scale_inputs=True, key=jax.random.key(0), resamples=20)
     agreement = agreements(case.layer, case.x_test, solution)
     changed = {"bases": bases, "comparison": comparison, "solution": solution, "agreement": agreement}
-    write_report(tmp_path, **vars(case) | changed, scale_inputs=True, config={}, finding="None.")
+    arguments = report_arguments(case, scale_inputs=True, **changed)
+    write_report(tmp_path, **arguments, config={}, finding="None.")
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "standard deviation of its input direction" in text
     for absent in ("restarts agree", "Floor", "Function error", "gap closed"):
@@ -315,5 +394,5 @@ def test_report_of_a_single_start_with_scaled_inputs(case, tmp_path):
 
 def test_a_report_is_not_written_into_a_folder_that_does_not_exist(case, tmp_path):
     with pytest.raises(OSError):
-        write_report(tmp_path / "no", **vars(case), scale_inputs=False, config={}, finding="")
+        write_report(tmp_path / "no", **report_arguments(case), config={}, finding="")
     assert not (tmp_path / "no").exists()

@@ -19,9 +19,11 @@ FIT = ("fit", *LAYER, "--solver", "adam", "--steps", "3", "--restarts", "1", "--
 @pytest.fixture
 def fitted(folder, rng, rotsparse, monkeypatch):
     """A run of a small layer in the current folder; nothing is drawn."""
-    for name in ("overview", "heat_maps", "examples", "sorted_magnitudes", "history", "metrics"):
+    for name in ("overview", "heat_maps", "examples", "sorted_magnitudes", "curves", "history", "metrics"):
         monkeypatch.setattr(figures, name, lambda *_: None)
-    monkeypatch.setattr(figures, "png", lambda _: b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(figures, "png", lambda *_, **__: b"\x89PNG\r\n\x1a\n")
+    monkeypatch.setattr(figures, "svg", lambda _: b"<svg></svg>")
+    monkeypatch.setattr(figures, "pdf", lambda _: b"%PDF-1.4")
     methods = baselines.methods
     monkeypatch.setattr(baselines, "methods", lambda *a, **k: {"neurons": methods(*a, **k)["neurons"]})
     np.savez("layer.npz", w=rng.standard_normal((3, 4)).astype(np.float32))
