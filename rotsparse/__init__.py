@@ -22,7 +22,7 @@ The floors, top to bottom; imports go downward only:
 """
 
 import importlib
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from rotsparse._core.alignment import amari_distance as amari_distance
 from rotsparse._core.alignment import match as match
@@ -104,7 +104,7 @@ from rotsparse.solvers.riemannian import Riemannian as Riemannian
 
 __version__ = "0.2.0"
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from rotsparse.report import plot as plot
 
 
