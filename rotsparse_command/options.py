@@ -277,11 +277,12 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """The run of one layer, or a sparsify run."""
     out: Path
-    """The folder to write."""
+    """The folder to write (for vectors: the file)."""
     side: Literal["in", "out"] = "out"
     """Which of the two rotations."""
-    to: Annotated[Literal["sae", "huggingface"] | None, _default("what the run has")] = None
-    """sae: an orthogonal autoencoder without error, with two features for each direction, that SAELens loads.
+    to: Annotated[Literal["sae", "vectors", "huggingface"] | None, _default("sae, or huggingface")] = None
+    """sae: an orthogonal autoencoder without error, with two features for each direction, that SAELens loads. vectors:
+    the directions by name in one JSON file, a vector set of SAEDashboard.
     huggingface: a Hugging Face folder and rotsparse.safetensors beside its weights, that `rotsparse.torch` loads."""
 
 

@@ -13,6 +13,7 @@ from rotsparse._core.reading import reading
 from rotsparse.data.sources import in_memory
 from rotsparse.explain.directions import IN
 from rotsparse.explain.sae import HOOKS, write_sae
+from rotsparse.explain.vectors import write_vectors
 from rotsparse.layers.jacobians import apply
 from rotsparse.models.load import load_model
 from rotsparse.runs import folders
@@ -25,10 +26,12 @@ from rotsparse_command import options
 def run(command: "options.Export", console: Console) -> int:
     """Write one side of a layer's run as an autoencoder of SAELens, or a sparsify run as a Hugging Face folder."""
     config = folders.read_object(command.run / folders.CONFIG)
-    has = "huggingface" if config.get("command") == "sparsify" else "sae"
-    if command.to not in (None, has):
-        raise ValueError(f"{command.run} is written as {has}: a sparsify run holds sparse inputs, others directions")
-    return _model(command, config, console) if has == "huggingface" else _directions(command, console)
+    formats = ("huggingface",) if config.get("command") == "sparsify" else ("sae", "vectors")
+    if command.to not in (None, *formats):
+        raise ValueError(
+            f"{command.run} is written as {' or '.join(formats)}: a sparsify run holds sparse inputs, others directions"
+        )
+    return _model(command, config, console) if "huggingface" in formats else _directions(command, console)
 
 
 def _model(command: "options.Export", config: Mapping[str, Any], console: Console) -> int:
@@ -63,6 +66,13 @@ def _directions(command: "options.Export", console: Console) -> int:
             metadata |= {"model_name": Path(str(opened.config["model"])).name, "hook_layer": opened.layer_number}
             if point is not None and point[1] in HOOKS:
                 metadata["hook_name"] = HOOKS[point[1]].format(layer=point[0])
+    if command.to == "vectors":
+        where = {"model_name": metadata.get("model_name"), "hook_name": metadata.get("hook_name")}
+        known = {name: str(value) for name, value in where.items() if value is not None}
+        layer = opened.layer_number or 0
+        write_vectors(command.out, np.asarray(r), side=command.side, layer=layer, **known)
+        console.print(f"wrote {visible(command.out)}: {len(r)} vectors; VectorSet.load of SAEDashboard reads it")
+        return 0
     write_sae(command.out, np.asarray(r), values.mean(axis=0, dtype=np.float64), metadata=metadata)
     console.print(
         f"wrote {visible(command.out)}: {len(r)} directions as an autoencoder of {2 * len(r)} features, feature i "

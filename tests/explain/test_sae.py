@@ -8,6 +8,7 @@ import pytest
 
 from rotsparse._core.orthogonal import haar
 from rotsparse.explain.sae import autoencoder, write_sae
+from rotsparse.explain.vectors import write_vectors
 
 
 @pytest.fixture
@@ -51,3 +52,26 @@ def test_saelens_loads_it(case, tmp_path):
     w = autoencoder(r, mean)
     np.testing.assert_allclose(features.numpy(), np.maximum((x - w["b_dec"]) @ w["W_enc"], 0), atol=1e-5)
     assert sae.cfg.metadata.hook_name == "blocks.0.hook_mlp_out"
+
+
+def test_vectors_are_the_directions_by_name(case, tmp_path):
+    r, *_ = case
+    write_vectors(tmp_path / "vectors.json", r, side="in", hook_name="blocks.3.hook_resid_mid", layer=3)
+    written = json.loads((tmp_path / "vectors.json").read_text())
+    np.testing.assert_array_equal(np.asarray(written["vectors"], np.float32), r)
+    assert written["config"]["vector_names"][11] == "in 11" and written["config"]["hook_layer"] == 3
+    with pytest.raises(ValueError, match="exists"):
+        write_vectors(tmp_path / "vectors.json", r, side="in")
+
+
+@pytest.mark.peers
+def test_saedashboard_loads_them(case, tmp_path):
+    """It needs older versions of other libraries than the extra `peers` has: install it by itself for this test."""
+    vector_set = pytest.importorskip("sae_dashboard.neuronpedia.vector_set", reason="needs sae-dashboard")
+    import torch
+
+    r, x, _ = case
+    write_vectors(tmp_path / "vectors.json", r, side="out", model_name="m", hook_name="blocks.0.hook_mlp_out")
+    loaded = vector_set.VectorSet.load(tmp_path / "vectors.json")
+    np.testing.assert_allclose(loaded.encode(torch.tensor(x)).numpy(), x @ r.T, atol=1e-5)
+    assert loaded.cfg.d_vectors == 12 and loaded.names[3] == "out 3"
