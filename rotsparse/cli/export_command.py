@@ -67,10 +67,9 @@ def _directions(command: "options.Export", console: Console) -> int:
             if point is not None and point[1] in HOOKS:
                 metadata["hook_name"] = HOOKS[point[1]].format(layer=point[0])
     if command.to == "vectors":
-        where = {"model_name": metadata.get("model_name"), "hook_name": metadata.get("hook_name")}
-        known = {name: str(value) for name, value in where.items() if value is not None}
+        model, hook = (str(metadata.get(name, "")) for name in ("model_name", "hook_name"))
         layer = opened.layer_number or 0
-        write_vectors(command.out, np.asarray(r), side=command.side, layer=layer, **known)
+        write_vectors(command.out, np.asarray(r), side=command.side, layer=layer, model_name=model, hook_name=hook)
         console.print(f"wrote {visible(command.out)}: {len(r)} vectors; VectorSet.load of SAEDashboard reads it")
         return 0
     write_sae(command.out, np.asarray(r), values.mean(axis=0, dtype=np.float64), metadata=metadata)
