@@ -9,6 +9,7 @@ import pytest
 
 from rotsparse import models
 from rotsparse.models.transformer import Point
+from rotsparse.runs import sparse_run
 from rotsparse.sparse import bases, budget, plans
 from rotsparse.sparse.calibration import activations, fisher_information, sequences
 from rotsparse.sparse.inputs import SparseInput
@@ -126,3 +127,14 @@ def test_a_model_without_a_next_token_is_refused(tmp_path):
     np.save(tmp_path / "tokens.npy", np.zeros(100, np.int64))
     with pytest.raises(ValueError, match="predicts no next token"):
         sequences(tiny("bert"), models.TokenFile(tmp_path / "tokens.npy"), 16)
+
+
+def test_coordinates_that_are_dropped_can_take_their_mean(rng):
+    x = (rng.standard_normal((4000, 6)) * np.linspace(0.2, 2, 6) + np.linspace(0.5, 0, 6)).astype(np.float32)
+    lost = []
+    for absorb in (False, True):
+        of = sparse_run.measured(x, bases.Basis(None, None), absorb=absorb, keep=0.5)
+        (made,) = plans.sparse_inputs({Point(0, "input"): of}, {Point(0, "input"): 0.5}, plans.THRESHOLDS).values()
+        lost.append(float(np.square(np.asarray(made(jnp.asarray(x))) - x).mean()))
+        assert np.count_nonzero(np.asarray(made.coordinates(jnp.asarray(x)))) == pytest.approx(0.5 * x.size, rel=0.02)
+    assert lost[1] < 0.8 * lost[0]
