@@ -117,7 +117,7 @@ def test_padding_is_not_looked_at():
 def test_points_that_are_not_there():
     model = tiny("llama")
     for point in [(2, "input"), (0, "gate"), (-1, "input")]:
-        with pytest.raises(ValueError, match="layers 0 to 1, sites residual, input, hidden, output"):
+        with pytest.raises(ValueError, match="layers 0 to 1, sites attention, heads, residual, input, hidden, output"):
             run(model.params, model.config, TOKENS, capture=(point,))
     with pytest.raises(ValueError, match=r"intervention at 0\.input returned shape \[2, 9\]"):
         run(model.params, model.config, TOKENS, intervene={(0, "input"): lambda v: v[..., 0]})
