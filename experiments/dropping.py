@@ -23,7 +23,7 @@ from rotsparse import models
 from rotsparse.models.transformer import Point
 from rotsparse.objectives.dropped import DroppedError
 from rotsparse.sparse.bases import baseline, damped, readers, scores
-from rotsparse.sparse.calibration import activations, fisher_information, sequences
+from rotsparse.sparse.calibration import activations, fisher_information, sequences, spread
 from rotsparse.sparse.inputs import SparseInput
 from rotsparse.sparse.perplexity import costs
 
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
         model = models.load_model(config.model)
         tokenizer = models.load_tokenizer(config.model, model)
         train, test = (sequences(model, models.TextFile(text, tokenizer), config.length) for text in texts)
-        rows = compared(model, train, _few(test, config.test_tokens), config, Path(scratch))
+        rows = compared(model, train, spread(test, config.test_tokens), config, Path(scratch))
         run.finish({"rows": rows}, report(rows, config), divergence=figure(rows))
 
 
@@ -75,9 +75,9 @@ def compared(
     """The divergence in every basis, with and without weights in the choice of coordinates."""
     points = [Point(layer, "input") for layer in config.layers]
     key = jax.random.key(config.seed)
-    fisher = fisher_information(model, _few(train, config.fisher_tokens), points, key=key)
+    fisher = fisher_information(model, spread(train, config.fisher_tokens), points, key=key)
     trials: dict[tuple[str, str, str], dict[tuple[int, str], SparseInput]] = {}
-    walk = activations(model, _few(train, config.tokens), ("input",), scratch, layers=config.layers)
+    walk = activations(model, spread(train, config.tokens), ("input",), scratch, layers=config.layers)
     for layer, values in walk:
         point, x = Point(layer, "input"), np.asarray(values["input"])
         reading = readers(model, *point).astype(np.float64)
@@ -107,12 +107,6 @@ def _fitted(x: np.ndarray, metric: np.ndarray, start: np.ndarray, name: str, con
     method = rs.Anneal(steps=config.steps, angle=0.1, batch_size=2 * x.shape[1])
     first, key = {"in": jnp.asarray(start)}, jax.random.key(config.seed)
     return np.asarray(rs.minimize(objective, first, method=method, key=key).completed().bases["in"])
-
-
-def _few(tokens: np.ndarray, count: int) -> np.ndarray:
-    """Evenly spaced sequences of about so many tokens."""
-    wanted = min(len(tokens), max(2, count // tokens.shape[1]))
-    return tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
 
 
 def report(rows: list[dict[str, Any]], config: Config) -> str:

@@ -8,13 +8,13 @@
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from rotsparse.report.ordering import diagonal_order
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import rotsparse as rs
 from rotsparse.evaluation.ablation import EdgeAblation
 from rotsparse.examples import digits
-from rotsparse.report.ordering import diagonal_order
 
 network = digits.train()
 first, second, third = network.layers

@@ -15,22 +15,32 @@ from rotsparse.models.model import Model
 from rotsparse.report import sparsity
 from rotsparse.runs import folders, inputs, layer_run, sparse_run
 from rotsparse.runs.phases import Phases
-from rotsparse.sparse.calibration import sequences
+from rotsparse.sparse.calibration import sequences, spread
 from rotsparse_command import options
 
 
 def run(command: "options.Sparsify", console: Console) -> int:
     """Find, measure, and write it down."""
-    settings_of = _checked(command)
+    _check(command)
     model = models.load_model(command.model)
-    settings = settings_of(layer_numbers(command.layers, model.config.n_layers))
+    settings = sparse_run.Settings(
+        sites=command.sites,
+        rotate=command.rotate,
+        layers=tuple(layer_numbers(command.layers, model.config.n_layers)),
+        keep=command.keep,
+        shares=tuple(sorted({command.keep, *command.shares}, reverse=True)),
+        methods=command.methods,
+        absorb=command.absorb,
+        steps=command.steps,
+        seed=command.seed,
+    )
     train, test = _texts(command, model)
     config = {"command": "sparsify", **plain(command), folders.INPUTS: {"model": model.fingerprint()}}
     config[folders.INPUTS] |= inputs.hashes(text=command.text, test_text=command.test_text)
     phases, out = Phases(console), command.out
     with folders.new_run(out, config=config, overwrite=command.overwrite, resume=command.resume) as folder:
-        sparse_run.calibrate(folder, model, train, _thinned(train, command.fisher_tokens), settings, phases)
-        results = sparse_run.compare(folder, model, train, _thinned(test, command.test_tokens), settings, phases)
+        sparse_run.calibrate(folder, model, train, spread(train, command.fisher_tokens), settings, phases)
+        results = sparse_run.compare(folder, model, train, spread(test, command.test_tokens), settings, phases)
         results |= sparse_run.written(folder, model, settings, results)
         config |= {"versions": folders.versions(), "again": again("sparsify", command), "train_tokens": int(train.size)}
         make_folder(folder / "figures")
@@ -46,8 +56,8 @@ def run(command: "options.Sparsify", console: Console) -> int:
     return 0
 
 
-def _checked(command: "options.Sparsify"):
-    """A function from layer numbers to the run's settings. Raises `ValueError` for options that make no sense."""
+def _check(command: "options.Sparsify") -> None:
+    """Raises `ValueError` for options that make no sense."""
     checks.seed(command.seed)
     for name in ("length", "tokens", "fisher_tokens", "test_tokens", "steps"):
         check_positive(name, getattr(command, name))
@@ -58,21 +68,6 @@ def _checked(command: "options.Sparsify"):
         if not getattr(command, name) or len(set(getattr(command, name))) < len(getattr(command, name)):
             raise ValueError(f"--{name} needs at least one, each of them once")
 
-    def settings(layers: list[int]) -> sparse_run.Settings:
-        return sparse_run.Settings(
-            sites=command.sites,
-            rotate=command.rotate,
-            layers=tuple(layers),
-            keep=command.keep,
-            shares=tuple(sorted({command.keep, *command.shares}, reverse=True)),
-            methods=command.methods,
-            absorb=command.absorb,
-            steps=command.steps,
-            seed=command.seed,
-        )
-
-    return settings
-
 
 def _texts(command: "options.Sparsify", model: Model) -> tuple[np.ndarray, np.ndarray]:
     """The sequences to find the bases on, and those to measure on."""
@@ -82,7 +77,7 @@ def _texts(command: "options.Sparsify", model: Model) -> tuple[np.ndarray, np.nd
         train, test = train[:border], train[border:]
     else:
         test = sequences(model, _source(command, command.test_text, model), command.length)
-    return _thinned(train, command.tokens), test
+    return spread(train, command.tokens), test
 
 
 def _source(command: "options.Sparsify", path: Path, model: Model) -> models.TextFile | models.TokenFile:
@@ -91,12 +86,6 @@ def _source(command: "options.Sparsify", path: Path, model: Model) -> models.Tex
     if command.tokenizer is None and not (command.model.is_dir() or command.model.suffix == ".gguf"):
         raise ValueError(f"{command.model} comes without a tokenizer: name its file with --tokenizer")
     return models.TextFile(path, models.load_tokenizer(command.tokenizer or command.model, model))
-
-
-def _thinned(tokens: np.ndarray, most: int | None) -> np.ndarray:
-    """Evenly spaced sequences, about so many tokens."""
-    count = len(tokens) if most is None else min(len(tokens), max(2, most // tokens.shape[1]))
-    return tokens[np.linspace(0, len(tokens) - 1, count).round().astype(int)]
 
 
 def _show(results, console: Console) -> None:

@@ -31,6 +31,12 @@ READ = {"attention": ("q", "k", "v"), "heads": ("o",), "input": ("gate", "up", "
 """The sites that enter linear maps, and the maps that read each (those of them that the architecture has)."""
 
 
+def read_by(block: Params, site: str) -> tuple[Params, list[str]]:
+    """The part of a layer in which the matrices are that read a site, and their names."""
+    part = block["attn" if site in ("attention", "heads") else "mlp"]
+    return part, [name for name in READ[site] if f"w_{name}" in part]
+
+
 class Point(NamedTuple):
     """A place in the network: a site of one layer."""
 

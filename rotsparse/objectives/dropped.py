@@ -14,7 +14,7 @@ from rotsparse._core.types import AnyArray, Data, Vectors
 from rotsparse.data.examples import Examples
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.objectives.base import Objective, chunk_bytes
-from rotsparse.objectives.measures import outside_largest
+from rotsparse.objectives.measures import TopK, outside_largest
 
 
 class DroppedError(Objective):
@@ -52,8 +52,7 @@ class DroppedError(Objective):
         space: str = "in",
         precision: str = "highest",
     ):
-        if not 0 < keep < 1:
-            raise ValueError(f"keep is a share of the coordinates: expected a number between 0 and 1, got {keep}")
+        TopK(keep)  # refuses what is no share
         kept, source = in_memory(x)
         self.data = Examples(checks.activations("x", kept, jnp.shape(kept)[-1] if jnp.ndim(kept) else 0), source)
         d = self.data.x.shape[1]
@@ -119,8 +118,7 @@ class DroppedError(Objective):
         square = jnp.square(z)
         if self.weighted:
             square = square * jnp.diagonal(metric)
-        count = max(1, round(self.keep * z.shape[1]))
-        return jnp.where(outside_largest(square, count), z, 0)
+        return jnp.where(outside_largest(square, TopK(self.keep).count(z.shape[1])), z, 0)
 
     def _mean(self, function) -> Any:
         with products(self.precision):

@@ -65,7 +65,8 @@ def render(
     embedded = {name: _figure(figures[name], caption) for name, caption in {**own, **captions}.items()}
     config = dict(config)
     versions, again = config.pop("versions", {}), config.pop("again", None)
-    return Template(files("rotsparse.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+    return filled(
+        "page.html",
         title=escape(title(config)),
         again="" if again is None else f"<pre><code>{escape(again)}</code></pre>",
         finding=escape(finding),
@@ -83,11 +84,11 @@ def render(
         sorted=embedded["sorted"],
         curves=embedded["curves"],
         metrics=embedded["metrics"],
-        fit=_rows(_fit_facts(solution, floor, function_error)),
+        fit=fact_rows(_fit_facts(solution, floor, function_error)),
         history=embedded["history"],
         agreement=_agreement(solution, agreement),
-        config=_rows(config.items()),
-        versions=_rows(versions.items()),
+        config=fact_rows(config.items()),
+        versions=fact_rows(versions.items()),
     )
 
 
@@ -261,7 +262,7 @@ def _agreement(solution: Solution, agreement: Mapping[str, Agreement]) -> str:
         rows.append((side, f"{again}; mean |cos| {mean:.2f} (chance {chance:.2f}). {of.sentence()}"))
         tables.append(_blocks(side, of))
     return (
-        f'<h2>Do the restarts agree?</h2><table class="facts">{_rows(rows)}</table>'
+        f'<h2>Do the restarts agree?</h2><table class="facts">{fact_rows(rows)}</table>'
         f'<p class="note">{len(solution.candidates)} restarts from different starts. A direction is found again where '
         f"every other restart has one at |cos| &gt; {SAME}. Directions that are not found again are one choice among "
         "many: the data do not determine them, however sparse the result. Their influence is the share of the mean "
@@ -296,7 +297,14 @@ def _blocks(side: str, of: Agreement) -> str:
     )
 
 
-def _rows(facts: Iterable[tuple[str, Any]]) -> str:
+def filled(template: str, **parts: str) -> str:
+    """A page: one of this package's templates with its parts and the style of all reports."""
+    style, page = (files("rotsparse.report").joinpath(n).read_text(encoding="utf-8") for n in ("style.css", template))
+    return Template(page).substitute(style=style, **parts)
+
+
+def fact_rows(facts: Iterable[tuple[str, Any]]) -> str:
+    """Rows of a table of names and values."""
     return "".join(f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(_text(v))}</td></tr>' for k, v in facts)
 
 

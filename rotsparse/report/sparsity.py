@@ -3,15 +3,15 @@
 import base64
 import math
 from collections.abc import Mapping
-from importlib.resources import files
-from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from rotsparse._core.printable import html as escape
 from rotsparse._core.printable import markdown
+from rotsparse.report import plot
 from rotsparse.report.figures import GREY, LEARNED, PALETTE, png
+from rotsparse.report.page import fact_rows, filled
 
 NAMES = {
     "none": "no rotation (TEAL)",
@@ -75,12 +75,11 @@ def _rise(results) -> Figure:
                 ax.errorbar(x, y, error, color=colours[method], lw=width, marker="o", ms=3, label=NAMES[method])
         ax.set_yscale("log")
         ax.set_title(CHOICES[choice], fontsize=9, loc="left")
-        ax.set_xlabel("share of the weights that is not read", fontsize=8)
+        ax.set_xlabel("share of the weights that is not read")
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        ax.tick_params(labelsize=8)
-        ax.grid(True, color="#eeeeee")
-        ax.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("divergence, nats a token", fontsize=8)
+    panels[0].set_ylabel("divergence, nats a token")
+    for ax in panels:
+        plot.tidy(ax, plot.LIGHT)
     panels[0].legend(fontsize=7, frameon=False)
     return drawn
 
@@ -95,12 +94,10 @@ def _budgets(results) -> Figure:
         if at:
             ax.plot(*zip(*at, strict=True), "o-", ms=3, color=colour, label=f"{site} ({label})")
     ax.set_ylim(0, 1.02)
-    ax.set_xlabel("layer", fontsize=8)
-    ax.set_ylabel("share of coordinates that stay", fontsize=8)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("share of coordinates that stay")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    ax.tick_params(labelsize=8)
-    ax.grid(True, color="#eeeeee")
-    ax.spines[["top", "right"]].set_visible(False)
+    plot.tidy(ax, plot.LIGHT)
     ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return drawn
 
@@ -120,8 +117,8 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], drawn: Mapping[s
         for name, of in drawn.items()
     }
     told = {name: value for name, value in config.items() if name not in ("versions", "again", "inputs")}
-    facts = "".join(f"<tr><th>{escape(str(n))}</th><td>{escape(str(v))}</td></tr>" for n, v in told.items())
-    return Template(files("rotsparse.report").joinpath("sparsity.html").read_text(encoding="utf-8")).substitute(
+    return filled(
+        "sparsity.html",
         title=escape(title(results)),
         finding=escape(finding(results)),
         rise=pictures["rise"],
@@ -129,7 +126,7 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], drawn: Mapping[s
         head="".join(f"<th>{escape(cell)}</th>" for cell in head),
         rows="".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body),
         again=escape(str(config.get("again", ""))),
-        facts=facts,
+        facts=fact_rows(told.items()),
     )
 
 

@@ -23,14 +23,14 @@ from rotsparse.models.transformer import Point
 from rotsparse.runs.folders import CHECKPOINTS
 from rotsparse.runs.phases import Phases, Shown
 from rotsparse.sparse import plans
-from rotsparse.sparse.bases import BASELINES, LEARNED, Basis, baseline, damped, learned, readers, scores
-from rotsparse.sparse.budget import MEASURED, allotted, thresholds
+from rotsparse.sparse.bases import LEARNED, Basis, baseline, learned, readers, weighed
+from rotsparse.sparse.budget import allotted, importance, thresholds
 from rotsparse.sparse.calibration import activations, fisher_information
 from rotsparse.sparse.file import FILE, write_sparse_inputs
 from rotsparse.sparse.perplexity import costs
 from rotsparse.sparse.plans import Measured
 
-# Thresholds are taken from at most so many tokens, and budgets from so many.
+# Thresholds are taken from about so many tokens, and budgets from so many.
 THRESHOLDED, BUDGETED = 8192, 512
 
 
@@ -40,15 +40,15 @@ class Settings:
     `shares`: those at which all are compared. `rotate`: the sites that get a rotation. `absorb`: whether dropped
     coordinates take their mean, which becomes a bias, instead of zero."""
 
-    sites: tuple[str, ...] = ("attention", "heads", "input", "hidden")
-    rotate: tuple[str, ...] = ("attention", "heads", "input")
-    layers: tuple[int, ...] = ()
-    keep: float = 0.5
-    shares: tuple[float, ...] = (0.75, 0.6, 0.5, 0.4)
-    methods: tuple[str, ...] = (*BASELINES, LEARNED)
-    absorb: bool = False
-    steps: int = 400
-    seed: int = 0
+    sites: tuple[str, ...]
+    rotate: tuple[str, ...]
+    layers: tuple[int, ...]
+    keep: float
+    shares: tuple[float, ...]
+    methods: tuple[str, ...]
+    absorb: bool
+    steps: int
+    seed: int
 
 
 def calibrate(
@@ -84,8 +84,7 @@ def _fisher(folder: Path, model: Model, tokens, settings: Settings, key: PRNGKey
         return
     points = [Point(layer, site) for layer in settings.layers for site in settings.sites]
     with phases.phase("Fisher information") as at:
-        progress = partial(_told, at, len(tokens))
-        found = fisher_information(model, tokens, points, key=jax.random.fold_in(key, 0), progress=progress)
+        found = fisher_information(model, tokens, points, key=jax.random.fold_in(key, 0), progress=partial(_told, at))
     make_folder(folder / CHECKPOINTS)
     for layer in settings.layers:
         make_folder(_fisher_file(folder, layer).parent)
@@ -107,21 +106,18 @@ def of_one_site(
     for start in range(0, len(x), 2**14):
         part = np.asarray(x[start : start + 2**14])
         moment += part.T @ part
-    reading, rotate = readers(model, *point), site in settings.rotate
     heads = (model.config.n_heads, model.config.n_kv_heads) if site == "heads" else None
+    reading, rotate = readers(model, *point), site in settings.rotate
+    known = partial(baseline, moment=moment / len(x), reading=reading, heads=heads, rotate=rotate)
     few = np.asarray(x[:: max(1, len(x) // THRESHOLDED)])
     found = {}
     for method in settings.methods:
         if method != LEARNED:
-            basis = baseline(method, moment / len(x), reading, heads=heads, rotate=rotate)
+            basis = known(method)
+        elif (start := known("pca").rotation) is None or heads is not None:
+            basis = weighed(start, fisher)
         else:
-            start = baseline("pca", moment / len(x), reading, heads=heads, rotate=rotate).rotation
-            if start is None or heads is not None:
-                metric = damped(fisher)
-                turned = metric if start is None else start @ metric @ start.T
-                basis = Basis(start, scores(np.eye(d, dtype=np.float32), turned))
-            else:
-                basis = learned(np.asarray(x), fisher, start, keep=settings.keep, key=key, steps=settings.steps)
+            basis = learned(np.asarray(x), fisher, start, keep=settings.keep, key=key, steps=settings.steps)
         found[method] = measured(few, basis, absorb=settings.absorb, keep=settings.keep)
     return found
 
@@ -132,7 +128,7 @@ def measured(x: Float[np.ndarray, "n d"], basis: Basis, *, absorb: bool, keep: f
     z = x if rotation is None else x @ rotation.T
     shift = None
     if absorb:
-        magnitude = np.abs(z) if weight is None else np.abs(z) * weight
+        magnitude = importance(z, weight)
         dropped = magnitude <= np.quantile(magnitude, 1 - keep)
         shift = (np.where(dropped, z, 0).sum(axis=0) / np.maximum(dropped.sum(axis=0), 1)).astype(np.float32)
         z = z - shift
@@ -150,13 +146,12 @@ def compare(
     """What each basis costs on the held-out text `test`, by each choice and at each share, in nats a token, with
     standard errors over sequences; and the share that each site keeps. Budgets are measured on some of `tokens`."""
     rows, trials = [], []
+    points = [Point(layer, site) for layer in settings.layers for site in settings.sites]
+    weights, few = {point: readers(model, *point).size for point in points}, tokens[:: max(1, tokens.size // BUDGETED)]
     for method in settings.methods:
         sites = sites_of(folder, settings.layers, method)
-        weights = plans.weights_read(model, sites)
         with phases.phase(f"{method}: what each site costs") as at:
-            few = tokens[:: max(1, tokens.size // BUDGETED)]
-            progress = partial(_told, at, len(sites) * len(MEASURED) * -(-len(few) // 2))
-            curves = plans.measured_curves(model, few, sites, progress=progress)
+            curves = plans.measured_curves(model, few, sites, progress=partial(_told, at))
         for choice in plans.CHOICES:
             for keep in settings.shares:
                 kept = allotted(curves, weights, keep) if choice == plans.BUDGETS else dict.fromkeys(sites, keep)
@@ -164,15 +159,15 @@ def compare(
                 shares = {str(point): share for point, share in kept.items()}
                 rows.append({"method": method, "choice": choice, "keep": keep, "kept": shares})
     with phases.phase("what each basis costs") as at:
-        found = costs(model, test, trials, progress=partial(_told, at, len(trials) * -(-len(test) // 2)))
+        found = costs(model, test, trials, progress=partial(_told, at))
     for row, rise, divergence in zip(rows, found.rise, found.divergence, strict=True):
         for name, of in (("rise", rise), ("divergence", divergence)):
             row[name], row[f"{name}_error"] = float(of.mean()), float(of.std(ddof=1) / len(of) ** 0.5)
     return {"whole": float(found.whole.mean()), "tokens": int(test.size), "rows": rows}
 
 
-def _told(at: Shown, of: int, done: int) -> None:
-    at(f"{done / of:.0%}")
+def _told(at: Shown, share: float) -> None:
+    at(f"{share:.0%}")
 
 
 def written(folder: Path, model: Model, settings: Settings, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from scipy.linalg import block_diag, hadamard
 from rotsparse._core.types import AnyArray
 from rotsparse.fit.minimize import minimize
 from rotsparse.models.model import Model
-from rotsparse.models.transformer import READ
+from rotsparse.models.transformer import read_by
 from rotsparse.objectives.dropped import DroppedError
 from rotsparse.solvers.anneal import Anneal
 
@@ -44,9 +44,8 @@ class Basis(NamedTuple):
 
 def readers(model: Model, layer: int, site: str) -> Float[np.ndarray, "out d"]:
     """All matrices that read a site, one below the other."""
-    block = model.params["layers"][layer]
-    part = block["attn" if site in ("attention", "heads") else "mlp"]
-    return np.concatenate([part[f"w_{name}"] for name in READ[site] if f"w_{name}" in part])
+    part, names = read_by(model.params["layers"][layer], site)
+    return np.concatenate([part[f"w_{name}"] for name in names])
 
 
 def baseline(
@@ -100,8 +99,13 @@ def learned(
     method = Anneal(steps=steps, angle=0.1, batch_size=2 * x.shape[1])
     first = {"in": jnp.asarray(start)}
     solution = minimize(objective, first, method=method, key=key, validation=validation).completed()
-    rotation = np.asarray(solution.bases["in"])
-    return Basis(rotation, scores(rotation, metric))
+    return weighed(np.asarray(solution.bases["in"]), fisher)
+
+
+def weighed(rotation: Float[np.ndarray, "d d"] | None, fisher: Float[AnyArray, "d d"]) -> Basis:
+    """A rotation in which coordinates are chosen by `|z_i| √(r_iᵀ F r_i)`."""
+    metric = damped(fisher)
+    return Basis(rotation, scores(np.eye(len(metric)) if rotation is None else rotation, metric))
 
 
 def scores(rotation: Float[AnyArray, "d d"], metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d"]:

@@ -17,18 +17,21 @@ from rotsparse._core.types import AnyArray
 
 Site = TypeVar("Site", bound=Hashable)
 
-# The shares at which curves are measured.
+# The shares that a site may keep.
 SHARES = np.round(np.arange(0.05, 1.001, 0.01), 2)
-
 
 # Those at which the divergence is measured; in between its logarithm is interpolated.
 MEASURED = (0.35, 0.65)
 
 
+def importance(z: Float[AnyArray, "n d"], scores: Float[AnyArray, "d"] | None = None) -> Float[np.ndarray, "n d"]:
+    """`s |z|`, by which coordinates stay."""
+    return np.abs(z) if scores is None else np.abs(z) * np.asarray(scores)
+
+
 def thresholds(z: Float[AnyArray, "n d"], scores: Float[AnyArray, "d"] | None = None) -> Float[np.ndarray, "shares"]:
     """The threshold of `s |z|` above which each of `SHARES` of all coordinates lies."""
-    weight = np.abs(z) if scores is None else np.abs(z) * np.asarray(scores)
-    found = np.quantile(weight, 1 - SHARES)
+    found = np.quantile(importance(z, scores), 1 - SHARES)
     found[-1] = -1.0  # all of them stay, zeros too
     return found
 

@@ -27,7 +27,7 @@ def sequences(model: Model, source: TextFile | TokenFile, length: int) -> Tokens
     if not model.config.head or not model.config.causal:
         raise ValueError(
             f"a {model.config.architecture} model predicts no next token, so its perplexity cannot be measured: "
-            "capture its activations and use find_basis (rs.TopK(0.5)) and rs.sparse.SparseInput instead"
+            "capture its activations and use find_basis (rs.TopK(0.5)) and rotsparse.sparse.inputs.SparseInput instead"
         )
     length = min(length, model.config.max_positions)
     inputs = TokenInputs(model, source, length, None, 1, True)
@@ -38,18 +38,24 @@ def sequences(model: Model, source: TextFile | TokenFile, length: int) -> Tokens
     return np.stack(whole).astype(np.int32)
 
 
+def spread(tokens: Tokens, count: int | None) -> Tokens:
+    """Evenly spaced sequences, about `count` tokens, at least two sequences; `None`: all."""
+    wanted = len(tokens) if count is None else min(len(tokens), max(2, count // tokens.shape[1]))
+    return tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
+
+
 def fisher_information(
     model: Model,
     tokens: Tokens,
     points: Sequence[tuple[int, str]],
     *,
     key: PRNGKeyArray,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[Point, Float[np.ndarray, "d d"]]:
     """`E[g gᵀ]` at each point, g the gradient of the model's cross-entropy with respect to the values there, `[d]`, for
     next tokens that the model itself draws: an error ε of the values at a token raises the Kullback-Leibler divergence
     of all predictions behind it by `½ εᵀ E[g gᵀ] ε` to second order (errors at different tokens taken as
-    independent)."""
+    independent). `progress` is told the share that is done."""
     totals: dict[Point, np.ndarray] = {}
     for i, sequence in enumerate(tokens):
         grams = _gradient_grams(
@@ -62,7 +68,7 @@ def fisher_information(
         for point, gram in zip(points, grams, strict=True):
             at = Point(*point)
             totals[at] = np.asarray(gram) if at not in totals else totals[at] + gram
-        progress(i + 1)
+        progress((i + 1) / len(tokens))
     return {point: total / tokens.size for point, total in totals.items()}
 
 

@@ -21,7 +21,8 @@ from jaxtyping import Float, Integer
 
 from rotsparse.models.llama2c import as_huggingface
 from rotsparse.models.model import Model, named
-from rotsparse.sparse.decode_weights import READERS, padded, site_arrays, stored, weight_type
+from rotsparse.models.transformer import READ
+from rotsparse.sparse.decode_weights import padded, site_arrays, stored, weight_type
 from rotsparse.sparse.file import SparseInputs
 from rotsparse.sparse.fold import fold_heads
 
@@ -78,7 +79,7 @@ class Decoder:
             attention_scale=c.attention_scale,
         )
         self._constants = decode_step.Constants(**self._constant_arrays(model, weights))
-        self._matrices = [decode_step.Matrix(**site_arrays(model, s, rest, weights, rotations)) for s in READERS]
+        self._matrices = [decode_step.Matrix(**site_arrays(model, s, rest, weights, rotations)) for s in READ]
         self._state = decode_step.State(**self._arrays())
         self._others = ThreadPoolExecutor(max(self.threads - 1, 1))
 
@@ -131,7 +132,7 @@ class Decoder:
         if not self.position:
             raise ValueError("nothing was read yet: take a step first")
         c, read = self.config, self._state.read / self.position
-        sites = zip(READERS, read, self._matrices, strict=True)
+        sites = zip(READ, read, self._matrices, strict=True)
         return {
             **{site: float(n) * m.biases.shape[1] * m.weights.itemsize for site, n, m in sites},
             "rotations": float(sum(m.rotations.nbytes for m in self._matrices)),
@@ -179,7 +180,7 @@ class Decoder:
             "keys_of": np.zeros((n, widest), np.uint32),
             "rows": np.zeros((n, widest + 1), np.int64),
             "factors": floats(n, widest + 1),
-            "out": floats(len(READERS), n, products),
+            "out": floats(len(READ), n, products),
             "query": floats(n, products),
             "weights": floats(n, self.length),
             "heads": floats(widest),
@@ -188,7 +189,7 @@ class Decoder:
             "values": floats(c.n_layers, c.n_kv_heads, self.length, c.d_head),
             "logits": floats(c.vocab_size),
             "counter": np.zeros(8, np.int64),
-            "read": np.zeros(len(READERS), np.int64),
+            "read": np.zeros(len(READ), np.int64),
         }
 
 

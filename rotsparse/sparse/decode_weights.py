@@ -7,18 +7,12 @@ import numpy as np
 from jaxtyping import Float
 
 from rotsparse.models.model import Model
+from rotsparse.models.transformer import read_by
 from rotsparse.sparse.file import SparseInputs
 from rotsparse.sparse.inputs import SparseInput
 
 PAD = 64
 """Rows are padded to a multiple of so many numbers: whole cache lines of every type."""
-READERS = {
-    "attention": ("attn", "qkv"),
-    "heads": ("attn", "o"),
-    "input": ("mlp", ("gate", "up")),
-    "hidden": ("mlp", ("down",)),
-}
-"""For each site the part of a layer and the matrices that read it, which are stored as one."""
 TYPES = {np.dtype(np.float32): np.float32, np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.int8): np.int8}
 """The types of stored weights, and what the kernels take for them."""
 
@@ -52,8 +46,8 @@ def site_arrays(
 ) -> dict[str, np.ndarray]:
     """The fields of `decode_step.Matrix` of one site. Of a sparse input `W x̂ = W Rᵀ k(R x - c) + W Rᵀ c`: what is
     stored is `R Wᵀ`, whose rows are read, and the last term is a bias."""
-    part, letters = READERS[site]
-    parts = [layer[part] for layer in model.params["layers"]]
+    parts = [read_by(block, site)[0] for block in model.params["layers"]]
+    _, letters = read_by(model.params["layers"][0], site)
     n_in, n_out = parts[0][f"w_{letters[0]}"].shape[1], sum(len(parts[0][f"w_{letter}"]) for letter in letters)
     count, wide = len(parts), padded(n_in)
     sparse = [inputs.get((layer, site)) for layer in range(count)]

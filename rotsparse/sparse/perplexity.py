@@ -38,14 +38,13 @@ def costs(
     trials: Sequence[Trial],
     *,
     batch: int = 2,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Costs:
     """What each trial costs: in it, what enters the linear maps at some points has coordinates dropped, at every token.
 
-    Layers in front of a trial's first point run only once. `progress` is told the number of trials done, of
-    `len(trials)` for each batch.
+    Layers in front of a trial's first point run only once for a batch. `progress` is told the share that is done.
     """
-    found, done = [], 0
+    found: list[Costs] = []
     changes = [_by_layer(trial) for trial in trials]
     for start in range(0, len(tokens), batch):
         rows = tokens[start : start + batch]
@@ -54,14 +53,13 @@ def costs(
             dense.append(through(model, layer, dense[-1])[0])
         whole = _log_probabilities(_head(model), dense[-1], model.config)
         of_trials = []
-        for change in changes:
+        for number, change in enumerate(changes):
             first = min(change, default=model.config.n_layers)
             x = dense[first]
             for layer in range(first, model.config.n_layers):
                 x, _ = through(model, layer, x, change=change.get(layer))
             of_trials.append(_compared(whole, _log_probabilities(_head(model), x, model.config), rows))
-            done += 1
-            progress(done)
+            progress((start + len(rows) * (number + 1) / len(changes)) / len(tokens))
         nothing = np.zeros((0, len(rows)))
         parts = [np.asarray(part) for part in zip(*of_trials, strict=True)] if of_trials else [nothing, nothing]
         found.append(Costs(np.asarray(_cross_entropy(whole, rows)), *parts))

@@ -8,17 +8,14 @@ from jaxtyping import Float, Int
 
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import Point
-from rotsparse.sparse.bases import Basis, readers
+from rotsparse.sparse.bases import Basis
 from rotsparse.sparse.budget import MEASURED, SHARES, curve
 from rotsparse.sparse.inputs import SparseInput
 from rotsparse.sparse.perplexity import costs
 
-LARGEST, THRESHOLDS, BUDGETS = "largest", "thresholds", "budgets"
-CHOICES = {
-    LARGEST: "every site keeps the same share of each token's coordinates",
-    THRESHOLDS: "every site keeps the same share of all coordinates, those above one threshold",
-    BUDGETS: "every site has a share of its own, chosen by what its coordinates cost, and a threshold for it",
-}
+# Every site keeps the same share of each token's coordinates; or of all coordinates, those above one threshold; or a
+# share of its own, chosen by what its coordinates cost, and those above the threshold for it.
+CHOICES = LARGEST, THRESHOLDS, BUDGETS = "largest", "thresholds", "budgets"
 
 
 class Measured(NamedTuple):
@@ -29,11 +26,6 @@ class Measured(NamedTuple):
     shift: Float[np.ndarray, "d"] | None
     thresholds: Float[np.ndarray, "shares"]
     width: int
-
-
-def weights_read(model: Model, points: Mapping[Point, object]) -> dict[Point, int]:
-    """The number of weights that each site's coordinates are multiplied with."""
-    return {point: readers(model, *point).size for point in points}
 
 
 def measured_curves(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_opened import QUICK
+from test_opened import QUICK, commands
 
 import rotsparse as rs
 from rotsparse import models
@@ -24,19 +24,9 @@ from tiny_models import tiny_llama2c
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run of a layer, and one of a model's two layers."""
-    from rotsparse_command import command_line
-
     folder = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-
-        def command(*words):
-            patch.setattr("sys.argv", ["rotsparse", *map(str, words)])
-            with pytest.raises(SystemExit) as end:
-                command_line()
-            assert end.value.code == 0
-
+    with commands(folder) as command:
         w_in, w_out = (rng.standard_normal(s).astype(np.float32) for s in ((10, 6), (6, 10)))
         save_layer(folder / "layer.safetensors", rs.MLP(w_in, None, w_out))
         np.save("x.npy", rng.laplace(size=(200, 6)).astype(np.float32))

@@ -1,5 +1,6 @@
 """Finished runs, opened again."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -16,13 +17,11 @@ from tiny_models import tiny_llama2c
 QUICK = ("--solver", "annealing", "--steps", 5, "--control", "none")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A run of a layer, and one of a model's two layers, with what they were made from."""
+@contextlib.contextmanager
+def commands(folder):
+    """A function that gives a command in a folder, and asserts that it succeeds."""
     from rotsparse_command import command_line
 
-    folder = tmp_path_factory.mktemp("made")
-    rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
 
@@ -32,6 +31,15 @@ def made(tmp_path_factory):
                 command_line()
             assert end.value.code == 0
 
+        yield command
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of a layer, and one of a model's two layers, with what they were made from."""
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    with commands(folder) as command:
         w_in, w_out = (rng.standard_normal(s).astype(np.float32) for s in ((10, 6), (5, 10)))
         save_layer(folder / "layer.safetensors", rs.MLP(w_in, None, w_out))
         np.save("x.npy", rng.laplace(size=(200, 6)).astype(np.float32))

@@ -9,8 +9,9 @@ from rotsparse import models
 from rotsparse._core.digests import digest
 from rotsparse.models.fold import outputs
 from rotsparse.models.load import load_model
+from rotsparse.models.transformer import READ
 from rotsparse.sparse.decode import Decoder, undecodable
-from rotsparse.sparse.decode_weights import READERS, stored
+from rotsparse.sparse.decode_weights import stored
 from rotsparse.sparse.export import sparse_outputs
 from rotsparse.sparse.inputs import SparseInput
 from sparse_models import orthogonal, sparse_inputs
@@ -69,7 +70,7 @@ def test_few_and_all_coordinates(count):
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 1e9])
 def test_low_and_high_thresholds(threshold):
     model = tiny("llama")
-    inputs = {(layer, site): SparseInput(threshold=threshold) for layer in range(2) for site in READERS}
+    inputs = {(layer, site): SparseInput(threshold=threshold) for layer in range(2) for site in READ}
     close(decoded(model, inputs), sparse_outputs(model, inputs, TOKENS[None])[0])
 
 
@@ -78,7 +79,7 @@ def test_a_rotated_stream():
     model = tiny("llama")
     r = orthogonal(16, np.random.default_rng(0))
     folded = models.fold_stream(model, r, TOKENS[None]).model
-    inputs = {(layer, site): SparseInput(count=9) for layer in range(2) for site in READERS}
+    inputs = {(layer, site): SparseInput(count=9) for layer in range(2) for site in READ}
     close(decoded(folded, inputs), sparse_outputs(folded, inputs, TOKENS[None])[0], share=0.75)
     close(decoded(folded), outputs(model, TOKENS[None])[0])
 
