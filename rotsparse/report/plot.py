@@ -218,7 +218,7 @@ def tidy(ax: Axes, theme: Theme, grid: str = "both") -> None:
     ax.spines[["left", "bottom"]].set_color(theme.soft)
     ax.grid(axis=grid, color=theme.grid, lw=0.6)  # pyright: ignore[reportArgumentType]
     ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8, labelcolor=theme.ink, color=theme.soft)
+    ax.tick_params(which="both", labelsize=8, labelcolor=theme.ink, color=theme.soft)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set(fontsize=8, color=theme.ink)
 

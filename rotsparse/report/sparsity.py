@@ -124,7 +124,10 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], drawn: Mapping[s
         rise=pictures["rise"],
         budgets=pictures["budgets"],
         head="".join(f"<th>{escape(cell)}</th>" for cell in head),
-        rows="".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body),
+        rows="".join(
+            f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+            for row in body
+        ),
         again=escape(str(config.get("again", ""))),
         facts=fact_rows(told.items()),
     )
