@@ -1,5 +1,8 @@
 """`SparseInput` as a module of PyTorch."""
 
+# Where PyTorch is not installed, the type checker takes this very package for it.
+# pyright: reportAttributeAccessIssue=false
+
 import numpy as np
 import torch
 
