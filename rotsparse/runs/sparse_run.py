@@ -2,10 +2,10 @@
 
 Layer by layer: the site's activations on the text, every basis, and what dropping coordinates costs in each. What is
 found of a layer is saved at once, so an interrupted run goes on with the next one. At the end the cross-entropy of a
-held-out text is measured for every basis, by the same code.
+held-out text is measured for every basis, by the same code, and saved a few sequences at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,14 @@ from rotsparse.sparse.bases import LEARNED, Basis, baseline, learned, readers, w
 from rotsparse.sparse.budget import allotted, importance, thresholds
 from rotsparse.sparse.calibration import activations, fisher_information
 from rotsparse.sparse.file import FILE, write_sparse_inputs
-from rotsparse.sparse.perplexity import costs
+from rotsparse.sparse.perplexity import Costs, Trial, costs
 from rotsparse.sparse.plans import Measured
 
 # Thresholds are taken from about so many tokens, and budgets from so many.
 THRESHOLDED, BUDGETED = 8192, 512
+
+# Sequences of the held-out text that are measured together.
+TOGETHER = 2
 
 
 @dataclass(frozen=True)
@@ -151,19 +154,47 @@ def compare(
     for method in settings.methods:
         sites = sites_of(folder, settings.layers, method)
         with phases.phase(f"{method}: what each site costs") as at:
-            curves = plans.measured_curves(model, few, sites, progress=partial(_told, at))
+            of_sites = partial(_curves, model, few, sites, progress=partial(_told, at))
+            saved = _once(_compared_file(folder, method), of_sites)
+        curves = {point: saved[str(point)] for point in points}
         for choice in plans.CHOICES:
             for keep in settings.shares:
                 kept = allotted(curves, weights, keep) if choice == plans.BUDGETS else dict.fromkeys(sites, keep)
                 trials.append(plans.sparse_inputs(sites, kept, choice))
                 shares = {str(point): share for point, share in kept.items()}
                 rows.append({"method": method, "choice": choice, "keep": keep, "kept": shares})
+    parts = []
     with phases.phase("what each basis costs") as at:
-        found = costs(model, test, trials, progress=partial(_told, at))
-    for row, rise, divergence in zip(rows, found.rise, found.divergence, strict=True):
+        for start in range(0, len(test), TOGETHER):
+            sequences = test[start : start + TOGETHER]
+            done = partial(_done, at, start / len(test), len(sequences) / len(test))
+            of_sequences = partial(_costs, model, sequences, trials, progress=done)
+            parts.append(_once(_compared_file(folder, f"sequences-{start}"), of_sequences))
+    whole, rises, divergences = (np.concatenate([part[name] for part in parts], axis=-1) for name in Costs._fields)
+    for row, rise, divergence in zip(rows, rises, divergences, strict=True):
         for name, of in (("rise", rise), ("divergence", divergence)):
             row[name], row[f"{name}_error"] = float(of.mean()), float(of.std(ddof=1) / len(of) ** 0.5)
-    return {"whole": float(found.whole.mean()), "tokens": int(test.size), "rows": rows}
+    return {"whole": float(whole.mean()), "tokens": int(test.size), "rows": rows}
+
+
+def _curves(model: Model, tokens, sites: Mapping[Point, Measured], **progress) -> dict[str, np.ndarray]:
+    return {str(point): curve for point, curve in plans.measured_curves(model, tokens, sites, **progress).items()}
+
+
+def _costs(model: Model, tokens, trials: Sequence[Trial], **progress) -> dict[str, np.ndarray]:
+    return costs(model, tokens, trials, batch=TOGETHER, **progress)._asdict()
+
+
+def _once(path: Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in a file of the run; if it is not there yet, those that `make` gives, which are saved in it."""
+    if not path.exists():
+        make_folder(path.parent)
+        write_atomically(path, safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in make().items()}))
+    return load_arrays(path)
+
+
+def _done(at: Shown, before: float, part: float, share: float) -> None:
+    _told(at, before + part * share)
 
 
 def _told(at: Shown, share: float) -> None:
@@ -189,6 +220,10 @@ def sites_of(folder: Path, layers: Sequence[int], method: str) -> dict[Point, Me
 
 def _file(folder: Path, layer: int) -> Path:
     return folder / CHECKPOINTS / f"step-{layer}" / "sites.safetensors"
+
+
+def _compared_file(folder: Path, name: str) -> Path:
+    return folder / CHECKPOINTS / "compared" / f"{name}.safetensors"
 
 
 def _fisher_file(folder: Path, layer: int) -> Path:

@@ -74,6 +74,29 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(rotsparse, model, tmp_pa
     assert rows[0] == rows[1]
 
 
+def test_an_interrupted_comparison_goes_on_with_the_next_sequences(rotsparse, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_run, "TOGETHER", 1)
+    rotsparse(*SPARSIFY)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    done = []
+
+    def spy(model, tokens, trials, **options):
+        done.append(tokens)
+        if len(done) == 2:
+            send(signal.SIGTERM)
+        return original(model, tokens, trials, **options)
+
+    original = sparse_run.costs
+    monkeypatch.setattr(sparse_run, "costs", spy)
+    code, said = rotsparse(*SPARSIFY)
+    assert code == 75 and "--resume" in said
+    code, said = rotsparse(*SPARSIFY, "--resume")
+    assert code == 0
+    assert len(done) > 2 and not any(np.array_equal(again, done[0]) for again in done[2:])
+    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("run", "whole")]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
