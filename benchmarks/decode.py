@@ -96,8 +96,8 @@ def of_type(name: str, model: models.Model, made: dict, tokens: np.ndarray, conf
         ours[config.inputs.name] = Decoder(model, read_sparse_inputs(config.inputs, model), **options)
     for label, (of, inputs) in made.items():
         ours[label] = Decoder(of, inputs, **options)
-        for coarser in ("bfloat16", "int8") if "own" in label and name == "float32" else ():
-            ours[f"{label}, in {coarser}"] = Decoder(of, inputs, rotation_dtype=TYPES[coarser], **options)
+        if "own" in label and name == "float32":
+            ours[f"{label}, in float32"] = Decoder(of, inputs, rotation_dtype=np.float32, **options)
     decoders: dict[str, Any] = dict(ours)
     if config.torch and name != "int8":
         decoders |= torch_decoders(model, name, config.threads)

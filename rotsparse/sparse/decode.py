@@ -34,7 +34,8 @@ class Decoder:
 
     `inputs`: by layer and site, what drops coordinates there. `dtype`: of the weights, float32, bfloat16 or int8 (with
     a scale for each row); sums are in float32. `rotation_dtype`: of rotations that are carried out at each token
-    (default: as the weights). `length`: how many tokens fit. `threads`: how many cores work (default: all).
+    (default: int8, a quarter of the reading: the matrices behind them undo their very rounding, so that the dense
+    function is the same). `length`: how many tokens fit. `threads`: how many cores work (default: all).
 
     Raises `ValueError` for a model that is not of this kind, which says why; `ImportError` without the extra `decode`.
     """
@@ -45,7 +46,7 @@ class Decoder:
         inputs: SparseInputs | None = None,
         *,
         dtype: Any = np.float32,
-        rotation_dtype: Any = None,
+        rotation_dtype: Any = np.int8,
         length: int | None = None,
         threads: int | None = None,
     ):
@@ -57,7 +58,7 @@ class Decoder:
         if (reason := undecodable(model)) is not None:
             raise ValueError(reason)
         model, rest = fold_heads(model, inputs or {})
-        weights, rotations = weight_type(dtype), weight_type(dtype if rotation_dtype is None else rotation_dtype)
+        weights, rotations = weight_type(dtype), weight_type(rotation_dtype)
         c = self.config = model.config
         self.length = min(length or c.max_positions, c.max_positions)
         self.threads = threads or os.cpu_count() or 1

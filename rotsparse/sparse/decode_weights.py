@@ -41,11 +41,17 @@ def stored(rows: Float[np.ndarray, "rows n"], dtype: np.dtype) -> tuple[np.ndarr
     return np.rint(wide / scales[:, None]).astype(np.int8).reshape(-1), scales
 
 
+def restored(flat: np.ndarray, scales: Float[np.ndarray, "rows"], n: int, dtype: np.dtype) -> np.ndarray:
+    """The matrix `[rows, n]` that `stored` rounded, in float32."""
+    return flat.view(dtype).reshape(len(scales), -1)[:, :n].astype(np.float32) * scales[:, None]
+
+
 def site_arrays(
     model: Model, site: str, inputs: SparseInputs, dtype: np.dtype, rotation_dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """The fields of `decode_step.Matrix` of one site. Of a sparse input `W x̂ = W Rᵀ k(R x - c) + W Rᵀ c`: what is
-    stored is `R Wᵀ`, whose rows are read, and the last term is a bias."""
+    """The fields of `decode_step.Matrix` of one site. Of a sparse input `W x̂ = W R⁻¹ k(R x - c) + W R⁻¹ c`: what is
+    stored is `R⁻ᵀ Wᵀ`, whose rows are read, and the last term is a bias. R is the rotation as it was rounded, so that
+    its rounding changes what is dropped, but not the function."""
     parts = [read_by(block, site)[0] for block in model.params["layers"]]
     _, letters = read_by(model.params["layers"][0], site)
     n_in, n_out = parts[0][f"w_{letters[0]}"].shape[1], sum(len(parts[0][f"w_{letter}"]) for letter in letters)
@@ -72,13 +78,16 @@ def site_arrays(
     for layer, (p, s) in enumerate(zip(parts, sparse, strict=True)):
         w = np.concatenate([np.asarray(p[f"w_{letter}"], np.float32) for letter in letters])
         _fill_bias(arrays["biases"][layer], p, letters)
-        rows = w if s is None else _fill_sparse(arrays, layer, s, w)
-        weights, arrays["scales"][layer, : len(rows)] = stored(rows, dtype)
-        arrays["weights"][begins[layer] : begins[layer + 1]] = weights
+        rows = w if s is None else w.T
         if s is not None and s.rotation is not None:
             begin = arrays["rotation_begins"][layer]
-            rotation, arrays["rotation_scales"][layer] = stored(np.asarray(s.rotation), rotation_dtype)
-            arrays["rotations"][begin : begin + n_in * wide] = rotation
+            flat, scales = stored(np.asarray(s.rotation), rotation_dtype)
+            arrays["rotations"][begin : begin + n_in * wide], arrays["rotation_scales"][layer] = flat, scales
+            rows = _behind(np.asarray(s.rotation), restored(flat, scales, n_in, rotation_dtype), rows)
+        if s is not None:
+            _fill_selection(arrays, layer, s, rows)
+        weights, arrays["scales"][layer, : len(rows)] = stored(rows, dtype)
+        arrays["weights"][begins[layer] : begins[layer + 1]] = weights
     return arrays
 
 
@@ -91,9 +100,15 @@ def _fill_bias(bias: np.ndarray, p, letters) -> None:
         at += n
 
 
-def _fill_sparse(arrays: dict[str, np.ndarray], layer: int, s: SparseInput, w: np.ndarray) -> np.ndarray:
-    """The rows `R Wᵀ` of a sparse input; its other fields go where the kernels look for them."""
-    rows = w.T if s.rotation is None else np.asarray(s.rotation, np.float32) @ w.T
+def _behind(rotation: np.ndarray, rounded: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`R⁻ᵀ Wᵀ` of the rounded rotation. Of one that was not rounded the inverse is Rᵀ."""
+    if np.array_equal(rotation, rounded):
+        return rotation @ rows
+    return np.linalg.solve(rounded.T.astype(np.float64), rows).astype(np.float32)
+
+
+def _fill_selection(arrays: dict[str, np.ndarray], layer: int, s: SparseInput, rows: np.ndarray) -> None:
+    """What says which rows are read, where the kernels look for it."""
     for field, name in (("shift", "shifts"), ("scores", "scores")):
         if (value := getattr(s, field)) is not None:
             arrays[name][layer, : len(rows)] = value
@@ -103,4 +118,3 @@ def _fill_sparse(arrays: dict[str, np.ndarray], layer: int, s: SparseInput, w: n
         arrays["threshold"][layer] = s.threshold
     if s.count is not None:
         arrays["count"][layer] = s.count
-    return rows

@@ -95,8 +95,8 @@ def _add_line(typingctx, y, j, w, rows, ahead, a):
 
 @intrinsic
 def _dot(typingctx, w, start, x, n):
-    """`Σ_j w[start+j] x[j]` for j below n, a multiple of 16."""
-    bits = w.dtype.bitwidth
+    """`Σ_j w[start+j] x[j]` for j below n, a multiple of 64: four sums, so that one need not wait for the other."""
+    bits, many = w.dtype.bitwidth, range(4)
 
     def generate(context, builder, signature, arguments):
         kinds, (w, start, x, n) = signature.args, arguments
@@ -104,17 +104,21 @@ def _dot(typingctx, w, start, x, n):
         before, loop, end = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("end")
         builder.branch(loop)
         builder.position_at_end(loop)
-        j, total = builder.phi(_I64), builder.phi(_VECTOR)
-        values = builder.load(_at(builder, x, j, _VECTOR), align=4)
-        new = _fma(builder, values, _weights(builder, w, builder.add(start, j), bits), total)
-        after = builder.add(j, _I64(_LANES))
-        for phi, first, following in ((j, _I64(0), after), (total, ir.Constant(_VECTOR, [0.0] * _LANES), new)):
+        j, totals = builder.phi(_I64), [builder.phi(_VECTOR) for _ in many]
+        sums = []
+        for u in many:
+            at = builder.add(j, _I64(u * _LANES))
+            values = builder.load(_at(builder, x, at, _VECTOR), align=4)
+            sums.append(_fma(builder, values, _weights(builder, w, builder.add(start, at), bits), totals[u]))
+        after, zero = builder.add(j, _I64(len(many) * _LANES)), ir.Constant(_VECTOR, [0.0] * _LANES)
+        for phi, first, following in ((j, _I64(0), after), *((t, zero, s) for t, s in zip(totals, sums, strict=True))):
             phi.add_incoming(first, before)
             phi.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", after, n), loop, end)
         builder.position_at_end(end)
+        total = builder.fadd(builder.fadd(sums[0], sums[1]), builder.fadd(sums[2], sums[3]))
         reduce = _external(builder, f"llvm.vector.reduce.fadd.v{_LANES}f32", _F32, [_F32, _VECTOR])
-        return builder.call(reduce, [_F32(0.0), new], fastmath=("reassoc",))
+        return builder.call(reduce, [_F32(0.0), total], fastmath=("reassoc",))
 
     return types.float32(w, start, x, n), generate
 
