@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,31 @@ def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> It
         yield f"stories260K, MLP {i}", lambda i=i: _stories(data, i)
     for i in () if quick else (0, 5):
         yield f"MiniLM, MLP {i}", lambda i=i: _minilm(data, minilm, i)
+
+
+def smollm2(data: Path, path: Path, layers: Sequence[int]) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """MLPs of SmolLM2-135M, a GGUF file at `path`; a fit of one takes minutes."""
+    for i in layers:
+        yield f"SmolLM2-135M, MLP {i}", lambda i=i: _smollm2(data, path, i)
+
+
+def _smollm2(data: Path, path: Path, i: int) -> Case:
+    from rotsparse import models
+    from rotsparse.sparse.calibration import sequences, spread
+
+    texts = [data / "text" / name for name in ("wt2_valid.txt", "wt2_test.txt")]
+    _require(path, *texts, source="make fetch-smollm2 fetches the model.")
+    model = models.load_model(path)
+    tokenizer = models.load_tokenizer(path, model)
+
+    def inputs(text: Path, tokens: int) -> np.ndarray:
+        few = spread(sequences(model, models.TextFile(text, tokenizer), 128), tokens)
+        return np.asarray(models.run(model.params, model.config, few, capture=[(i, "input")])[1][i, "input"])
+
+    train, test = (
+        inputs(text, count).reshape(-1, model.config.d_model) for text, count in zip(texts, (8192, 2048), strict=True)
+    )
+    return Case(models.mlp_layer(model, i), train, test, {})
 
 
 def _addition() -> Case:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from _networks import Case, Missing, cases
+from _networks import Case, Missing, cases, smollm2
 from _publish import publish
 from _results import Results, described
 from rich.console import Console
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 TRAINED = "trained"
 METRICS = (SHARE, WITHOUT_TOP, EDGES)
+SMOLLM2 = (0, 5, 10, 15, 20, 25, 29)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Config:
     """The folder with mnist, mlp_mnist, modular_addition, stories260k and text."""
     minilm: Path = ROOT.parent / "shared" / "data" / "minilm"
     """A Hugging Face folder of all-MiniLM-L6-v2."""
+    smollm2: Path | None = None
+    """Instead of these networks MLPs of SmolLM2-135M, a GGUF file (`make fetch-smollm2`): about 10 minutes each with
+    --steps 150 --batch 4 --examples 4000 100."""
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
     out: Path = Path("runs/benchmarks/nulls.json")
@@ -53,6 +57,8 @@ class Config:
     examples: tuple[int, int] = (3000, 500)
     """To fit on, and to test on, at most."""
     steps: int = 2000
+    batch: int = 16
+    """Examples a step."""
     scale_outputs: bool = False
     """Fit and measure with outputs in units of their standard deviation, too."""
     publish: bool = False
@@ -81,7 +87,7 @@ def run(case: Case, config: Config) -> Control | None:
     scale_inputs = options.get("scale_inputs", True)
 
     def find(layer: Layer, null: str, number: int) -> rs.Rotations:
-        key, method = jax.random.key(config.seed), rs.Anneal(steps=config.steps)
+        key, method = jax.random.key(config.seed), rs.Anneal(steps=config.steps, batch_size=config.batch)
         return rs.find_rotations(layer, train, key=key, method=method, **options).completed().rotations
 
     found = measured(
@@ -122,7 +128,10 @@ def main(config: Config) -> None:
     console, results = Console(), Results(config)
     config = dataclasses.replace(config, examples=(1000, 200), steps=600) if config.quick else config
     found: dict[str, Control] = {}
-    for name, load in cases(config.data, config.minilm, seed=config.seed, quick=config.quick):
+    networks = cases(config.data, config.minilm, seed=config.seed, quick=config.quick)
+    if config.smollm2 is not None:
+        networks = smollm2(config.data, config.smollm2, SMOLLM2)
+    for name, load in networks:
         if config.only and not name.startswith(config.only):
             continue
         try:
@@ -140,7 +149,7 @@ def main(config: Config) -> None:
         source = f"({results.form} form; {described([results.provenance])})\n"
         text = f"{table(found)}\n{source}"
         if config.publish:
-            publish(PAGE, "nulls", text)
+            publish(PAGE, "nulls" if config.smollm2 is None else "smollm2", text)
         elif results.out is not None:
             write_atomically(results.out.with_suffix(".md"), f"{MARKDOWN}{text}".encode())
 

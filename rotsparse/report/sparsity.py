@@ -42,11 +42,15 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
         for method in NAMES:
             cells = [found.get((method, choice, share)) for share in shares]
             if any(cells):
-                texts = (
-                    f"{of['rise']:.3f} ± {of['rise_error']:.3f}, {of['divergence']:.3f}" if of else "" for of in cells
-                )
+                texts = (f"{_risen(of, '.3f')}, {of['divergence']:.3f}" if of else "" for of in cells)
                 table.append([NAMES[method], CHOICES[choice], *texts])
     return table
+
+
+def _risen(row: Mapping[str, Any], form: str) -> str:
+    """The rise and its standard error, which one sequence alone does not have."""
+    error = "" if row["rise_error"] is None else f" ± {row['rise_error']:{form}}"
+    return f"{row['rise']:{form}}{error}"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -67,7 +71,7 @@ def _rise(results) -> Figure:
     colours = dict(zip(NAMES, (GREY, *PALETTE[1:], PALETTE[0]), strict=False)) | {"learned": LEARNED, "pca": PALETTE[0]}
     for ax, choice in zip(panels, CHOICES, strict=True):
         for method in NAMES:
-            at = sorted((1 - r["keep"], r["divergence"], r["divergence_error"]) for r in results["rows"]
+            at = sorted((1 - r["keep"], r["divergence"], r["divergence_error"] or 0) for r in results["rows"]
                         if (r["method"], r["choice"]) == (method, choice))  # fmt: skip
             if at:
                 x, y, error = zip(*at, strict=True)
@@ -143,7 +147,7 @@ def finding(results: Mapping[str, Any]) -> str:
     dropped, whole = 1 - results["keep"], results["whole"]
     said = (
         f"With {dropped:.0%} of the weights not read, perplexity rises from {math.exp(whole):.2f} to "
-        f"{math.exp(whole + own['rise']):.2f} ({own['rise']:.4f} ± {own['rise_error']:.4f} nats a token)"
+        f"{math.exp(whole + own['rise']):.2f} ({_risen(own, '.4f')} nats a token)"
     )
     others = [row for row in at if row["method"] != results["method"]]
     if not others:

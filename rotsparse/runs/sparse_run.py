@@ -173,7 +173,8 @@ def compare(
     whole, rises, divergences = (np.concatenate([part[name] for part in parts], axis=-1) for name in Costs._fields)
     for row, rise, divergence in zip(rows, rises, divergences, strict=True):
         for name, of in (("rise", rise), ("divergence", divergence)):
-            row[name], row[f"{name}_error"] = float(of.mean()), float(of.std(ddof=1) / len(of) ** 0.5)
+            row[name] = float(of.mean())
+            row[f"{name}_error"] = float(of.std(ddof=1) / len(of) ** 0.5) if len(of) > 1 else None
     return {"whole": float(whole.mean()), "tokens": int(test.size), "rows": rows}
 
 

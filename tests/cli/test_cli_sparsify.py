@@ -97,6 +97,15 @@ def test_an_interrupted_comparison_goes_on_with_the_next_sequences(rotsparse, mo
     assert rows[0] == rows[1]
 
 
+def test_one_held_out_sequence_has_no_standard_error(rotsparse, model, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.load(tmp_path / "tokens.npy")[:48])
+    code, said = rotsparse(*SPARSIFY, "--methods", "none")
+    assert code == 0 and "±" not in said and "nan" not in said
+    (row, *_) = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert row["divergence"] > 0 and row["rise_error"] is None
+    assert "nan" not in (tmp_path / "run" / "report.html").read_text().split("base64")[0].lower()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
