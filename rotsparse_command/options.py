@@ -13,6 +13,7 @@ MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "
 
 
 Control = Literal["quick", "none"]
+Scale = Literal["std", "none"]
 
 
 Site = Literal["attention", "heads", "residual", "input", "hidden", "output"]
@@ -51,8 +52,12 @@ class EvaluationOptions(LayerOptions):
     """Held-out inputs, on which every reported number is computed (on at most 8192, if they hold more than 256 MB). By
     default a fifth of the activations is held out: a random fifth, or the last fifth of activations that stay on
     disk."""
-    input_scale: Literal["std", "none"] = "std"
-    """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
+    input_scale: Scale = "std"
+    """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input, from which rows
+    far from all others (attention sinks) are left out; none: raw."""
+    output_scale: Scale = "none"
+    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise;
+    none: raw. With both, entries have no unit."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -407,8 +412,12 @@ class FitModel:
     not. (`rotsparse benchmark` fits them as long as the layer itself.)"""
     dry_run: bool = False
     """Print what the fit would take, phase by phase, and write nothing."""
-    input_scale: Literal["std", "none"] = "std"
-    """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input; none: raw."""
+    input_scale: Scale = "std"
+    """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input, from which rows
+    far from all others (attention sinks) are left out; none: raw."""
+    output_scale: Scale = "none"
+    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise;
+    none: raw. With both, entries have no unit."""
     seed: int = 0
     """Seed of everything random."""
 

@@ -24,7 +24,12 @@ from rotsparse_command import options
 SCALELESS = ("l4", "top-k")
 
 
-def fit_arguments(options: "options.FitOptions", input_scale: str) -> dict[str, Any]:
+def scales(options: "options.EvaluationOptions | options.FitModel") -> dict[str, bool]:
+    """Which sides of the Jacobian are scaled."""
+    return {"scale_inputs": options.input_scale == "std", "scale_outputs": options.output_scale == "std"}
+
+
+def fit_arguments(options: "options.FitOptions", scales: dict[str, bool]) -> dict[str, Any]:
     """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
     for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step"):
         check_positive(name, getattr(options, name))
@@ -32,7 +37,7 @@ def fit_arguments(options: "options.FitOptions", input_scale: str) -> dict[str, 
         raise ValueError(f"--max-step is an angle in radians: expected at most 0.5, got {options.max_step}")
     return {
         "measure": _measure(options),
-        "scale_inputs": input_scale == "std",
+        **scales,
         "method": _method(options),
         "restarts": options.restarts,
         "active_subspace": options.active_subspace,

@@ -21,7 +21,7 @@ from rotsparse.cli import (
     model_commands,
     steer_command,
 )
-from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, spelled
+from rotsparse.cli.arguments import again, fit_arguments, plain, recorded, scales, spelled
 from rotsparse.cli.output import Console
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.data.sources import in_memory
@@ -88,7 +88,7 @@ def run(command: Any) -> int:
 def fit(command: "opt.Fit") -> int:
     """`rotsparse fit`."""
     layer, train, test = loading.inputs(command.layer)
-    options = fit_arguments(command.fit, command.layer.input_scale)
+    options = fit_arguments(command.fit, scales(command.layer))
     options |= {"start": None if command.start is None else _rotations(command.start)}
     if command.dry_run:
         found, used = estimate.estimated(layer, train, test, options, control=command.control == "quick")
@@ -137,7 +137,7 @@ def comparison(command: "opt.Compare") -> int:
         test,
         bases,
         keys=(key_baselines, jax.random.fold_in(key, 3)),
-        scale_inputs=command.layer.input_scale == "std",
+        **scales(command.layer),
     )
     console.print(table.table())
     if command.out is not None:
@@ -150,7 +150,7 @@ def comparison(command: "opt.Compare") -> int:
 def benchmarked(command: "opt.Benchmark") -> int:
     """`rotsparse benchmark`."""
     layer, train, test = loading.inputs(command.layer)
-    options = fit_arguments(command.fit, command.layer.input_scale)
+    options = fit_arguments(command.fit, scales(command.layer))
     with contextlib.ExitStack() as stack:
         folder = command.out and stack.enter_context(folders.new_run(command.out, overwrite=command.overwrite))
         found = benchmark(layer, train, test, key=jax.random.key(command.layer.seed), **options)

@@ -93,9 +93,14 @@ def facts(opened: LayerRun) -> dict[str, str]:
     }
     told = {label: str(config[name]) for name, label in names.items() if config.get(name) is not None}
     told["widths"] = f"{opened.layer.d_in} inputs, {opened.layer.d_out} outputs"
-    told["unit of the Jacobian"] = "standard deviations of inputs" if opened.units["scale_inputs"] else "raw"
+    told["unit of the Jacobian"] = _unit(opened.units)
     told["fit"] = opened.solution.result.value
     known = config.get(folders.INPUTS)
     if isinstance(known, Mapping):
         told |= {f"hash of {name}": str(value)[:16] for name, value in known.items()}
     return told
+
+
+def _unit(units: Mapping[str, Any]) -> str:
+    sides = [side for side in ("inputs", "outputs") if units[f"scale_{side}"]]
+    return f"standard deviations of {' and '.join(sides)}" if sides else "raw"

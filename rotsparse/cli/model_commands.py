@@ -21,7 +21,16 @@ from rotsparse._core.interrupt import Interrupted
 from rotsparse._core.printable import markdown, visible
 from rotsparse._core.reading import reading
 from rotsparse.cli import explain_command
-from rotsparse.cli.arguments import again, check_positive, fit_arguments, layer_numbers, plain, recorded, spelled
+from rotsparse.cli.arguments import (
+    again,
+    check_positive,
+    fit_arguments,
+    layer_numbers,
+    plain,
+    recorded,
+    scales,
+    spelled,
+)
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.engine.solution import Result
 from rotsparse.evaluation.names import basis_name
@@ -107,7 +116,7 @@ def capture(command: "options.Capture", console: Console) -> int:
 def fit(command: "options.FitModel", console: Console) -> int:
     """`rotsparse fit-model`: run the single-layer job for each layer in turn."""
     model = models.load_model(command.model)
-    arguments = fit_arguments(command.fit, command.input_scale)
+    arguments = fit_arguments(command.fit, scales(command))
     check_positive("examples", command.examples)
     checks.seed(command.seed)
     if command.skip and command.site != "residual":
@@ -292,6 +301,7 @@ def _control(command: "options.FitModel", folder: Path, files: Mapping[str, Any]
         activation=files["activation"],
         norm=files["norm"],
         input_scale=command.input_scale,
+        output_scale=command.output_scale,
         seed=command.seed,
     )
     out = shlex.quote(f"{folder.parent}-{folder.name}-benchmark")

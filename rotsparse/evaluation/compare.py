@@ -22,7 +22,7 @@ from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
 from rotsparse.evaluation.metrics import examine
 from rotsparse.evaluation.names import HIGHER_IS_SPARSER
-from rotsparse.evaluation.units import Matrix, MatrixOut
+from rotsparse.evaluation.units import Matrix, MatrixOut, units_of
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import LayerStatistics, jacobian_gram, jacobians
 from rotsparse.layers.rotations import Rotations, checked
@@ -174,13 +174,8 @@ def compare_with_baselines(
             begun = time.perf_counter()
             bases[name] = compute(LayerStatistics(layer, train))
             seconds[name] = time.perf_counter() - begun
-    options: dict[str, Any] = {
-        "scale_inputs": scale_inputs,
-        "scale_outputs": scale_outputs,
-        "covariance": scale_covariance(train),
-        "covariance_out": output_covariance(layer, train) if scale_outputs else None,
-    }
-    made = compare(layer, test, bases, **options, key=keys[1], shown=lambda name: shown(f"the metrics of {name}"))
+    units = units_of(layer, train, scale_inputs=scale_inputs, scale_outputs=scale_outputs)
+    made = compare(layer, test, bases, **units, key=keys[1], shown=lambda name: shown(f"the metrics of {name}"))
     return made, bases
 
 

@@ -1,5 +1,7 @@
 """The units of a Jacobian's entries: raw, per standard deviation of the input, or without a unit."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -46,6 +48,19 @@ def scaled_rows(
         variance = np.einsum("od,de,oe->o", rows_out, sigma, rows_out, optimize=True)
         rows_out = rows_out / np.sqrt(np.maximum(variance, 0) + floor)[:, None]
     return rows_in, rows_out
+
+
+def units_of(layer: Layer, x: Rows, *, scale_inputs: bool = True, scale_outputs: bool = False) -> dict[str, Any]:
+    """The arguments of `scaled_rows` that say the units: those of the activations `x`, which layer and fit have seen.
+
+    Raises `ValueError` where outputs that should be scaled do not vary.
+    """
+    return {
+        "scale_inputs": scale_inputs,
+        "scale_outputs": scale_outputs,
+        "covariance": scale_covariance(x),
+        "covariance_out": output_covariance(layer, x) if scale_outputs else None,
+    }
 
 
 def sized(name: str, value, d: int) -> Float[np.ndarray, "d d"]:

@@ -232,7 +232,7 @@ _EXPLAINS = {
 # What may help where there is no structure beyond the nulls.
 ADVICE = (
     "What to try: a whole block in place of a single layer, the layer with its skip connection, the other "
-    "--input-scale, --active-subspace 0.999, more steps, more examples."
+    "--input-scale or --output-scale, --active-subspace 0.999, more steps, more examples."
 )
 
 

@@ -181,7 +181,8 @@ def _links(layers, rotations, units) -> list[tuple[Layer, Rotations, Mapping[str
         if found and not np.array_equal(rotations[k - 1].r_out, r.r_in):
             same = Dense(np.eye(layer.d_in, dtype=np.float32), activation="identity")
             turned = Rotations(rotations[k - 1].r_out, r.r_in)
-            found.append((same, turned, {"scale_inputs": unit["scale_inputs"]}, None))
+            scales = {name: unit[name] for name in ("scale_inputs", "scale_outputs") if name in unit}
+            found.append((same, turned, scales, None))
         found.append((layer, r, unit, f"layer {k}" if len(layers) > 1 else ""))
     return found
 

@@ -1,7 +1,7 @@
 """The graph of a run, or of the runs of several layers: `rs.graph(run)`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -142,24 +142,26 @@ def _between(model, before: LayerRun, run: LayerRun, text, positions, share: flo
     """What the outputs of a layer do to the inputs of a later one."""
     j = jacobians_between(model, _point(before, OUT), _point(run, IN), before.rotations.r_out, text, positions)
     z = np.einsum("jd,sdi->sji", np.asarray(run.rotations.r_in, np.float64), j)
-    return _stage(z, _spread(before, OUT), _spread(run, IN), bool(run.units["scale_inputs"]), share)
+    return _stage(z, _spread(before, OUT), _spread(run, IN), run.units, share)
 
 
 def _predicted(model, run: LayerRun, text, position, logits, words, share: float) -> tuple[Place, Stage]:
     """The likeliest words, and what the outputs of the last layer do to their logits (less the mean logit)."""
     likely = np.argsort(-logits, kind="stable")[:_WORDS]
     j = jacobians_between(model, _point(run, OUT), None, run.rotations.r_out, text, position)[:, likely]
-    scale = bool(run.units["scale_inputs"])
-    stage = _stage(np.asarray(j, np.float64), _spread(run, OUT), np.ones(len(likely)), scale, share)
+    stage = _stage(np.asarray(j, np.float64), _spread(run, OUT), np.ones(len(likely)), run.units, share)
     probability = np.asarray(jax.nn.softmax(jnp.asarray(logits)), np.float64)[likely]
     labels = tuple(word(words if words is not None else run.store.vocabulary(), int(token)) for token in likely)
     return Place("word", "likeliest words", probability, probability, labels), stage
 
 
-def _stage(z: Float[np.ndarray, "s to from"], sd_from, sd_to, scale: bool, share: float) -> Stage:
+def _stage(z: Float[np.ndarray, "s to from"], sd_from, sd_to, units: dict[str, Any], share: float) -> Stage:
     ratio = np.divide(sd_from, sd_to[:, None], out=np.zeros(z.shape[1:]), where=sd_to[:, None] > 0)
     square = np.square(z).mean(axis=0)
-    energy = square * np.square(sd_from) if scale else square
+    energy = square * np.square(sd_from) if units["scale_inputs"] else square
+    if units["scale_outputs"]:
+        varies = sd_to[:, None] > 0
+        energy = np.divide(energy, np.square(sd_to[:, None]), out=np.zeros(z.shape[1:]), where=varies)
     return shared_stage(z.mean(axis=0) * ratio, np.sqrt(square) * ratio, energy / energy.sum(), share)
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
-from rotsparse.data.moments import scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
@@ -20,6 +19,7 @@ from rotsparse.evaluation.compare import Comparison, compare_with_baselines
 from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.fit_nulls import quick_control
 from rotsparse.evaluation.numbering import numbered
+from rotsparse.evaluation.units import units_of
 from rotsparse.evaluation.verdict import verdict
 from rotsparse.explain.data import SHARE
 from rotsparse.explain.directions import Explanation
@@ -74,17 +74,17 @@ def run(
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
-    scale_inputs = fit.get("scale_inputs", True)
+    scales = {"scale_inputs": fit.get("scale_inputs", True), "scale_outputs": fit.get("scale_outputs", False)}
     phases = Phases(console)
     solution = find_rotations(layer, train, key=key, **fit)
     phases.add("fit", begun)
     console.print(solution.summary(), highlight=False)
     solution.completed()
     shown = loading.compared(layer, test)
-    units = {"scale_inputs": scale_inputs, "covariance": scale_covariance(in_memory(train)[0])}
+    units = units_of(layer, in_memory(train)[0], **scales)
     solution = numbered(layer, shown, solution, **units)
     # The floor is a bound for unscaled Jacobians between whole spaces.
-    whole = not scale_inputs and fit.get("active_subspace") is None
+    whole = not any(scales.values()) and fit.get("active_subspace") is None
     lowest = None if not whole else floor(layer, test[:FLOOR_EXAMPLES], fit["measure"])
     folded = fold(layer, solution.rotations, test)
 
@@ -113,7 +113,7 @@ def run(
         pictures=None if pictures is None else pictures(bases),
         phases=phases,
     )
-    about = {"seed": seed, "objective": solution.value, "scale_inputs": scale_inputs}
+    about = {"seed": seed, "objective": solution.value, **scales}
     about |= {"measure": _spelled(fit["measure"]), "numbered": NUMBERED}
     solution.rotations.save(folder / ROTATIONS, about | _origin(config) | {"agreement": _lowest(solution, agreement)})
     folders.write_json(
@@ -167,8 +167,8 @@ def compared(
     keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
     found = {"learned": solution.rotations}
     with phases.phase("comparing") as at:
-        scale = units["scale_inputs"]
-        comparison, bases = compare_with_baselines(layer, sample, test, found, keys=keys, scale_inputs=scale, shown=at)
+        scales = {name: units[name] for name in ("scale_inputs", "scale_outputs")}
+        comparison, bases = compare_with_baselines(layer, sample, test, found, keys=keys, **scales, shown=at)
         at("data of the figures")
         data = picture_data(layer, test, bases, **units)
     phases.console.print(comparison.table())
@@ -230,6 +230,7 @@ def write_page(
             solution=solution,
             examples=len(test),
             scale_inputs=units["scale_inputs"],
+            scale_outputs=units["scale_outputs"],
             config=config,
             finding=said[0],
             remarks=said[1:],
@@ -281,7 +282,7 @@ def _lowest(solution: Solution, agreement: Mapping[str, Agreement]) -> dict[str,
 
 def _control(layer, train, test, fit: dict[str, Any], *, key, shown: Shown) -> Control | None:
     """A quick control of a fit, with its arguments where they decide what is compared."""
-    kept = ("measure", "scale_inputs", "tie", "hold", "active_subspace", "precision")
+    kept = ("measure", "scale_inputs", "scale_outputs", "tie", "hold", "active_subspace", "precision")
     arguments = {name: fit[name] for name in kept if name in fit}
     return quick_control(layer, in_memory(train)[0], test, key=key, shown=shown, **arguments)
 

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Int
 
 from rotsparse._core.reading import reading
-from rotsparse.data.moments import scale_covariance
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.data.store import NO_TOKEN, ActivationStore, open_store
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
 from rotsparse.evaluation.numbering import numbered
+from rotsparse.evaluation.units import units_of
 from rotsparse.explain.directions import IN, OUT, Directions, Explanation
 from rotsparse.explain.examples import texts, word
 from rotsparse.explain.words import MANY, WordScores, affordable, aligned, promoted, steered
@@ -141,7 +141,8 @@ class LayerRun:
     def units(self) -> dict[str, Any]:
         """The units of the fit, as `evaluation.units.scaled_rows` takes them."""
         sample = in_memory(self.inputs[1])[0]
-        return {"scale_inputs": self.config["input_scale"] == "std", "covariance": scale_covariance(sample)}
+        scales = self.config["input_scale"], self.config.get("output_scale", "none")  # earlier versions: inputs alone
+        return units_of(self.layer, sample, scale_inputs=scales[0] == "std", scale_outputs=scales[1] == "std")
 
     @cached_property
     def solution(self) -> Solution:

@@ -8,18 +8,21 @@ import shlex
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import rotsparse as rs
 from rotsparse.cli.arguments import fit_arguments
 from rotsparse.evaluation import fit_nulls
 from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives import measures
+from rotsparse.objectives.jacobian import JacobianSparsity
 from rotsparse.runs import layer_run
 from rotsparse_command.options import FitOptions
 from rotsparse_command.streams import output_until_closed
@@ -158,6 +161,40 @@ def test_fold_and_compare_and_report(files, rotsparse, monkeypatch):
     assert code == 2 and f"{files / 'x.npy'}, which ../run/config.json names as 'activations', does not exist" in said
 
 
+def test_outputs_can_be_scaled(files, rotsparse, monkeypatch):
+    monkeypatch.setattr(fit_nulls, "QUICK_STEPS", 50)
+    scaled = ("--output-scale", "std", "--seed", 3)
+    arguments = [a for a in FIT if a not in ("--control", "none")]
+    assert rotsparse(*arguments, "--test-activations", "test.npy", *scaled)[0] == 0
+    opened = rs.load_run("run")
+    assert opened.units["scale_outputs"] and Rotations.load("run/rotations.safetensors")[1]["scale_outputs"] is True
+    assert JacobianSparsity(opened.layer, np.load("x.npy"), measures.Log(0.1), scale_outputs=True).value(
+        opened.solution.bases
+    ) == pytest.approx(opened.metrics["objective"]["train"], abs=1e-5)
+    found = opened.metrics["metrics"]["learned"]
+    for sigma in ({}, {"scale_outputs": False}):
+        units: dict[str, Any] = opened.units | sigma
+        of = rs.evaluate(opened.layer, np.load("test.npy"), opened.rotations, key=jax.random.key(0), **units)
+        same = all(of[name].value == pytest.approx(found[name]["value"], abs=1e-4) for name in of)
+        assert same == (not sigma)
+    assert opened.metrics["control"]["learned"].keys() == found.keys(), "no gap closed where outputs are scaled"
+    page = (files / "run/report.html").read_text()
+    assert "Every row is divided by the standard deviation" in page and "--output-scale std" in page
+    assert rotsparse("report", "run")[0] == 0
+    assert "Every row is divided by the standard deviation" in (files / "run/report.html").read_text()
+    assert rotsparse("explain", "run")[0] == 0
+    assert "standard deviations of inputs and outputs" in (files / "run/directions.html").read_text()
+    inputs = ("--layer", "layer.npz", "--activations", "x.npy", "--test-activations", "test.npy", *scaled)
+    assert rotsparse("compare", *inputs, "--rotations", "run", "--out", "table.json")[0] == 0
+    table = json.loads((files / "table.json").read_text())["metrics"]
+    assert table["pca"] == opened.metrics["metrics"]["pca"] and table["run"] == found
+    monkeypatch.setattr("rotsparse.evaluation.benchmark.draw_nulls", lambda *a, **k: {})
+    short = ("--steps", 20, "--solver", "annealing", "--out", "benchmark")
+    assert rotsparse("benchmark", *inputs, *short)[0] == 0
+    metrics = json.loads((files / "benchmark/metrics.json").read_text())["metrics"]
+    assert metrics["neurons"]["edges_99"] == opened.metrics["metrics"]["neurons"]["edges_99"]
+
+
 def test_a_report_is_drawn_from_what_was_stored(files, rotsparse, monkeypatch):
     assert rotsparse(*FIT)[0] == 0
     page = (files / "run" / "report.html").read_text()
@@ -230,7 +267,7 @@ def test_report_says_what_has_no_page(files, rotsparse, command):
 
 
 def test_the_measure_has_the_options_that_were_given():
-    of = lambda **options: fit_arguments(FitOptions(**options), "std")["measure"]  # noqa: E731
+    of = lambda **options: fit_arguments(FitOptions(**options), {})["measure"]  # noqa: E731
     assert of(measure="top-k", keep=0.3).keep == 0.3
     assert of(measure="top-k").keep == 0.5 and of(measure="log", eps=0.2).eps == 0.2
     assert isinstance(of(measure="l4"), measures.L4)

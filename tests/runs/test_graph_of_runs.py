@@ -116,6 +116,17 @@ def test_layers_of_a_model_are_joined_by_the_network_between_them(layers):
     np.testing.assert_allclose(stage.energy, energy / energy.sum(), rtol=0.05, atol=1e-5)
 
 
+def test_between_layers_with_scaled_outputs_energy_has_no_unit(made, monkeypatch):
+    plain = rs.graph([rs.load_run(made / f"model/layer-{i}") for i in (0, 1)]).stages[1]
+    layers = [rs.load_run(made / f"model/layer-{i}") for i in (0, 1)]
+    for opened in layers:
+        monkeypatch.setitem(opened.config, "output_scale", "std")
+    stage = rs.graph(layers).stages[1]
+    np.testing.assert_array_equal(stage.effect, plain.effect)
+    energy = plain.energy / spreads(layers[1], "in")[:, None] ** 2
+    np.testing.assert_allclose(stage.energy, energy / energy.sum(), rtol=1e-4)
+
+
 def test_the_graph_of_a_prompt_is_that_of_the_model_at_one_token(layers):
     tokens = np.array([3, 14, 15, 9, 26, 5])
     graph = rs.graph(layers, prompt=tokens, position=3, cut=rs.Share(1.0))
