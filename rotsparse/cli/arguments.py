@@ -24,12 +24,12 @@ from rotsparse_command import options
 SCALELESS = ("l4", "top-k")
 
 
-def scales(options: "options.EvaluationOptions | options.FitModel") -> dict[str, bool]:
+def scales(options: "options.EvaluationOptions | options.FitModel") -> dict[str, Any]:
     """Which sides of the Jacobian are scaled."""
     return {"scale_inputs": options.input_scale == "std", "scale_outputs": options.output_scale == "std"}
 
 
-def fit_arguments(options: "options.FitOptions", scales: dict[str, bool]) -> dict[str, Any]:
+def fit_arguments(options: "options.FitOptions", scales: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `find_rotations`. Raises `ValueError` for numbers that are not positive."""
     for name in ("steps", "restarts", "batch_size", "patience", "learning_rate", "max_step"):
         check_positive(name, getattr(options, name))

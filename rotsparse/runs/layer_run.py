@@ -74,7 +74,10 @@ def run(
     """
     begun = time.perf_counter()
     key = jax.random.key(seed)
-    scales = {"scale_inputs": fit.get("scale_inputs", True), "scale_outputs": fit.get("scale_outputs", False)}
+    scales: dict[str, Any] = {
+        "scale_inputs": fit.get("scale_inputs", True),
+        "scale_outputs": fit.get("scale_outputs", False),
+    }
     phases = Phases(console)
     solution = find_rotations(layer, train, key=key, **fit)
     phases.add("fit", begun)
@@ -167,7 +170,7 @@ def compared(
     keys = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
     found = {"learned": solution.rotations}
     with phases.phase("comparing") as at:
-        scales = {name: units[name] for name in ("scale_inputs", "scale_outputs")}
+        scales: dict[str, Any] = {name: units[name] for name in ("scale_inputs", "scale_outputs")}
         comparison, bases = compare_with_baselines(layer, sample, test, found, keys=keys, **scales, shown=at)
         at("data of the figures")
         data = picture_data(layer, test, bases, **units)
