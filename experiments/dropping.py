@@ -32,6 +32,7 @@ SOURCE = (
     "The model comes with `make fetch-smollm2`; pass another one with --model."
 )
 METRICS = {"energy": "energy", "output": "output", "fisher": "Fisher information"}
+ORACLE = "learned on the text measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,9 @@ def compared(
     key = jax.random.key(config.seed)
     fisher = fisher_information(model, spread(train, config.fisher_tokens), points, key=key)
     trials: dict[tuple[str, str, str], dict[tuple[int, str], SparseInput]] = {}
-    walk = activations(model, spread(train, config.tokens), ("input",), scratch, layers=config.layers)
-    for layer, values in walk:
+    texts = spread(train, config.tokens), test
+    walks = (activations(model, text, ("input",), scratch, layers=config.layers) for text in texts)
+    for (layer, values), (_, tested) in zip(*walks, strict=True):
         point, x = Point(layer, "input"), np.asarray(values["input"])
         reading = readers(model, *point).astype(np.float64)
         eye = np.eye(x.shape[1], dtype=np.float32)
@@ -87,6 +89,7 @@ def compared(
         assert pca is not None
         found = {("neurons", "none"): eye, ("principal components", "none"): pca}
         found |= {("learned", name): _fitted(x, metric, pca, name, config) for name, metric in metrics.items()}
+        found[ORACLE, "fisher"] = _fitted(np.asarray(tested["input"]), metrics["fisher"], pca, "fisher", config)
         for (basis, fitted), r in found.items():
             for name, metric in metrics.items():
                 if fitted in ("none", name):

@@ -347,8 +347,9 @@ def test_dropping_compares_what_bases_are_fitted_to(rng, tmp_path):
         ("neurons", "none"),
         ("principal components", "none"),
         *(("learned", metric) for metric in dropping.METRICS),
+        (dropping.ORACLE, "fisher"),
     }
-    assert len(rows) == 9 and all(r["divergence"] > 0 for r in rows)
+    assert len(rows) == 10 and all(r["divergence"] > 0 for r in rows)
     lines = dropping.report(rows, config).splitlines()
-    assert len(lines) == 13 and lines[7].endswith("| 1.00 |")
+    assert len(lines) == 14 and lines[7].endswith("| 1.00 |")
     assert dropping.figure(rows).axes[0].get_xlabel() == "divergence, nats a token"
