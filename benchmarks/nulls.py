@@ -59,6 +59,8 @@ class Config:
     steps: int = 2000
     batch: int = 16
     """Examples a step."""
+    draws: int = REDRAWS
+    """Draws of each null. One says where a null is at least as sparse; only several say where it is less."""
     scale_outputs: bool = False
     """Fit and measure with outputs in units of their standard deviation, too."""
     publish: bool = False
@@ -79,7 +81,7 @@ def run(case: Case, config: Config) -> Control | None:
     fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
     layer = one_block(case.layer)
-    nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=REDRAWS)
+    nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=config.draws)
     if not nulls:
         return None
     options: dict[str, Any] = {k: v for k, v in case.options.items() if k in ("scale_inputs", "active_subspace")}

@@ -19,6 +19,7 @@ from rotsparse.explain import graph_files
 from rotsparse.explain.directions import IN, OUT, Explanation
 from rotsparse.explain.graph_drawing import Drawing, drawing, svg
 from rotsparse.explain.graph_modules import Modules, Table, modules
+from rotsparse.explain.page import GRAPH, PAGE
 
 # A graph with more edges between two places is drawn with the strongest of them.
 DRAWN = 300
@@ -186,9 +187,13 @@ class Graph:
 
     def write(self, folder: Path, of: Modules | None = None) -> list[Path]:
         """Write `graph.svg` (the strongest edges), `graph.graphml`, `graph.json`, and of a prompt `attribution.json`.
-        Each file is written atomically."""
-        drawn = self.strongest()
-        files = {"graph.svg": drawn.svg(of).encode(), "graph.graphml": self.graphml()}
+        In the picture directions lead to the pages of `rotsparse explain` in the folder, where these are. Each file is
+        written atomically."""
+        drawn, pages = self.strongest(), [_page(place) for place in self.places]
+        links = (
+            [f"{page}#{side}-" for page, side in pages] if all((Path(folder) / p).exists() for p, _ in pages) else None
+        )
+        files = {GRAPH: drawn.svg(of, links=links).encode(), "graph.graphml": self.graphml()}
         files["graph.json"] = graph_files.as_json(self.node_link())
         if self.prompt is not None:
             files["attribution.json"] = graph_files.as_json(self.attribution())
@@ -196,6 +201,12 @@ class Graph:
         for name, content in files.items():
             write_atomically(Path(folder) / name, content)
         return [Path(folder) / name for name in files]
+
+
+def _page(place: Place) -> tuple[str, str]:
+    """The page that explains the directions of a place, in a run's folder, and their side on it."""
+    layer, _, side = place.key.rpartition("/")
+    return f"{layer}/{PAGE}" if layer else PAGE, side
 
 
 def layer_graph(of: Explanation, *, share: float, title: str) -> Graph:

@@ -208,4 +208,4 @@ def _dot(dot: Dot, places: int, link: str | None) -> str:
         f'<text x="{x:.1f}" y="{dot.y + 3.5:.1f}" text-anchor="{anchor}">{html(dot.label)}'
         f"{_valued(dot)}</text>"
     )
-    return drawn if link is None else f'<a href="{html(link)}">{drawn}</a>'
+    return drawn if link is None else f'<a href="{html(link)}" target="_top">{drawn}</a>'

@@ -10,6 +10,7 @@ from rotsparse._core.files import adopt, write_atomically
 from rotsparse._core.printable import html as escape
 
 PAGE = "directions.html"
+GRAPH = "graph.svg"
 
 
 class Layer(NamedTuple):
@@ -40,13 +41,13 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def index(title: str, layers: Sequence[Layer]) -> str:
-    """The list of a run's layers, as HTML."""
+    """The list of a run's layers, as HTML, with the graph of all of them as soon as it is in the folder."""
     rows = "".join(
         f'<li><a href="{escape(of.address)}"><b>Layer {of.number}</b><span>{escape(of.verdict)}</span>'
         f"<small>{escape(of.again)}</small></a></li>"
         for of in layers
     )
-    return _filled("index.html", {"title": escape(title), "style": _file("page.css"), "layers": rows})
+    return _filled("index.html", {"title": escape(title), "style": _file("page.css"), "layers": rows, "graph": GRAPH})
 
 
 def _write(folder: Path, page: str) -> Path:

@@ -154,6 +154,11 @@ def test_the_index_leads_to_the_pages(browser, written, tmp_path):
     page = browser.new_page(viewport={"width": 360, "height": 800})
     page.goto(path.as_uri())
     assert page.get_by_text("Nothing <b>found</b>").is_visible() and fits(page, 360)
+    assert page.get_by_text("Not drawn yet").is_visible()
+    drawn = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="450" viewBox="0 0 900 450"></svg>'
+    (tmp_path / "graph.svg").write_text(drawn)
+    page.reload()
+    assert not page.get_by_text("Not drawn yet").is_visible() and fits(page, 360)
     page.get_by_role("link").click()
     assert page.locator("h1").inner_text() == "A layer"
     page.close()

@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from rotsparse.explain.effects import effects
 from rotsparse.explain.graph import Graph, Place, Prompt, Stage, holding
 from rotsparse.explain.graph_drawing import about
 from rotsparse.explain.graph_modules import NULLS, Table, _rewired, modules
+from rotsparse.explain.page import PAGE
 
 HOSTILE = '</svg><script>alert(1)</script>"&\x1b\u202e'
 UNITS = {"scale_inputs": True}
@@ -220,6 +222,21 @@ def hostile(rng):
     graph = chain_graph([layer], x, [rs.Rotations.haar(jax.random.key(0), D_IN, 4)], example=3, title=HOSTILE)
     places = graph.places[0]._replace(title=HOSTILE), graph.places[1]._replace(labels=(HOSTILE,) * 4)
     return Graph(HOSTILE, places, graph.stages, Prompt((HOSTILE, " b"), (4, 7), 1))
+
+
+def test_directions_lead_to_their_pages_where_these_are(rng, tmp_path):
+    layer, x = LAYERS["mlp"](rng), correlated_inputs(rng, 50)
+    graph = chain_graph([layer], x, [rs.Rotations.haar(jax.random.key(0), D_IN, 4)])
+    graph.write(tmp_path)
+    assert "href" not in (tmp_path / "graph.svg").read_text()
+    (tmp_path / PAGE).touch()
+    graph.write(tmp_path)
+    assert f'href="{PAGE}#in-' in (tmp_path / "graph.svg").read_text()
+    of_layers = replace(graph, places=tuple(p._replace(key=f"layer-4/{p.key}") for p in graph.places))
+    (tmp_path / "layer-4").mkdir()
+    (tmp_path / "layer-4" / PAGE).touch()
+    of_layers.write(tmp_path)
+    assert f'href="layer-4/{PAGE}#out-' in (tmp_path / "graph.svg").read_text()
 
 
 def test_no_text_is_markup(hostile, tmp_path):
