@@ -22,12 +22,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer, its inputs to fit on and to test on, and arguments of `benchmark`."""
+    """A layer, its inputs to fit on and to test on, arguments of `benchmark`, and the rotations that were planted."""
 
     layer: Layer
     train: np.ndarray
     test: np.ndarray
     options: dict[str, Any]
+    truth: rs.Rotations | None = None
 
 
 def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -103,7 +104,7 @@ def _planted(seed: int, options) -> Case:
     import planted
 
     of = planted.block(planted.Config(examples=1000), seed=seed)
-    return Case(of.layer, of.x[:512], of.x[512:], options)
+    return Case(of.layer, of.x[:512], of.x[512:], options, of.truth)
 
 
 def _mnist(data: Path, seed: int, stage: str, options) -> Case:
