@@ -34,6 +34,7 @@ from rotsparse.data.devices import device_mesh as device_mesh
 from rotsparse.data.moments import Moments as Moments
 from rotsparse.data.moments import stream_moments as stream_moments
 from rotsparse.data.open import open_source as open_source
+from rotsparse.data.scales import winsorised as winsorised
 from rotsparse.data.sources import Source as Source
 from rotsparse.engine.method import Method as Method
 from rotsparse.engine.run import Run as Run

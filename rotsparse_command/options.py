@@ -13,7 +13,7 @@ MeasureName = Literal["log", "power", "l1", "geman-mcclure", "welsch", "tanh", "
 
 
 Control = Literal["quick", "none"]
-Scale = Literal["std", "none"]
+Scale = Literal["std", "robust", "none"]
 
 
 Site = Literal["attention", "heads", "residual", "input", "hidden", "output"]
@@ -54,10 +54,11 @@ class EvaluationOptions(LayerOptions):
     disk."""
     input_scale: Scale = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input, from which rows
-    far from all others (attention sinks) are left out; none: raw."""
+    far from all others (attention sinks) are left out; robust: by one that the outermost 2% of the rows cannot move
+    far; none: raw."""
     output_scale: Scale = "none"
-    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise;
-    none: raw. With both, entries have no unit."""
+    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise
+    (robust too); none: raw. With both, entries have no unit."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -414,10 +415,11 @@ class FitModel:
     """Print what the fit would take, phase by phase, and write nothing."""
     input_scale: Scale = "std"
     """std: entries of the Jacobian are multiplied by the standard deviation of their (rotated) input, from which rows
-    far from all others (attention sinks) are left out; none: raw."""
+    far from all others (attention sinks) are left out; robust: by one that the outermost 2% of the rows cannot move
+    far; none: raw."""
     output_scale: Scale = "none"
-    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise;
-    none: raw. With both, entries have no unit."""
+    """std: entries of the Jacobian are divided by the standard deviation of their (rotated) output, taken likewise
+    (robust too); none: raw. With both, entries have no unit."""
     seed: int = 0
     """Seed of everything random."""
 

@@ -11,6 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from rotsparse.data import scales as data_scales
 from rotsparse.data.devices import device_mesh
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
@@ -25,8 +26,11 @@ SCALELESS = ("l4", "top-k")
 
 
 def scales(options: "options.EvaluationOptions | options.FitModel") -> dict[str, Any]:
-    """Which sides of the Jacobian are scaled."""
-    return {"scale_inputs": options.input_scale == "std", "scale_outputs": options.output_scale == "std"}
+    """How the sides of the Jacobian are scaled."""
+    return {
+        "scale_inputs": data_scales.by_name(options.input_scale),
+        "scale_outputs": data_scales.by_name(options.output_scale),
+    }
 
 
 def fit_arguments(options: "options.FitOptions", scales: dict[str, Any]) -> dict[str, Any]:

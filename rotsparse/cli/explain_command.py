@@ -9,6 +9,7 @@ from rich.console import Console
 from rotsparse._core.printable import visible
 from rotsparse._core.reading import reading
 from rotsparse.cli import demo_directions
+from rotsparse.data.scales import named
 from rotsparse.explain.data import page_data
 from rotsparse.explain.page import PAGE, Layer, write_index, write_page
 from rotsparse.models.load import load_tokenizer
@@ -102,5 +103,6 @@ def facts(opened: LayerRun) -> dict[str, str]:
 
 
 def _unit(units: Mapping[str, Any]) -> str:
-    sides = [side for side in ("inputs", "outputs") if units[f"scale_{side}"]]
+    scales = {side: units[f"scale_{side}"] for side in ("inputs", "outputs")}
+    sides = [side if of is True else f"{side} ({named(of)})" for side, of in scales.items() if of]
     return f"standard deviations of {' and '.join(sides)}" if sides else "raw"

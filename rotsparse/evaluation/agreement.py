@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from rotsparse._core.checks import activations
 from rotsparse._core.types import Rows
+from rotsparse.data.scales import Scale
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.numbering import influences as shares
 from rotsparse.evaluation.units import Matrix, MatrixOut
@@ -98,8 +99,8 @@ def agreements(
     x: Rows,
     solution: Solution,
     *,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     covariance: Matrix | None = None,
     covariance_out: MatrixOut | None = None,
 ) -> dict[str, Agreement]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Data
-from rotsparse.data.moments import scale_covariance
+from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
@@ -99,8 +99,8 @@ def benchmark(
     *,
     key: PRNGKeyArray,
     nulls: Mapping[str, Sequence[Layer]] | None = None,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     **fit: Any,
 ) -> Benchmark:
     """Fit a layer on `train` and compare with every baseline, fitted on the same, on the held-out `test`.
@@ -134,7 +134,8 @@ def benchmark(
     begun = time.perf_counter()
     solution = learn(layer, LEARNED)
     seconds[LEARNED] = time.perf_counter() - begun
-    controls = measured(nulls, test, find, **units, covariance=scale_covariance(sample), key=keys[3])
+    sigma = covariance_of(scale_inputs, sample) if scale_inputs else None
+    controls = measured(nulls, test, find, **units, covariance=sigma, key=keys[3])
     comparison, _ = compare_with_baselines(
         layer, sample, test, {LEARNED: solution.rotations}, keys=(keys[2], keys[3]), seconds=seconds, **units
     )

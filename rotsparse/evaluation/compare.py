@@ -16,7 +16,7 @@ from rich.table import Table
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.types import Data, Rows
-from rotsparse.data.moments import scale_covariance
+from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
@@ -91,8 +91,8 @@ def compare(
     x_test: Rows,
     bases: dict[str, Rotations],
     *,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     covariance: Matrix | None = None,
     covariance_out: MatrixOut | None = None,
     key: PRNGKeyArray,
@@ -119,9 +119,9 @@ def compare(
     x = activations("x_test", x_test, layer.d_in)
     gram = jacobian_gram(layer, x)
     if scale_inputs and covariance is None:
-        covariance = scale_covariance(x)
+        covariance = covariance_of(scale_inputs, x)
     if scale_outputs and covariance_out is None:
-        covariance_out = output_covariance(layer, x)
+        covariance_out = output_covariance(layer, x, scale_outputs)
     options: dict[str, Any] = {
         "scale_inputs": scale_inputs,
         "scale_outputs": scale_outputs,
@@ -153,8 +153,8 @@ def compare_with_baselines(
     given: dict[str, Rotations],
     *,
     keys: tuple[PRNGKeyArray, PRNGKeyArray],
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     seconds: dict[str, float] | None = None,
     shown: Callable[[str], None] = lambda name: None,
 ) -> tuple[Comparison, dict[str, Rotations]]:

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core.types import Data
-from rotsparse.data.moments import evenly_spaced, scale_covariance
+from rotsparse.data.moments import evenly_spaced
+from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.evaluation.compare import compare
 from rotsparse.evaluation.control import Control, Metrics
 from rotsparse.evaluation.nulls import draw_nulls, null_kinds
@@ -81,8 +82,8 @@ def quick_control(
     test: Float[Data, "m d_in"],
     *,
     key: PRNGKeyArray,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
     draws: int = REDRAWS,
     shown: Callable[[str], None] = lambda name: None,
@@ -111,7 +112,6 @@ def quick_control(
         shown("the layer itself" if layer is trained else f"{null}, draw {number + 1} of {draws}")
         return find_rotations(layer, train, key=keys[1], **options).completed().rotations
 
-    found = measured(
-        {"learned": [layer], **nulls}, test, find, **units, covariance=scale_covariance(train), key=keys[2]
-    )
+    sigma = covariance_of(scale_inputs, train) if scale_inputs else None
+    found = measured({"learned": [layer], **nulls}, test, find, **units, covariance=sigma, key=keys[2])
     return Control(found.pop("learned")[0], found, f"{quick.steps} steps of annealing each, {draws} draws of each null")

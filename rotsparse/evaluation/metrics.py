@@ -13,6 +13,7 @@ from jaxtyping import Float, PRNGKeyArray
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.types import Rows
+from rotsparse.data.scales import Scale
 from rotsparse.evaluation.concentration import Concentration, concentration, without_top
 from rotsparse.evaluation.curves import THRESHOLDS, Curves, count_below, count_below_each, curves
 from rotsparse.evaluation.names import HIGHER_IS_SPARSER
@@ -44,8 +45,8 @@ def evaluate(
     x: Rows,
     rotations: Rotations,
     *,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     covariance: Matrix | None = None,
     covariance_out: MatrixOut | None = None,
     gram: Matrix | None = None,
@@ -105,8 +106,8 @@ def examine(
     x: Rows,
     rotations: Rotations,
     *,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     covariance: Matrix | None = None,
     covariance_out: MatrixOut | None = None,
     gram: Matrix | None = None,

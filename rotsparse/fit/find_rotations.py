@@ -14,6 +14,7 @@ from rotsparse._core.files import adopt
 from rotsparse._core.precision import check_precision, lacking
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.moments import FAR, Moments, far_rows, stream_moments
+from rotsparse.data.scales import Scale
 from rotsparse.data.sources import Source, as_source, in_memory
 from rotsparse.engine.method import Method
 from rotsparse.engine.run import Run
@@ -40,8 +41,8 @@ def find_rotations(
     restarts: int = 1,
     validation: Float[Data, "m d_in"] | Source | Vectors | None = None,
     start: Rotations | None = None,
-    scale_inputs: bool = True,
-    scale_outputs: bool = False,
+    scale_inputs: Scale = True,
+    scale_outputs: Scale = False,
     tie: bool = False,
     hold: Sequence[str] = (),
     active_subspace: float | None = None,
@@ -74,7 +75,9 @@ def find_rotations(
 
     - `start`: the first start (default: the neuron basis); the others are Haar-random rotations.
     - `scale_inputs`: multiply each column of the Jacobian by the standard deviation of its input. `scale_outputs`: also
-      divide each row by the standard deviation of its output, so that entries have no unit.
+      divide each row by the standard deviation of its output, so that entries have no unit. Either may be a function of
+      rows `[n, d]` that returns the covariance from which deviations are taken: `rs.winsorised` is one that 2% of the
+      rows cannot move far. The default (`True`) leaves rows out that are far from all others.
     - `tie`: use one rotation for both sides (a residual stream). `hold`: sides ("in", "out") that are not rotated away
       from their start.
     - `active_subspace`: rotate only the principal components that hold this share (e.g. 0.999) of the variance of
@@ -102,7 +105,7 @@ def find_rotations(
         scale_outputs=scale_outputs,
         space_out=space_out,
         precision=precision,
-        moments=kept_moments(x, run) if scale_inputs else None,
+        moments=kept_moments(x, run) if scale_inputs is True else None,
         looks=looks,
     )
     held_out = None
@@ -152,7 +155,7 @@ def _remarked(solution: Solution, objective: JacobianSparsity) -> Solution:
     """Say in the detail what the fit did on its own account: another precision, rows that do not count."""
     remarks = [solution.detail, lacking(objective.precision)]
     known = objective.data.known
-    if objective.covariance is not None and (far := far_rows(known)):
+    if objective.scale_inputs is True and (far := far_rows(known)):
         remarks.append(
             f"{far:,} of {len(known):,} examples lie more than {FAR:g} times as far from the median as most do "
             "(attention sinks?) and are left out of the standard deviations that scale entries"

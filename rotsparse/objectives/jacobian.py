@@ -11,7 +11,8 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments, far_rows, scale_covariance
+from rotsparse.data.moments import Moments, far_rows
+from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply, chunk_size, jacobian_flops, jacobian_gram
@@ -47,6 +48,9 @@ class JacobianSparsity(MeasuredObjective):
     root mean square is then that of the examples that are summed over (a minibatch has its own), because it no longer
     follows from second moments.
 
+    Σ and Σ_y are the covariances without far rows (`scale_covariance`). A scale may also be a function of rows that
+    returns the covariance to use, such as `rs.winsorised`.
+
     `x` is `[n, d_in]`, or a source, of which a sample is kept in memory: the objective and `E[JᵀJ]` are computed on
     the sample, and Σ on the whole source (or taken from `moments`). Where there are more than `looks` examples
     (default: `looked_at(layer)`, 256 for 768 → 3072 → 768), the objective is that of so many of them; minibatches are
@@ -66,6 +70,8 @@ class JacobianSparsity(MeasuredObjective):
     gram: Float[Array, "d_in d_in"]
     covariance: Float[Array, "d_in d_in"] | None
     covariance_out: Float[Array, "d_out d_out"] | None
+    scale_inputs: Scale = eqx.field(static=True)
+    scale_outputs: Scale = eqx.field(static=True)
     space_in: str = eqx.field(static=True)
     space_out: str = eqx.field(static=True)
     drawn: Submatrix | None
@@ -78,8 +84,8 @@ class JacobianSparsity(MeasuredObjective):
         x: Float[Data, "n d_in"] | Source | Vectors,
         measure: Measure,
         *,
-        scale_inputs: bool = True,
-        scale_outputs: bool = False,
+        scale_inputs: Scale = True,
+        scale_outputs: Scale = False,
         space_in: str = "in",
         space_out: str = "out",
         precision: str = "highest",
@@ -97,15 +103,16 @@ class JacobianSparsity(MeasuredObjective):
         self.gram = _checked_gram(layer, every)
         self.covariance = None
         if scale_inputs:
-            if complete or far_rows(every):
-                found = scale_covariance(every)
+            if scale_inputs is not True or complete or far_rows(every):
+                found = covariance_of(scale_inputs, every)
             else:
                 found = (self.data.moments() if moments is None else moments).covariance
             checks.squares("x", float(np.trace(found)), self.x.dtype)
             self.covariance = jnp.asarray(found, self.x.dtype)
         self.covariance_out = None
         if scale_outputs:
-            self.covariance_out = jnp.asarray(output_covariance(layer, self.x), self.x.dtype)
+            self.covariance_out = jnp.asarray(output_covariance(layer, self.x, scale_outputs), self.x.dtype)
+        self.scale_inputs, self.scale_outputs = scale_inputs, scale_outputs
         self.space_in, self.space_out = space_in, space_out
         if space_in == space_out and layer.d_in != layer.d_out:
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
@@ -137,8 +144,8 @@ class JacobianSparsity(MeasuredObjective):
             self.layer,
             in_memory(x, looks or looked_at(self.layer))[0],
             self.measure,
-            scale_inputs=self.covariance is not None,
-            scale_outputs=self.covariance_out is not None,
+            scale_inputs=self.scale_inputs,
+            scale_outputs=self.scale_outputs,
             space_in=self.space_in,
             space_out=self.space_out,
             precision=self.precision,
@@ -250,9 +257,9 @@ class JacobianSparsity(MeasuredObjective):
         return value / self.count, add_grads({self.space_in: skew(grad_in)}, {self.space_out: skew(grad_out)})
 
 
-def output_covariance(layer: Layer, x: Float[Data, "n d_in"]) -> Float[np.ndarray, "d_out d_out"]:
-    """The covariance of `y = f(x)`. Raises `ValueError` where no output varies."""
-    found = scale_covariance(np.asarray(apply(layer, jnp.asarray(x))))
+def output_covariance(layer: Layer, x: Float[Data, "n d_in"], scale: Scale = True) -> Float[np.ndarray, "d_out d_out"]:
+    """The covariance of `y = f(x)` that a scale asks for. Raises `ValueError` where no output varies."""
+    found = covariance_of(scale, np.asarray(apply(layer, jnp.asarray(x))))
     if not np.trace(found) > 0:
         raise ValueError("the layer's outputs do not vary, so they have no standard deviation to be measured in")
     return found

@@ -16,6 +16,7 @@ from rotsparse._core.files import npz, write_atomically
 from rotsparse._core.reading import load_npz
 from rotsparse._core.types import Data
 from rotsparse.data.moments import evenly_spaced
+from rotsparse.data.scales import Scale
 from rotsparse.evaluation.units import Matrix, MatrixOut, scaled_rows
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import jacobians
@@ -79,8 +80,8 @@ def picture_data(
     x: Float[Data, "n d_in"],
     bases: dict[str, Rotations],
     *,
-    scale_inputs: bool,
-    scale_outputs: bool = False,
+    scale_inputs: Scale,
+    scale_outputs: Scale = False,
     covariance: Matrix | None = None,
     covariance_out: MatrixOut | None = None,
     examples: int = 3,

@@ -11,6 +11,7 @@ import jax
 from rotsparse._core.alignment import chance_cosine
 from rotsparse._core.intervals import Interval
 from rotsparse._core.printable import html as escape
+from rotsparse.data.scales import Scale, named
 from rotsparse.engine.solution import SAME, Solution
 from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
@@ -49,8 +50,8 @@ def render(
     solution: Solution,
     agreement: Mapping[str, Agreement],
     examples: int,
-    scale_inputs: bool,
-    scale_outputs: bool,
+    scale_inputs: Scale,
+    scale_outputs: Scale,
     config: dict[str, Any],
     control: Control | None = None,
     graph: tuple[str, str] | None = None,
@@ -92,9 +93,10 @@ def render(
     )
 
 
-def _captions(examples: int, scale_inputs: bool, scale_outputs: bool, has_floor: bool) -> dict[str, str]:
-    scaled = " Every column is multiplied by the standard deviation of its input direction." if scale_inputs else ""
-    scaled += " Every row is divided by the standard deviation of its output direction." if scale_outputs else ""
+def _captions(examples: int, scale_inputs: Scale, scale_outputs: Scale, has_floor: bool) -> dict[str, str]:
+    by, of = _deviation(scale_inputs), _deviation(scale_outputs)
+    scaled = f" Every column is multiplied by the {by} of its input direction." if scale_inputs else ""
+    scaled += f" Every row is divided by the {of} of its output direction." if scale_outputs else ""
     limit = " No rotations get below the floor; to reach it, one pair would have to diagonalise all Jacobians."
     return {
         "heat_maps": "Every square says how far one output direction (row) moves for a small change along one input "
@@ -117,6 +119,10 @@ def _captions(examples: int, scale_inputs: bool, scale_outputs: bool, has_floor:
         "history": "The objective during the fit, logarithmic if it falls by more than a factor of ten. If it still "
         "falls at the end, more steps may help." + (limit if has_floor else ""),
     }
+
+
+def _deviation(scale: Scale) -> str:
+    return "standard deviation" if isinstance(scale, bool) else f"standard deviation ({named(scale)})"
 
 
 def _figure(shown: Shown, caption: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from rotsparse._core.files import adopt, make_folder, write_atomically
+from rotsparse.data.scales import Scale
 from rotsparse.engine.solution import Solution
 from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
@@ -26,8 +27,8 @@ def write_report(
     comparison: Comparison,
     solution: Solution,
     examples: int,
-    scale_inputs: bool,
-    scale_outputs: bool = False,
+    scale_inputs: Scale,
+    scale_outputs: Scale = False,
     config: dict[str, Any],
     finding: str,
     remarks: Sequence[str] = (),

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rotsparse._core.files import write_atomically
 from rotsparse._core.types import Data
+from rotsparse.data.scales import named
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.solution import Result, Solution
 from rotsparse.evaluation.agreement import Agreement, agreements
@@ -116,7 +117,8 @@ def run(
         pictures=None if pictures is None else pictures(bases),
         phases=phases,
     )
-    about = {"seed": seed, "objective": solution.value, **scales}
+    about = {"seed": seed, "objective": solution.value}
+    about |= {name: named(scale) for name, scale in scales.items()}
     about |= {"measure": _spelled(fit["measure"]), "numbered": NUMBERED}
     solution.rotations.save(folder / ROTATIONS, about | _origin(config) | {"agreement": _lowest(solution, agreement)})
     folders.write_json(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rotsparse._core.reading import reading
+from rotsparse.data.scales import by_name
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.data.store import NO_TOKEN, ActivationStore, open_store
 from rotsparse.engine.solution import Solution
@@ -142,7 +143,8 @@ class LayerRun:
         """The units of the fit, as `evaluation.units.scaled_rows` takes them."""
         sample = in_memory(self.inputs[1])[0]
         scales = self.config["input_scale"], self.config.get("output_scale", "none")  # earlier versions: inputs alone
-        return units_of(self.layer, sample, scale_inputs=scales[0] == "std", scale_outputs=scales[1] == "std")
+        of_inputs, of_outputs = map(by_name, scales)
+        return units_of(self.layer, sample, scale_inputs=of_inputs, scale_outputs=of_outputs)
 
     @cached_property
     def solution(self) -> Solution:

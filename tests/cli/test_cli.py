@@ -161,6 +161,23 @@ def test_fold_and_compare_and_report(files, rotsparse, monkeypatch):
     assert code == 2 and f"{files / 'x.npy'}, which ../run/config.json names as 'activations', does not exist" in said
 
 
+def test_scales_can_be_robust(files, rotsparse):
+    scaled = ("--input-scale", "robust", "--output-scale", "robust")
+    assert rotsparse(*FIT, *scaled)[0] == 0
+    opened = rs.load_run("run")
+    about = Rotations.load("run/rotations.safetensors")[1]
+    assert about["scale_inputs"] == about["scale_outputs"] == "winsorised"
+    np.testing.assert_array_equal(opened.units["covariance"], rs.winsorised(opened.inputs[1]))
+    of = rs.evaluate(opened.layer, opened.inputs[2], opened.rotations, key=jax.random.key(0), **opened.units)
+    found = opened.metrics["metrics"]["learned"]
+    assert all(of[name].value == pytest.approx(found[name]["value"], abs=1e-4) for name in of)
+    assert "by the standard deviation (winsorised) of its output" in (files / "run/report.html").read_text()
+    assert rotsparse("explain", "run")[0] == 0
+    assert "inputs (winsorised) and outputs (winsorised)" in (files / "run/directions.html").read_text()
+    code, said = rotsparse(*FIT[:-1], "other", "--input-scale", "mad")
+    assert code == 2 and "std" in said and "robust" in said
+
+
 def test_outputs_can_be_scaled(files, rotsparse, monkeypatch):
     monkeypatch.setattr(fit_nulls, "QUICK_STEPS", 50)
     scaled = ("--output-scale", "std", "--seed", 3)
