@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import rotsparse as rs
 from rotsparse.cli.arguments import fit_arguments
+from rotsparse.data.sources import in_memory
 from rotsparse.evaluation import fit_nulls
 from rotsparse.examples import addition
 from rotsparse.layers.files import load_layer
@@ -167,7 +168,7 @@ def test_scales_can_be_robust(files, rotsparse):
     opened = rs.load_run("run")
     about = Rotations.load("run/rotations.safetensors")[1]
     assert about["scale_inputs"] == about["scale_outputs"] == "winsorised"
-    np.testing.assert_array_equal(opened.units["covariance"], rs.winsorised(opened.inputs[1]))
+    np.testing.assert_array_equal(opened.units["covariance"], rs.winsorised(in_memory(opened.inputs[1])[0]))
     of = rs.evaluate(opened.layer, opened.inputs[2], opened.rotations, key=jax.random.key(0), **opened.units)
     found = opened.metrics["metrics"]["learned"]
     assert all(of[name].value == pytest.approx(found[name]["value"], abs=1e-4) for name in of)

@@ -1,5 +1,7 @@
 """Covariances that a few rows cannot move, and the units that they give."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -88,11 +90,12 @@ def test_objective_metrics_and_nulls_take_the_same_units(x):
     units = units_of(layer, x, scale_inputs=winsorised, scale_outputs=winsorised)
     np.testing.assert_array_equal(units["covariance"], winsorised(x))
     np.testing.assert_allclose(units["covariance_out"], winsorised(np.asarray(layer(x))), rtol=1e-5, atol=1e-5)
-    both = {"scale_inputs": winsorised, "scale_outputs": winsorised}
-    plain = {"scale_inputs": True, "scale_outputs": True}
+    both: dict[str, Any] = {"scale_inputs": winsorised, "scale_outputs": winsorised}
+    plain: dict[str, Any] = {"scale_inputs": True, "scale_outputs": True}
     found, given, other = (rs.evaluate(layer, x, r, key=jax.random.key(0), **of) for of in (both, plain | units, plain))
     assert found["hoyer"] == given["hoyer"] != other["hoyer"]
     objective = rs.JacobianSparsity(layer, x, rs.Log(0.1), **both)
+    assert objective.covariance is not None and objective.covariance_out is not None
     np.testing.assert_allclose(objective.covariance, winsorised(x), rtol=1e-6)
     np.testing.assert_array_equal(objective.on(x).covariance, objective.covariance)
     np.testing.assert_array_equal(objective.on(x).covariance_out, objective.covariance_out)
