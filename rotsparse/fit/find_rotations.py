@@ -24,6 +24,7 @@ from rotsparse.fit.default_method import default_method
 from rotsparse.fit.minimize import minimize
 from rotsparse.fit.weight_bases import sparse_weights
 from rotsparse.layers.base import ClosedForm, Layer
+from rotsparse.layers.jacobians import apply
 from rotsparse.layers.rotations import Rotations
 from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.combined import Held
@@ -160,6 +161,13 @@ def _remarked(solution: Solution, objective: JacobianSparsity) -> Solution:
             f"{far:,} of {len(known):,} examples lie more than {FAR:g} times as far from the median as most do "
             "(attention sinks?) and are left out of the standard deviations that scale entries"
         )
+    if objective.scale_outputs is True:
+        outputs = np.asarray(apply(objective.layer, objective.x))
+        if far := far_rows(outputs):
+            remarks.append(
+                f"the outputs of {far:,} of {len(outputs):,} examples are as far from the median of outputs, and left "
+                "out of theirs"
+            )
     return dataclasses.replace(solution, detail="; ".join(filter(None, remarks)))
 
 

@@ -72,6 +72,18 @@ def sinks(size):
     return layer, x, a
 
 
+def test_a_fit_says_which_rows_the_default_leaves_out(x):
+    layer = rs.Dense(np.eye(6, dtype=np.float32), np.zeros(6, np.float32), activation="identity")
+    options: dict[str, Any] = {"key": jax.random.key(0), "method": rs.Anneal(steps=2), "scale_outputs": True}
+    assert "left out" not in rs.find_rotations(layer, x, **options).detail
+    x[::100, 0] = 1000
+    said = rs.find_rotations(layer, x, **options).detail
+    assert "40 of 4,000 examples lie more than 5 times as far from the median as most" in said
+    assert "the outputs of 40 of 4,000 examples are as far from the median of outputs" in said
+    robust = {"scale_inputs": winsorised, "scale_outputs": winsorised}
+    assert "far" not in rs.find_rotations(layer, x, **options | robust).detail
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [15, 120])
 def test_planted_bases_survive_sinks_of_any_norm(size):
