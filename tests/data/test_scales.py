@@ -80,7 +80,7 @@ def test_a_fit_says_which_rows_the_default_leaves_out(x):
     said = rs.find_rotations(layer, x, **options).detail
     assert "40 of 4,000 examples lie more than 5 times as far from the median as most" in said
     assert "the outputs of 40 of 4,000 examples are as far from the median of outputs" in said
-    robust = {"scale_inputs": winsorised, "scale_outputs": winsorised}
+    robust: dict[str, Any] = {"scale_inputs": winsorised, "scale_outputs": winsorised}
     assert "far" not in rs.find_rotations(layer, x, **options | robust).detail
 
 
