@@ -36,7 +36,7 @@ def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> It
     `minilm`."""
     raw = {"scale_inputs": False}
     yield "addition modulo 59, MLP", _addition
-    yield "digits, layer 2 (raw)", lambda: _digits(raw)
+    yield "digits, layer 2 (raw)", lambda: digits_layer(raw)
     yield "digits, hidden 1 → logits", _digits_block
     yield "x², middle layer", lambda: _x_squared()
     yield "planted, n = 32 (raw)", lambda: _planted(seed, raw)
@@ -87,8 +87,9 @@ def _digits_block() -> Case:
     return Case(rs.MLP(second.w, second.b, third.w, third.b), train, test, {})
 
 
-def _digits(options) -> Case:
-    network = digits.train(0)
+def digits_layer(options, seed: int = 0) -> Case:
+    """The second layer of the digits network of this seed."""
+    network = digits.train(seed)
     train, test = (np.asarray(network.layers[0](jnp.asarray(x))) for x in (network.train, network.test))
     return Case(network.layers[1], train, test, options)
 

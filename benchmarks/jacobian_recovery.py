@@ -35,6 +35,8 @@ class Config:
     """Only n = 32, two seeds, without the restarts."""
     sizes: tuple[int, ...] = (32, 64, 128, 256)
     """Widths n."""
+    only: tuple[str, ...] = ()
+    """Methods; all by default."""
     seeds: int = 3
     """Problems of each activation up to n = 64; above, where one takes many minutes, there is one, without the
     restarts."""
@@ -62,6 +64,7 @@ def main(config: Config) -> None:
         for activation in ("relu", "gelu"):
             small = n <= 64
             methods = METHODS if small and not config.quick else {k: METHODS[k] for k in METHODS if k != BEST_OF_8}
+            methods = {name: methods[name] for name in config.only or methods}
             rows = compare(n, activation, 2 if config.quick else config.seeds if small else 1, methods)
             show(n, activation, rows)
             found += rows
@@ -119,6 +122,16 @@ def rotsparse(problem: Problem, budget: float):
     for method in (annealing, rs.Refine(polish)):
         bases = rs.minimize(problem.objective, bases, method=method, key=KEY).completed().bases
     return bases, time.perf_counter() - begun - sum(annealing.seconds + polish.seconds)
+
+
+def from_weights(problem: Problem, budget: float):
+    """The default method, which looks at the weights first; as many steps as `rotsparse`."""
+    compiled = near, polish = [Compiled(rs.Anneal(steps=n, angle=0.1)) for n in (1000, 500)]
+    method = rs.Then(rs.Hinted(rs.Anneal(steps=2000), near), rs.Refine(polish))
+    layer, x = problem.objective.layer, problem.objective.x
+    begun = time.perf_counter()
+    fit = rs.find_rotations(layer, x, key=KEY, scale_inputs=False, method=method).completed()
+    return fit.bases, time.perf_counter() - begun - sum(sum(method.seconds) for method in compiled)
 
 
 def annealing(problem: Problem, budget: float):
@@ -181,6 +194,7 @@ def pymanopt(problem: Problem, budget: float):
 BEST_OF_8 = "best of 8 Adam"
 METHODS = {
     "rotsparse": rotsparse,
+    "from the weights": from_weights,
     "annealing only": annealing,
     "Riemannian Adam": adam,
     BEST_OF_8: adam_of_8,

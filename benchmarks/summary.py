@@ -82,7 +82,8 @@ def jacobian_recovery(rows: list[dict]) -> Iterator[Row]:
         of = {row["method"]: row for row in rows if (row["n"], row["activation"]) == (n, activation)}
         ratio = lambda row: np.divide(row["objective"], row["planted"])  # noqa: E731
         ours = of.pop("rotsparse")
-        of.pop("annealing only")
+        for name in ("annealing only", "from the weights"):
+            of.pop(name, None)
         best = min(of, key=lambda name: float(np.mean(ratio(of[name]))))
         yield (
             f"planted Jacobians, n = {n}, {activation}: objective ÷ planted",

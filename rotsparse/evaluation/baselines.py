@@ -17,9 +17,10 @@ from jaxtyping import Float, PRNGKeyArray
 from rotsparse._core.intervals import numpy_generator
 from rotsparse._core.orthogonal import WIDE
 from rotsparse._core.types import Rows
-from rotsparse.fit.weight_bases import absorbed, few_threads, rounded
+from rotsparse.fit.weight_bases import absorbed, few_threads, rounded, singular_vectors
 from rotsparse.fit.weight_bases import most_exact_zeros as most_exact_zeros
 from rotsparse.fit.weight_bases import sparse_weights as sparse_weights
+from rotsparse.fit.weight_bases import svd_mean_jacobian as svd_mean_jacobian
 from rotsparse.fit.weight_bases import triangular as triangular
 from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import LayerStatistics, apply
@@ -81,15 +82,9 @@ def svd_weights(layer: Layer, x: Rows) -> Rotations:
     left = None if layer.left is None else np.asarray(layer.left, np.float64)
     rights = [absorbed(layer, w) for w in layer.rights]
     if len(rights) == 1:
-        return _svd(rights[0] if left is None else left @ rights[0])
+        return singular_vectors(rights[0] if left is None else left @ rights[0])
     assert left is not None
     return rounded(np.linalg.svd(np.concatenate(rights))[2], np.linalg.svd(left)[0].T)
-
-
-def svd_mean_jacobian(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
-    """Singular vectors of `E[J]`: they make the mean Jacobian diagonal."""
-    s = statistics or LayerStatistics(layer, x)
-    return _svd(s.jacobian.mean)
 
 
 def svd_mean_jacobian_weighted(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
@@ -104,7 +99,7 @@ def svd_mean_jacobian_weighted(layer: Layer, x: Rows, *, statistics: LayerStatis
     s = statistics or LayerStatistics(layer, x)
     variances, axes = np.linalg.eigh(s.inputs[1])
     root = (axes * np.sqrt(np.maximum(variances, 0))) @ axes.T
-    return _svd(s.jacobian.mean @ root)
+    return singular_vectors(s.jacobian.mean @ root)
 
 
 def jacobian_gram(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
@@ -213,11 +208,6 @@ def methods(layer: Layer, *, key: PRNGKeyArray) -> dict[str, Callable[[LayerStat
 def _eigenvectors(symmetric: Matrix) -> Matrix:
     """Eigenvectors as rows, largest eigenvalue first."""
     return np.linalg.eigh(symmetric)[1].T[::-1]
-
-
-def _svd(jacobian: Float[np.ndarray, "d_out d_in"]) -> Rotations:
-    left, _, right = np.linalg.svd(jacobian)
-    return rounded(right, left.T)
 
 
 def _positive_qr(gaussian: Matrix) -> Matrix:

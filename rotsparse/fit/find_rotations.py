@@ -22,7 +22,7 @@ from rotsparse.engine.solution import Solution
 from rotsparse.fit.active_subspace import ActiveSubspace
 from rotsparse.fit.default_method import default_method
 from rotsparse.fit.minimize import minimize
-from rotsparse.fit.weight_bases import sparse_weights
+from rotsparse.fit.weight_bases import known_starts
 from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import apply
 from rotsparse.layers.rotations import Rotations
@@ -65,9 +65,10 @@ def find_rotations(
     - `key`: the same key and inputs give the same bits on the same machine.
     - `measure`: the sparsity measure S.
     - `method`: how to minimise it. The default, `default_method(layer)`, anneals and then runs pair searches for as
-      long as they pay; these leave a certificate. Without a `start` it also anneals from the bases in which the
-      weights are sparse, and keeps what leaves fewer entries above ε. `Anneal(steps=20_000)` takes more steps;
-      `Riemannian(optax.adam(0.1))` uses any optax optimiser.
+      long as they pay; these leave a certificate. Without a `start` it first looks at the bases in which the weights
+      are sparse and at the singular vectors of the mean Jacobian. It anneals from the better one too, keeps what leaves
+      fewer entries above ε, and in a single fit goes on from there alone if that basis is clear of all else (`Hinted`).
+      `Anneal(steps=20_000)` takes more steps; `Riemannian(optax.adam(0.1))` uses any optax optimiser.
     - `restarts`: number of independent starts; the best result is returned, and `Solution.agreement` compares them.
     - `validation`: held-out inputs; if given, the best step and the best restart are chosen on them (on a sample, if
       they are a source).
@@ -139,9 +140,8 @@ def find_rotations(
     held = {name: first[name] for name in hold}
     free: Objective = Held(objective, held) if held else objective
     if start is None and not tie and method.takes_hints and isinstance(layer, ClosedForm):
-        hint = sparse_weights(layer, objective.data.known)
-        known = {"in": jnp.asarray(hint.r_in, dtype), "out": jnp.asarray(hint.r_out, dtype)}
-        options["hints"] = ({name: known[name] for name in free.spaces},)
+        sides = [{"in": r.r_in, "out": r.r_out} for r in known_starts(layer, objective.data.known)]
+        options["hints"] = [{name: jnp.asarray(side[name], dtype) for name in free.spaces} for side in sides]
     free_held_out = Held(held_out, held) if held and held_out is not None else held_out
     solution = minimize(free, first, method=method, validation=free_held_out, **options)
 

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from rotsparse._core.types import Rows
 from rotsparse.layers.base import ClosedForm, Layer
-from rotsparse.layers.jacobians import LayerStatistics
+from rotsparse.layers.jacobians import LayerStatistics, jacobian_flops
 from rotsparse.layers.mlp import Dense
 from rotsparse.layers.rotations import Rotations
 
@@ -21,6 +21,9 @@ _STEPS, _WIDTH, _FEWEST_STEPS = 2000, 160, 100
 _BATCH = 2048  # rows; fewer find planted bases less often
 _EPS = 0.1
 _ANGLE = 0.4
+
+# A look at the mean Jacobian of a wide layer may take so many floating-point operations: seconds.
+_FLOPS = 1e12
 
 
 def triangular(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
@@ -70,6 +73,20 @@ def sparse_weights(layer: Layer, x: Rows, *, statistics: LayerStatistics | None 
     return rounded(r_in, _sparse_basis((left * np.sqrt(energy)).T))
 
 
+def svd_mean_jacobian(layer: Layer, x: Rows, *, statistics: LayerStatistics | None = None) -> Rotations:
+    """Singular vectors of `E[J]`: they make the mean Jacobian diagonal."""
+    s = statistics or LayerStatistics(layer, x)
+    return singular_vectors(s.jacobian.mean)
+
+
+def known_starts(layer: ClosedForm, x: Rows) -> list[Rotations]:
+    """The bases that `find_rotations` looks at before it starts: `sparse_weights`, the best start where gates only
+    switch neurons, and `svd_mean_jacobian` (of at most 512 evenly spaced examples), the best one where gates hardly
+    change."""
+    few = int(np.clip(_FLOPS / jacobian_flops(layer), 8, 512))
+    return [sparse_weights(layer, x), svd_mean_jacobian(layer, x[:: -(-len(x) // few)])]
+
+
 def most_exact_zeros(layer: Layer, x: Rows) -> float:
     """The largest share of exact zeros that the Jacobians of a single layer can have with outputs at the neurons,
     whatever `R_in`, if its weights are generic; `triangular` reaches it:
@@ -102,6 +119,12 @@ def rounded(r_in: Float[np.ndarray, "i i"], r_out: Float[np.ndarray, "o o"]) -> 
 def absorbed(layer: ClosedForm, w) -> Float[np.ndarray, "hidden d_in"]:
     """Input weights with the norm in front of them multiplied in."""
     return np.asarray(w if layer.norm is None else layer.norm.absorb(w), np.float64)
+
+
+def singular_vectors(jacobian: Float[np.ndarray, "d_out d_in"]) -> Rotations:
+    """The rotations that make it diagonal, largest entry first."""
+    left, _, right = np.linalg.svd(jacobian)
+    return rounded(right, left.T)
 
 
 def gram_schmidt(rows: Float[np.ndarray, "k d"]) -> Float[np.ndarray, "d d"]:

@@ -26,6 +26,10 @@ class Then(Method):
         self.stages = stages
 
     @property
+    def takes_hints(self):
+        return any(stage.takes_hints for stage in self.stages)
+
+    @property
     def planned(self):
         return [part for stage in self.stages for part in stage.planned]
 

@@ -4,26 +4,37 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from rotsparse.engine.method import Method
-from rotsparse.engine.solution import Result, judged_value
+from rotsparse.engine.method import Method, Problem
+from rotsparse.engine.run import Run
+from rotsparse.engine.solution import Result, Solution, Stage, judged_value
 from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.measures import L4, Measure
-from rotsparse.solvers.combine import Each
 
 # A hint that leaves so many times the entries of the other result is not worth the steps: they are small.
 HOPELESS = 1.25
 
+# A hint is clear of everything else that is known if it leaves at most this share of its entries, and lies in a basin
+# of its own if `near` lowers its objective by a smaller share than the second.
+CLEAR, SETTLED = 0.5, 0.2
+
 
 class Hinted(Method):
-    """Run `far` from the starts and, from each of the problem's hints, `near`, which should not leave its basin. Of the
-    two results keep the one that leaves fewer entries above the measure's ε, on the examples that judge: where bases
-    differ much, the number of zeros and the value of a smooth measure may rank them differently, and the zeros are what
-    is reported. For measures that are not elementwise, or have no ε (`L4`), the judged objective decides.
+    """Run `far` from the starts and, from the best of the problem's hints, `near`, which should not leave its basin. Of
+    the two results keep the one that leaves fewer entries above the measure's ε, on the examples that judge: where
+    bases differ much, the number of zeros and the value of a smooth measure may rank them differently, and the zeros
+    are what is reported. For measures that are not elementwise, or have no ε (`L4`), the judged objective decides.
 
-    Without hints, and where a hint leaves 1.25 times as many entries before its first step, or ends above the objective
-    of the start, it is `far` alone. A hint that is kept takes the place of the best candidate.
+    A look at all of them comes first; the best hint is the one that leaves the fewest entries. If that is at most half
+    of what the start and every other hint leave, `near` runs from it at once; and if it lowers the objective by less
+    than a fifth, the hint lay in a deep basin of its own, and `far`, which would hardly find one as deep, is left out.
+    With several starts it never is: they are there to show what is found without hints.
+
+    Without hints, and where the best one leaves 1.25 times as many entries before its first step as the result of
+    `far`, or ends above the objective of the start, it is `far` alone. A hint that is kept takes the place of the best
+    candidate.
     """
 
     far: Method
@@ -42,37 +53,68 @@ class Hinted(Method):
         return self.far.descends
 
     def run(self, problem, starts, *, key, run):
+        if not problem.hints:
+            return self.far.run(problem, starts, key=key, run=run)
+        looks = [entries_left(problem.judge, hint) for hint in problem.hints]
+        best = int(np.argmin(looks))
+        hint, left, rivals = problem.hints[best], looks[best], looks[:best] + looks[best + 1 :]
+
+        def near(run: Run) -> Solution:
+            plain, folder = dataclasses.replace(problem, hints=()), run.subrun("hints").subrun(f"start-{best}")
+            return self.near.run(plain, (hint,), key=jax.random.fold_in(key, 3), run=folder)
+
         with run.listening() as run:
+            hinted = near(run) if len(starts) == 1 and _clear(problem, starts[0], hint, left, rivals) else None
+            if hinted and (hinted.result.broken_off or hinted.value > (1 - SETTLED) * hinted.start_value):
+                return _from_start(problem, hinted, starts[0])
             solution = self.far.run(problem, starts, key=key, run=run)
-            if not problem.hints or solution.result.broken_off:
+            if solution.result.broken_off:
                 return solution
             if run.stopped:
                 return dataclasses.replace(solution, result=Result.INTERRUPTED)
-            found = entries_left(problem.judge, solution.bases)
-            promising = [h for h in problem.hints if entries_left(problem.judge, h) <= HOPELESS * found]
-            if not promising:
+            if not hinted and left <= HOPELESS * entries_left(problem.judge, solution.bases):
+                hinted = near(run.quiet())
+            if hinted is None:
                 return solution
-            plain = dataclasses.replace(problem, hints=())
-            hinted = Each(self.near).run(
-                plain, tuple(promising), key=jax.random.fold_in(key, 3), run=run.subrun("hints").quiet()
-            )
             if hinted.result.broken_off:
                 return dataclasses.replace(solution, result=hinted.result)
-            left = found, entries_left(problem.judge, hinted.bases)
-            start, reached = problem.judged([starts[0], hinted.bases])
-            kept = left[1] < left[0] and reached < start
-            if kept:
-                solution = solution.replaced(hinted.bases, float(reached), problem.objective, problem.validation)
-                start_value = judged_value(problem.objective, starts[0])
-                solution = dataclasses.replace(solution, start_value=start_value, certificate=None)
-            share = f"{left[1]:.1%} of the entries above ε, against {left[0]:.1%} from the other starts"
-            stage = hinted.stages[-1]._replace(
-                name=f"{hinted.stages[-1].name} from hints", remark=f"{share}: {'kept' if kept else 'dropped'}"
-            )
-            seconds = solution.stats["seconds"] + hinted.stats["seconds"]
-            return dataclasses.replace(
-                solution, stages=(*solution.stages, stage), stats=solution.stats | {"seconds": seconds}
-            )
+            return _better(problem, solution, hinted, starts[0])
+
+
+def _clear(problem: Problem, start: Bases, hint: Bases, left: float, rivals: list[float]) -> bool:
+    """Whether a hint that leaves so many entries is clear of the start and of hints that leave `rivals`."""
+    least = min([entries_left(problem.judge, start), *rivals])
+    if not 0 <= left <= CLEAR * least:  # the value of `L4` is negative, and no share
+        return False
+    reached, begun = problem.judged([hint, start])
+    return bool(reached < begun)
+
+
+def _from_start(problem: Problem, hinted: Solution, start: Bases) -> Solution:
+    """The result from a hint that was clear of all else, as a solution of the whole problem."""
+    share = f"{entries_left(problem.judge, hinted.bases):.1%} of the entries above ε; clear of the other starts"
+    return dataclasses.replace(
+        hinted, start_value=judged_value(problem.objective, start), stages=(_stage(hinted, share),)
+    )
+
+
+def _better(problem: Problem, solution: Solution, hinted: Solution, start: Bases) -> Solution:
+    """The solution, with the result from a hint in place of its best candidate if that leaves fewer entries."""
+    left = entries_left(problem.judge, solution.bases), entries_left(problem.judge, hinted.bases)
+    begun, reached = problem.judged([start, hinted.bases])
+    kept = left[1] < left[0] and reached < begun
+    if kept:
+        solution = solution.replaced(hinted.bases, float(reached), problem.objective, problem.validation)
+        solution = dataclasses.replace(solution, start_value=judged_value(problem.objective, start), certificate=None)
+    share = f"{left[1]:.1%} of the entries above ε, against {left[0]:.1%} from the other starts"
+    stage = _stage(hinted, f"{share}: {'kept' if kept else 'dropped'}")
+    seconds = solution.stats["seconds"] + hinted.stats["seconds"]
+    return dataclasses.replace(solution, stages=(*solution.stages, stage), stats=solution.stats | {"seconds": seconds})
+
+
+def _stage(hinted: Solution, remark: str) -> Stage:
+    stage = hinted.stages[-1]
+    return stage._replace(name=f"{stage.name} from hints", remark=remark)
 
 
 class _Above(Measure):

@@ -17,17 +17,17 @@ from rotsparse.objectives.base import thinned
 from rotsparse.solvers._pair_angles import jacobian_entries, obstacle, row_entries
 from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.combine import Each
-from rotsparse.solvers.pair_search import SCREEN, PairSearch, solution_of
+from rotsparse.solvers.pair_search import SCREEN, PairSearch, certify, solution_of
 
 
 class Refine(Method):
     """Run pair searches, and `polish` after each, for as long as the two together gain.
 
     `polish` improves rotations without leaving their basin; a polish that makes them worse is dropped. If the first
-    sweep of pair rotations gains less than the share `worth` of the objective, only the final search follows; otherwise
-    there are up to `rounds` polishes. Searches use at most `examples` evenly spaced examples. All but the final search
-    use fewer of these, so that a row has about `entries` entries (half of the default still finds all pairs of planted
-    networks of n = 128); the final search, with its certificate, uses all of them.
+    sweep of pair rotations gains less than the share `worth` of the objective, it is the only one; otherwise there are
+    up to `rounds` polishes, and a final search. Searches use at most `examples` evenly spaced examples. All but the
+    final search use fewer of these, so that a row has about `entries` entries (half of the default still finds all
+    pairs of planted networks of n = 128). The certificate is that of the last sweep, on its examples.
 
     Raises `ValueError` if `PairSearch` does. As a later stage it is skipped instead, and also for Jacobians of more
     than `largest` entries, for which the searches would take too long.
@@ -60,8 +60,9 @@ class Refine(Method):
             bases, _ = look.search(few, start, run.subrun("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
-                if not run.stopped:
-                    bases, certificate = look.search(searched, start, run.subrun("last"))
+                # A gain on the few examples may be a loss on the others.
+                bases = bases if judged_value(searched, bases) < at_start else start
+                certificate = None if run.stopped else certify(few, bases, screen=self.screen)
             else:
                 bases, _ = whole.search(few, bases, run.subrun("search"))
                 reached = judged_value(searched, bases)
@@ -80,7 +81,6 @@ class Refine(Method):
                         bases, reached = candidate, after
                     if before - reached < 1e-4 * abs(before):
                         break
-                # A gain on the few examples may be a loss on all of them.
                 bases = bases if reached < at_start else start
                 if not run.stopped:
                     bases, certificate = whole.search(searched, bases, run.subrun("last"))

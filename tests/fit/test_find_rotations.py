@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from helpers import random_orthogonal
+from planted_bases import hidden_block
 from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.orthogonal import haar, retract_cayley, retract_expm, retract_qr
 from rotsparse.engine.solution import Result, Solution
@@ -47,6 +48,10 @@ def quick(layer, x, *, method=None, **options):
 
 def same_bits(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda u, v: bool((np.asarray(u) == np.asarray(v)).all()), a, b)))
+
+
+def stages(solution):
+    return [stage.name for stage in solution.stages]
 
 
 def test_planted_rotations_are_found():
@@ -282,7 +287,7 @@ def test_the_default_searches_pairs_and_leaves_a_certificate():
     assert "no rotation of two rows improves" in str(complete.certificate)
     assert str(complete.certificate) in complete.summary()
     assert alone.certificate is None
-    assert [stage.name for stage in complete.stages] == ["Anneal", "Refine", "Anneal from hints"]
+    assert stages(complete) == ["Anneal", "Anneal from hints", "Refine"]
     assert complete.value <= alone.value
     assert complete.rotations.orthogonality_error() < 1e-5
     objective = JacobianSparsity(layer, x, measures.Log(0.1), scale_inputs=False)
@@ -295,6 +300,30 @@ def test_the_default_searches_pairs_and_leaves_a_certificate():
     small = quick(layer, x, method=default, active_subspace=0.9)
     assert small.rotations.orthogonality_error() < 1e-5
     assert quick(layer, x, method=default, tie=True).certificate is None  # no plain sum over rows
+
+
+def test_the_default_goes_on_from_the_weights_where_these_show_the_basis(rng):
+    """150 steps at small angles would not find it from the neurons."""
+    d = 24
+    q_in, q_out = random_orthogonal(rng, d), random_orthogonal(rng, d)
+    layer = hidden_block(rng, q_in, q_out, hidden=2 * d, activation="gelu")
+    x = rng.standard_normal((200, d)).astype(np.float32)
+    method = default_method(steps=300)
+    solution = quick(layer, x, method=method)
+    assert stages(solution) == ["Anneal from hints", "Refine"]
+    assert mean_max_cosine(np.asarray(solution.rotations.r_in), q_in) > 0.99
+    assert mean_max_cosine(np.asarray(solution.rotations.r_out), q_out) > 0.99
+    assert stages(quick(layer, x, method=method, start=Rotations.identity(d, d)))[0] == "Anneal"
+    assert stages(quick(layer, x, method=method, restarts=2))[0] == "Anneal"
+
+
+def test_the_default_knows_the_svd_of_a_linear_layer(rng):
+    """Its weights have no sparse basis on one side alone, and the sparsest on both is diagonal."""
+    layer = Dense(rng.standard_normal((6, 20)).astype(np.float32), activation="identity")
+    solution = quick(layer, rng.standard_normal((50, 20)).astype(np.float32), method=default_method(steps=20))
+    assert stages(solution)[0] == "Anneal from hints"
+    z = np.abs(layer.jacobian(jnp.ones((1, 20)), solution.rotations.r_in, solution.rotations.r_out)[0])
+    assert np.count_nonzero(z > 1e-3 * z.max()) == 6
 
 
 def test_agreement_between_restarts():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import rotsparse as rs
+from rotsparse._core.alignment import mean_max_cosine
 from rotsparse.engine.solution import Result
 from rotsparse.solvers.hinted import entries_left
 
@@ -39,6 +40,50 @@ def test_a_hint_that_leaves_fewer_entries_is_kept(problem):
     assert solution.agreement()["x"].shape == (1, 12)
 
 
+class Never(rs.Anneal):
+    """A method that must not run."""
+
+    def run(self, problem, starts, *, key, run):
+        raise AssertionError("the far method ran")
+
+
+def test_a_hint_that_is_clear_of_all_else_is_gone_on_from_alone(problem):
+    objective, hidden = problem
+    solution = minimize(objective, rs.Hinted(Never(), NEAR), [{"x": jnp.eye(12)}, hidden])
+    assert mean_max_cosine(np.asarray(solution.bases["x"]), np.asarray(hidden["x"])) > 0.99
+    assert solution.start_value == pytest.approx(float(objective.value({"x": jnp.eye(12)})))
+    assert [stage.name for stage in solution.stages] == ["Anneal from hints"]
+    assert "clear of the other starts" in solution.stages[0].remark
+
+
+def test_one_of_two_good_hints_is_not_clear_and_restarts_are_all_taken(problem):
+    objective, hidden = problem
+    with pytest.raises(AssertionError, match="far"):
+        minimize(objective, rs.Hinted(Never(), NEAR), [hidden, hidden])
+    with pytest.raises(AssertionError, match="far"):
+        minimize(objective, rs.Hinted(Never(), NEAR), [hidden], restarts=2)
+
+
+def test_a_hint_outside_of_a_basin_does_not_replace_the_far_method(problem):
+    """Half of its directions are mixed in pairs; the near method finds them, and its result competes, once."""
+    objective, hidden = problem
+    turn = np.eye(12, dtype=np.float32)
+    for i in range(0, 6, 2):
+        turn[i : i + 2, i : i + 2] = np.array([[1, 1], [-1, 1]]) / np.sqrt(2)
+    mixed = {"x": jnp.asarray(turn) @ hidden["x"]}
+    assert entries_left(objective, mixed) < 0.5 * entries_left(objective, {"x": jnp.eye(12)})
+    solution = minimize(objective, rs.Hinted(FAR, rs.Anneal(steps=300)), [mixed])
+    assert [stage.name for stage in solution.stages] == ["Anneal", "Anneal from hints"]
+    assert solution.stages[1].remark.endswith("kept")
+    assert entries_left(objective, solution.bases) == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_negative_objective_is_no_share_of_entries(problem):
+    objective, hidden = problem
+    with pytest.raises(AssertionError, match="far"):
+        minimize(objective.map_measures(lambda _: rs.L4()), rs.Hinted(Never(), NEAR), [hidden])
+
+
 def test_a_poor_hint_changes_nothing(problem):
     objective, _ = problem
     plain = minimize(objective, FAR)
@@ -59,7 +104,10 @@ def test_an_interrupted_hint_is_an_interrupted_fit(problem, tmp_path):
             run.stop()
             return super().run(problem, starts, key=key, run=run)
 
-    stopped = minimize(objective, rs.Hinted(FAR, Stopped(steps=5, angle=0.01)), [hidden], run=tmp_path)
+    near = Stopped(steps=5, angle=0.01)
+    first = minimize(objective, rs.Hinted(Never(), near), [hidden], run=tmp_path / "first")
+    assert first.result is Result.INTERRUPTED and first.value < first.start_value
+    stopped = minimize(objective, rs.Hinted(FAR, near), [hidden, hidden], run=tmp_path / "last")
     assert stopped.result is Result.INTERRUPTED
     np.testing.assert_array_equal(stopped.bases["x"], minimize(objective, FAR).bases["x"])
 
