@@ -32,10 +32,10 @@ EPOCHS, WIDE_STEPS = 20, (1000, 4000)
 
 def default_method(layer: Layer | None = None, *, steps: int | None = None, batch_size: int | None = None) -> Method:
     """The default for layers: annealing on minibatches (more `steps` find better optima), and half as many steps at
-    small angles from the best start that `find_rotations` knows, the bases in which the layer's weights are sparse or
-    the singular vectors of its mean Jacobian (`Hinted` says which of the two runs, and which is kept); then pair
-    searches for as long as they pay. `Refine` is skipped for layers larger than 256×256, tied fits, and measures that
-    are not elementwise.
+    small angles from the bases in which the layer's weights are sparse, or from the singular vectors of its mean
+    Jacobian where these are clear of all else (`Hinted` says which of the results is kept, and where one of the two is
+    enough); then pair searches for as long as they pay. `Refine` is skipped for layers larger than 256×256, tied fits,
+    and measures that are not elementwise.
 
     4000 steps of 16 examples by default; for a `layer` so wide that this would take more than 8·10^13 floating-point
     operations, as many steps of 8 as do not, and at least 500.

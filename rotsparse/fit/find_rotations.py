@@ -66,8 +66,8 @@ def find_rotations(
     - `measure`: the sparsity measure S.
     - `method`: how to minimise it. The default, `default_method(layer)`, anneals and then runs pair searches for as
       long as they pay; these leave a certificate. Without a `start` it first looks at the bases in which the weights
-      are sparse and at the singular vectors of the mean Jacobian. It anneals from the better one too, keeps what leaves
-      fewer entries above ε, and in a single fit goes on from there alone if that basis is clear of all else (`Hinted`).
+      are sparse and at the singular vectors of the mean Jacobian. It anneals from there too, keeps what leaves fewer
+      entries above ε, and in a single fit goes on from there alone if one is clear of all else (`Hinted`).
       `Anneal(steps=20_000)` takes more steps; `Riemannian(optax.adam(0.1))` uses any optax optimiser.
     - `restarts`: number of independent starts; the best result is returned, and `Solution.agreement` compares them.
     - `validation`: held-out inputs; if given, the best step and the best restart are chosen on them (on a sample, if

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from rotsparse.engine.method import Method, Problem
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Result, Solution, Stage, judged_value
-from rotsparse.objectives.base import Bases, Objective
+from rotsparse.objectives.base import Bases, Objective, thinned
 from rotsparse.objectives.measures import L4, Measure
 
 # A hint that leaves so many times the entries of the other result is not worth the steps: they are small.
@@ -20,21 +20,24 @@ HOPELESS = 1.25
 # of its own if `near` lowers its objective by a smaller share than the second.
 CLEAR, SETTLED = 0.5, 0.2
 
+# Examples of a first look.
+LOOKED_AT = 1000
+
 
 class Hinted(Method):
-    """Run `far` from the starts and, from the best of the problem's hints, `near`, which should not leave its basin. Of
-    the two results keep the one that leaves fewer entries above the measure's ε, on the examples that judge: where
+    """Run `far` from the starts and, from one of the problem's hints, `near`, which should not leave its basin. Of the
+    two results keep the one that leaves fewer entries above the measure's ε, on the examples that judge: where
     bases differ much, the number of zeros and the value of a smooth measure may rank them differently, and the zeros
     are what is reported. For measures that are not elementwise, or have no ε (`L4`), the judged objective decides.
 
-    A look at all of them comes first; the best hint is the one that leaves the fewest entries. If that is at most half
-    of what the start and every other hint leave, `near` runs from it at once; and if it lowers the objective by less
-    than a fifth, the hint lay in a deep basin of its own, and `far`, which would hardly find one as deep, is left out.
-    With several starts it never is: they are there to show what is found without hints.
+    A look at all hints and the start, on at most 1000 examples, comes first. It is the first hint that runs, unless
+    another leaves at most half of the entries of all else. A hint that does so is clear of all else, and `near` runs
+    from it at once; if that lowers its objective by less than a fifth, the hint lay in a deep basin of its own, and
+    `far`, which would hardly find one as deep, is left out. With several starts it never is: they are there to show
+    what is found without hints.
 
-    Without hints, and where the best one leaves 1.25 times as many entries before its first step as the result of
-    `far`, or ends above the objective of the start, it is `far` alone. A hint that is kept takes the place of the best
-    candidate.
+    Without hints, and where the hint leaves 1.25 times as many entries before its first step as the result of `far`, or
+    ends above the objective of the start, it is `far` alone. A hint that is kept takes the place of the best candidate.
     """
 
     far: Method
@@ -55,24 +58,27 @@ class Hinted(Method):
     def run(self, problem, starts, *, key, run):
         if not problem.hints:
             return self.far.run(problem, starts, key=key, run=run)
-        looks = [entries_left(problem.judge, hint) for hint in problem.hints]
-        best = int(np.argmin(looks))
-        hint, left, rivals = problem.hints[best], looks[best], looks[:best] + looks[best + 1 :]
+        few = thinned(problem.judge, LOOKED_AT)
+        looks = [entries_left(few, bases) for bases in (*problem.hints, starts[0])]
+        best = int(np.argmin(looks[:-1]))
+        clear = _clear(looks[best], looks[:best] + looks[best + 1 :])
+        chosen = best if clear else 0
 
         def near(run: Run) -> Solution:
-            plain, folder = dataclasses.replace(problem, hints=()), run.subrun("hints").subrun(f"start-{best}")
-            return self.near.run(plain, (hint,), key=jax.random.fold_in(key, 3), run=folder)
+            plain, folder = dataclasses.replace(problem, hints=()), run.subrun("hints").subrun(f"start-{chosen}")
+            return self.near.run(plain, (problem.hints[chosen],), key=jax.random.fold_in(key, 3), run=folder)
 
         with run.listening() as run:
-            hinted = near(run) if len(starts) == 1 and _clear(problem, starts[0], hint, left, rivals) else None
+            hinted = near(run) if clear and len(starts) == 1 else None
             if hinted and (hinted.result.broken_off or hinted.value > (1 - SETTLED) * hinted.start_value):
-                return _from_start(problem, hinted, starts[0])
+                if hinted.candidate_values[hinted.best] < problem.judged(starts)[0]:
+                    return _from_start(problem, hinted, starts[0])
             solution = self.far.run(problem, starts, key=key, run=run)
             if solution.result.broken_off:
                 return solution
             if run.stopped:
                 return dataclasses.replace(solution, result=Result.INTERRUPTED)
-            if not hinted and left <= HOPELESS * entries_left(problem.judge, solution.bases):
+            if not hinted and looks[chosen] <= HOPELESS * entries_left(few, solution.bases):
                 hinted = near(run.quiet())
             if hinted is None:
                 return solution
@@ -81,13 +87,9 @@ class Hinted(Method):
             return _better(problem, solution, hinted, starts[0])
 
 
-def _clear(problem: Problem, start: Bases, hint: Bases, left: float, rivals: list[float]) -> bool:
-    """Whether a hint that leaves so many entries is clear of the start and of hints that leave `rivals`."""
-    least = min([entries_left(problem.judge, start), *rivals])
-    if not 0 <= left <= CLEAR * least:  # the value of `L4` is negative, and no share
-        return False
-    reached, begun = problem.judged([hint, start])
-    return bool(reached < begun)
+def _clear(left: float, others: list[float]) -> bool:
+    """Whether a hint that leaves so many entries is clear of all else. The value of `L4` is negative, and no share."""
+    return 0 <= left <= CLEAR * min(others)
 
 
 def _from_start(problem: Problem, hinted: Solution, start: Bases) -> Solution:
