@@ -71,8 +71,12 @@ class Hinted(Method):
         with run.listening() as run:
             hinted = near(run) if clear and len(starts) == 1 else None
             if hinted and (hinted.result.broken_off or hinted.value > (1 - SETTLED) * hinted.start_value):
-                if hinted.candidate_values[hinted.best] < problem.judged(starts)[0]:
-                    return _from_start(problem, hinted, starts[0])
+                begun = judged_value(problem.judge, starts[0])
+                if hinted.candidate_values[hinted.best] < begun:
+                    share = f"{entries_left(few, hinted.bases):.1%} of the entries above ε; clear of the other starts"
+                    # What the objective is at the start of the whole problem, not at the hint.
+                    value = begun if problem.validation is None else judged_value(problem.objective, starts[0])
+                    return dataclasses.replace(hinted, start_value=value, stages=(_stage(hinted, share),))
             solution = self.far.run(problem, starts, key=key, run=run)
             if solution.result.broken_off:
                 return solution
@@ -90,14 +94,6 @@ class Hinted(Method):
 def _clear(left: float, others: list[float]) -> bool:
     """Whether a hint that leaves so many entries is clear of all else. The value of `L4` is negative, and no share."""
     return 0 <= left <= CLEAR * min(others)
-
-
-def _from_start(problem: Problem, hinted: Solution, start: Bases) -> Solution:
-    """The result from a hint that was clear of all else, as a solution of the whole problem."""
-    share = f"{entries_left(problem.judge, hinted.bases):.1%} of the entries above ε; clear of the other starts"
-    return dataclasses.replace(
-        hinted, start_value=judged_value(problem.objective, start), stages=(_stage(hinted, share),)
-    )
 
 
 def _better(problem: Problem, solution: Solution, hinted: Solution, start: Bases) -> Solution:
