@@ -67,7 +67,7 @@ def _smollm2(data: Path, path: Path, i: int) -> Case:
 
     def inputs(text: Path, tokens: int) -> np.ndarray:
         few = spread(sequences(model, models.TextFile(text, tokenizer), 128), tokens)
-        return np.asarray(models.run(model.params, model.config, few, capture=[(i, "input")])[1][i, "input"])
+        return np.asarray(models.run(model.params, model.config, few, capture=((i, "input"),))[1][i, "input"])
 
     train, test = (
         inputs(text, count).reshape(-1, model.config.d_model) for text, count in zip(texts, (8192, 2048), strict=True)
