@@ -35,6 +35,8 @@ UNITS = {
     "outputs": {"scale_inputs": False, "scale_outputs": True},
     "both": {"scale_inputs": True, "scale_outputs": True},
 }
+# Nulls that keep the weights, and not which goes with which.
+REWIRED = ("neurons re-paired", "gates unpaired")
 COLUMNS = (*((units, LOG) for units in UNITS), ("raw", GEMAN_MCCLURE), ("inputs", GEMAN_MCCLURE))
 
 
@@ -99,7 +101,9 @@ def _odds(share: float) -> float:
 
 
 def table(networks: dict[str, dict[str, Any]]) -> str:
-    """In Markdown: a network a row, "small entries | edges@99 | ratio of the odds | mean |cos|" in every cell."""
+    """In Markdown: a network a row, and in every cell "small entries | edges@99 | ratios of the odds"; of a planted one
+    the mean |cos|, too. The first ratio is that against nulls whose weights are redrawn or shuffled, the second (where
+    it differs) against those as well that re-pair neurons."""
     heads = [f"{units}, {measure}" for units, measure in COLUMNS]
     lines = [f"| layer | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for name, of in networks.items():
@@ -108,7 +112,13 @@ def table(networks: dict[str, dict[str, Any]]) -> str:
 
 
 def _cell(of: dict[str, Any]) -> str:
-    words = [f"{of['small']:.3f}".lstrip("0"), f"{of['edges']:,.0f}", f"{of['odds']:.2f}"]
+    redrawn = max(share for null, share in of["nulls"].items() if null not in REWIRED)
+    odds = _odds(of["small"]) / _odds(redrawn), of["odds"]
+    words = [
+        f"{of['small']:.3f}".lstrip("0"),
+        f"{of['edges']:,.0f}",
+        ", ".join(f"{o:.2f}" for o in dict.fromkeys(odds)),
+    ]
     return " \\| ".join([*words, f"cos {of['cosine']:.3f}"] if "cosine" in of else words)
 
 
