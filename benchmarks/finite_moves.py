@@ -1,8 +1,9 @@
-"""Claim: what the Jacobian says of small changes holds for finite ones: in the learned basis an input direction that is
-moved by a standard deviation moves few output directions, and the Jacobian named most of them.
+"""Question: does what the Jacobian says of small changes hold for finite ones? How many output directions does an input
+direction move, and had the Jacobian named them?
 
 Of every basis, for moves of single input directions by 0.25 to 2 of their standard deviations: how many output
-directions move by more than a tenth of theirs, and what the Jacobian had named (`named_effects`).
+directions move by more than a tenth of theirs, and what the Jacobian had named (`named_effects`). Two of the bases are
+learned: with inputs scaled, as by default, and with outputs scaled, too.
 """
 
 import dataclasses
@@ -24,12 +25,13 @@ from rotsparse.evaluation.names import basis_name
 from rotsparse.report.figures import png
 
 SIZES = (0.25, 0.5, 1.0, 2.0)
-COLOURS = {"learned": "#0072b2", "neurons": "#999999", "pca": "#d55e00", "sparse_weights": "#009e73"}
+SCALED = "learned, outputs scaled"
+COLOURS = {"learned": "#0072b2", SCALED: "#56b4e9", "neurons": "#999999", "pca": "#d55e00", "sparse_weights": "#009e73"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Finite moves of single directions, in four bases."""
+    """Finite moves of single directions, in five bases."""
 
     quick: bool = False
     """Fewer networks, examples and steps."""
@@ -56,9 +58,14 @@ def run(case: Case, config: Config) -> dict[str, list[NamedEffects]]:
     fitted, tested = config.examples
     train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
     layer, key = case.layer, jax.random.key(config.seed)
-    solution = rs.find_rotations(layer, train, key=key, method=rs.Anneal(steps=config.steps)).completed()
+
+    def learned(scale_outputs: bool) -> rs.Rotations:
+        method = rs.Anneal(steps=config.steps)
+        return rs.find_rotations(layer, train, key=key, method=method, scale_outputs=scale_outputs).rotations
+
     bases = {
-        "learned": solution.rotations,
+        "learned": learned(False),
+        SCALED: learned(True),
         "neurons": rs.Rotations.identity(layer.d_in, layer.d_out),
         "pca": rs.baselines.pca(layer, train),
         "sparse_weights": rs.baselines.sparse_weights(layer, train),
@@ -99,7 +106,7 @@ def picture(networks: dict[str, dict[str, list[NamedEffects]]]) -> bytes:
             ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("output directions that move")
     axes[1, 0].set_ylabel("of these, named by the Jacobian")
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return png(drawn)
 
 
