@@ -19,10 +19,9 @@ from nulls import PAGE, ROOT
 from rich.console import Console
 
 import rotsparse as rs
-from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
+from rotsparse._core.files import MARKDOWN, PNG, check_new_file, write_atomically, writing
 from rotsparse.evaluation.finite_effects import NamedEffects, named_effects
 from rotsparse.evaluation.names import basis_name
-from rotsparse.report.figures import png
 
 SIZES = (0.25, 0.5, 1.0, 2.0)
 SCALED = "learned, outputs scaled"
@@ -88,7 +87,7 @@ def _shown(*shares: float) -> str:
     return " \\| ".join(f"{share:.3f}".lstrip("0") for share in shares)
 
 
-def picture(networks: dict[str, dict[str, list[NamedEffects]]]) -> bytes:
+def draw(path: Path, networks: dict[str, dict[str, list[NamedEffects]]]) -> None:
     """The share of output directions that move, and the share of these that the Jacobian had named, against size."""
     from matplotlib.figure import Figure
 
@@ -104,10 +103,11 @@ def picture(networks: dict[str, dict[str, list[NamedEffects]]]) -> bytes:
         for ax in column:
             ax.set_ylim(0, 1)
             ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("output directions that move")
-    axes[1, 0].set_ylabel("of these, named by the Jacobian")
+    axes[0, 0].set_ylabel("outputs that move")
+    axes[1, 0].set_ylabel("of these, named")
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return png(drawn)
+    with writing(path) as file:
+        drawn.savefig(file, format="png", dpi=150, metadata=PNG)
 
 
 def main(config: Config) -> None:
@@ -130,10 +130,10 @@ def main(config: Config) -> None:
         text = f"{table(found)}\n({results.form} form; {described([results.provenance])})\n"
         if config.publish:
             publish(PAGE, "finite", text)
-            write_atomically(PAGE.with_name("finite_moves.png"), picture(found))
+            draw(PAGE.with_name("finite_moves.png"), found)
         else:
             write_atomically(config.out.with_suffix(".md"), f"{MARKDOWN}{text}".encode())
-            write_atomically(config.out.with_suffix(".png"), picture(found))
+            draw(config.out.with_suffix(".png"), found)
 
 
 if __name__ == "__main__":
