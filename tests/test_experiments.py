@@ -152,6 +152,8 @@ def test_every_benchmark_has_rows_in_the_summary():
         "summary",
         "pca",
         "nulls",
+        "units",
+        "finite_moves",
         "constructed",
         "width",
         "accelerator",
