@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,28 @@ def first_line(error: BaseException) -> str:
 
 
 def _orbax_save(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, leaves)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, leaves)
+    except BaseException:
+        _settle(path.parent)
+        raise
+
+
+def _settle(folder: Path) -> None:
+    """Wait, for two seconds at most, until nothing changes in a folder any more. Orbax reports the first error of a
+    save while other threads of it still write, and what they write after the folder was removed would stay behind."""
+    before, same = None, 0
+    for _ in range(40):
+        try:
+            now = sorted((str(found), found.stat().st_size) for found in folder.rglob("*"))
+        except OSError:  # it went away meanwhile
+            now = None
+        same = same + 1 if now is not None and now == before else 0
+        if same == 4:
+            return
+        before = now
+        time.sleep(0.05)
 
 
 def _orbax_restore(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
