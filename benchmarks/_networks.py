@@ -30,6 +30,14 @@ class Case:
     options: dict[str, Any]
     truth: rs.Rotations | None = None
 
+    def sampled(self, examples: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """At most so many random inputs to fit on, and to test on."""
+        rng = np.random.default_rng(seed)
+        train, test = (
+            x[rng.permutation(len(x))[:count]] for x, count in zip((self.train, self.test), examples, strict=True)
+        )
+        return train, test
+
 
 def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Every network by name, not yet loaded: that raises `Missing` where files are not in the folders `data` and

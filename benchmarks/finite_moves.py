@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
@@ -53,9 +52,7 @@ class Config:
 
 def run(case: Case, config: Config) -> dict[str, list[NamedEffects]]:
     """What moves in every basis, for every size."""
-    rng = np.random.default_rng(config.seed)
-    fitted, tested = config.examples
-    train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
+    train, test = case.sampled(config.examples, config.seed)
     layer, key = case.layer, jax.random.key(config.seed)
 
     def learned(scale_outputs: bool) -> rs.Rotations:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from _networks import Case, Missing, cases, smollm2
 from _publish import publish
@@ -77,9 +76,7 @@ def one_block(layer: Layer) -> Layer:
 
 def run(case: Case, config: Config) -> Control | None:
     """The metrics of the trained layer and of every draw of every null; `None` where there are no nulls."""
-    rng = np.random.default_rng(config.seed)
-    fitted, tested = config.examples
-    train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
+    train, test = case.sampled(config.examples, config.seed)
     layer = one_block(case.layer)
     nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=config.draws)
     if not nulls:

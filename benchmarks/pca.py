@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
@@ -62,9 +61,7 @@ class Config:
 
 def run(case: Case, config: Config) -> Benchmark:
     """Benchmark one network."""
-    rng = np.random.default_rng(config.seed)
-    fitted, tested = config.examples
-    train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
+    train, test = case.sampled(config.examples, config.seed)
     options: dict[str, Any] = {"method": rs.default_method(steps=config.steps), "restarts": 2, **case.options}
     return benchmark(case.layer, train, test, key=jax.random.key(config.seed), **options)
 

@@ -24,7 +24,7 @@ from rotsparse._core.alignment import mean_max_cosine
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
 from rotsparse.evaluation.nulls import draw_nulls
 from rotsparse.evaluation.units import units_of
-from rotsparse.evaluation.verdict import EDGES, SHARE
+from rotsparse.evaluation.verdict import EDGES, REWIRED, SHARE
 from rotsparse.layers.base import Layer
 
 LOG, GEMAN_MCCLURE = "Log(0.1)", "GemanMcClure(0.3)"
@@ -35,8 +35,6 @@ UNITS = {
     "outputs": {"scale_inputs": False, "scale_outputs": True},
     "both": {"scale_inputs": True, "scale_outputs": True},
 }
-# Nulls that keep the weights, and not which goes with which.
-REWIRED = ("neurons re-paired", "gates unpaired")
 COLUMNS = (*((units, LOG) for units in UNITS), ("raw", GEMAN_MCCLURE), ("inputs", GEMAN_MCCLURE))
 
 
@@ -67,9 +65,7 @@ class Config:
 def run(case: Case, config: Config) -> dict[str, dict[str, Any]]:
     """For each column: small entries and edges@99 of the trained layer, the strictest null, small entries of each null,
     the ratio of the odds, and the alignment with planted directions, if there are any."""
-    rng = np.random.default_rng(config.seed)
-    fitted, tested = config.examples
-    train, test = (x[rng.permutation(len(x))[:count]] for x, count in ((case.train, fitted), (case.test, tested)))
+    train, test = case.sampled(config.examples, config.seed)
     layer = one_block(case.layer)
     nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=1)
     found = {}

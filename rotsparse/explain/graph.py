@@ -168,6 +168,13 @@ class Graph:
         element of a page. `links`: for each place the address that a node's number is added to."""
         return svg(self.drawing(of), self.title, links=links, inline=inline)
 
+    @property
+    def links(self) -> list[str]:
+        """For each place the address of its directions on the pages of `rotsparse explain`, in the folder of a run: a
+        direction's number is added to it."""
+        keys = (place.key.rpartition("/") for place in self.places)
+        return [f"{layer}{slash}{PAGE}#{side}-" for layer, slash, side in keys]
+
     def node_link(self) -> dict[str, Any]:
         """The graph as `networkx.node_link_data` gives it, for JSON."""
         return graph_files.node_link(self.networkx())
@@ -189,11 +196,9 @@ class Graph:
         """Write `graph.svg` (the strongest edges), `graph.graphml`, `graph.json`, and of a prompt `attribution.json`.
         In the picture directions lead to the pages of `rotsparse explain` in the folder, where these are. Each file is
         written atomically."""
-        drawn, pages = self.strongest(), [_page(place) for place in self.places]
-        links = (
-            [f"{page}#{side}-" for page, side in pages] if all((Path(folder) / p).exists() for p, _ in pages) else None
-        )
-        files = {GRAPH: drawn.svg(of, links=links).encode(), "graph.graphml": self.graphml()}
+        drawn, links = self.strongest(), self.links
+        explained = all((Path(folder) / link.partition("#")[0]).exists() for link in links)
+        files = {GRAPH: drawn.svg(of, links=links if explained else None).encode(), "graph.graphml": self.graphml()}
         files["graph.json"] = graph_files.as_json(self.node_link())
         if self.prompt is not None:
             files["attribution.json"] = graph_files.as_json(self.attribution())
@@ -201,12 +206,6 @@ class Graph:
         for name, content in files.items():
             write_atomically(Path(folder) / name, content)
         return [Path(folder) / name for name in files]
-
-
-def _page(place: Place) -> tuple[str, str]:
-    """The page that explains the directions of a place, in a run's folder, and their side on it."""
-    layer, _, side = place.key.rpartition("/")
-    return f"{layer}/{PAGE}" if layer else PAGE, side
 
 
 def layer_graph(of: Explanation, *, share: float, title: str) -> Graph:

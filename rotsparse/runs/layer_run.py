@@ -255,12 +255,11 @@ def _graph(layer, x, rotations: Rotations, units, directions: bool) -> tuple[str
     """The strongest edges between the directions as an SVG element, and what it shows."""
     graph = layer_graph(Explanation(layer, x, rotations, units=units), share=SHARE, title="directions").strongest()
     modules = graph.modules()
-    links = [f"{PAGE}#{place.key}-" for place in graph.places] if directions else None
     caption = (
         f"{graph.stages[0].cut}. Wider edges hold more; numbers are those of the directions. {modules}. Rewired and "
         "reweighted are random graphs of the same degrees and weights: every graph has some modularity."
     )
-    return graph.svg(modules, links=links, inline=True), caption
+    return graph.svg(modules, links=graph.links if directions else None, inline=True), caption
 
 
 def _spelled(measure: Measure) -> str:

@@ -167,7 +167,7 @@ def compare(
     with phases.phase("what each basis costs") as at:
         for start in range(0, len(test), TOGETHER):
             sequences = test[start : start + TOGETHER]
-            done = partial(_done, at, start / len(test), len(sequences) / len(test))
+            done = partial(_told, at, before=start / len(test), part=len(sequences) / len(test))
             of_sequences = partial(_costs, model, sequences, trials, progress=done)
             parts.append(_once(_compared_file(folder, f"sequences-{start}"), of_sequences))
     whole, rises, divergences = (np.concatenate([part[name] for part in parts], axis=-1) for name in Costs._fields)
@@ -194,12 +194,9 @@ def _once(path: Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str,
     return load_arrays(path)
 
 
-def _done(at: Shown, before: float, part: float, share: float) -> None:
-    _told(at, before + part * share)
-
-
-def _told(at: Shown, share: float) -> None:
-    at(f"{share:.0%}")
+def _told(at: Shown, share: float, *, before: float = 0.0, part: float = 1.0) -> None:
+    """Show the share that is done: of a part, and what was done before it."""
+    at(f"{before + part * share:.0%}")
 
 
 def written(folder: Path, model: Model, settings: Settings, results: Mapping[str, Any]) -> dict[str, Any]:
