@@ -139,7 +139,7 @@ def test_the_graph_leads_to_the_cards(shown):
     page.keyboard.press("g")
     is_open(page, "The graph")
     page.locator(".modules a").first.click()
-    assert page.locator("#card h2").inner_text() != "The graph"
+    page.wait_for_function("document.querySelector('#card h2').textContent !== 'The graph'")
 
 
 def test_an_address_of_nothing_shows_the_list(shown):
@@ -154,11 +154,12 @@ def test_the_index_leads_to_the_pages(browser, written, tmp_path):
     page = browser.new_page(viewport={"width": 360, "height": 800})
     page.goto(path.as_uri())
     assert page.get_by_text("Nothing <b>found</b>").is_visible() and fits(page, 360)
-    assert page.get_by_text("Not drawn yet").is_visible()
+    assert page.get_by_text("Not drawn yet").is_visible() and len(page.frames) == 1
     drawn = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="450" viewBox="0 0 900 450"></svg>'
     (tmp_path / "graph.svg").write_text(drawn)
     page.reload()
-    assert not page.get_by_text("Not drawn yet").is_visible() and fits(page, 360)
+    # The drawing is a frame of its own, in place of the sentence.
+    assert [frame.url for frame in page.frames[1:]] == [(tmp_path / "graph.svg").as_uri()] and fits(page, 360)
     page.get_by_role("link").click()
     assert page.locator("h1").inner_text() == "A layer"
     page.close()
