@@ -22,7 +22,7 @@ from jaxtyping import Float, Integer
 from rotsparse.models.llama2c import as_huggingface
 from rotsparse.models.model import Model, named
 from rotsparse.models.transformer import READ
-from rotsparse.sparse.decode_weights import padded, site_arrays, stored, weight_type
+from rotsparse.sparse.decode_weights import aligned, padded, site_arrays, stored, weight_type
 from rotsparse.sparse.file import SparseInputs
 from rotsparse.sparse.fold import fold_heads
 
@@ -172,7 +172,7 @@ class Decoder:
         products = padded(max(c.d_model, 2 * c.d_hidden, (c.n_heads + 2 * c.n_kv_heads) * c.d_head))
 
         def floats(*shape: int) -> np.ndarray:
-            return np.zeros(shape, np.float32)
+            return aligned(shape)
 
         return {
             "stream": floats(n, c.d_model),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numba as nb
 import numpy as np
 
-from rotsparse.sparse.kernels import FAST, active, dots, gather, share, wait
+from rotsparse.sparse.kernels import FAST, active, dots, exp, gather, share, wait
 
 
 class Matrix(NamedTuple):
@@ -155,19 +155,19 @@ def _turn(x, cos, sin, half):
         x[i + half] = b * cos[i] + a * sin[i]
 
 
-@nb.njit(nogil=True, fastmath=FAST)
+@nb.njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _attend(q, keys, values, first, position, scale, weights, y):
     """What a head sees from `first` to `position`."""
     most = np.float32(-np.inf)
     for t in range(first, position + 1):
-        key, total = keys[t], np.float32(0)
+        key, score = keys[t], np.float32(0)
         for i in range(len(q)):
-            total += q[i] * key[i]
-        weights[t] = total * scale
+            score += q[i] * key[i]
+        weights[t] = score * scale
         most = max(most, weights[t])
     total = np.float32(0)
     for t in range(first, position + 1):
-        weights[t] = np.exp(weights[t] - most)
+        weights[t] = exp(weights[t] - most)
         total += weights[t]
     y[:] = 0
     for t in range(first, position + 1):
@@ -201,22 +201,28 @@ def _attention(shape, c, s, layer, position, rank, threads):
     wait(s.counter, threads)
 
 
-@nb.njit(nogil=True, fastmath=FAST)
+@nb.njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _gate(parts, bias, shape, lo, hi, hidden):
-    """`φ(g) u` for some of the hidden units; g stands in front of u."""
+    """`φ(g) u` for some of the hidden units; g stands in front of u, and both are overwritten in the first part. (With
+    NumPy's error model: a test of each division for zero would keep the loop from being done in registers of 16.)"""
     n, one = shape.d_hidden, np.float32(1)
+    gates, ups = parts[0, :n], parts[0, n : 2 * n]
     for i in range(lo, hi):
-        g, u = bias[i], bias[n + i]
-        for part in parts:
-            g += part[i]
-            u += part[n + i]
+        gates[i] += bias[i]
+        ups[i] += bias[n + i]
+    for part in parts[1:]:
+        for i in range(lo, hi):
+            gates[i] += part[i]
+            ups[i] += part[n + i]
+    for i in range(lo, hi):
+        g = gates[i]
         if shape.activation == 0:
-            hidden[i] = g / (one + np.exp(-g)) * u
+            hidden[i] = g / (one + exp(-g)) * ups[i]
         elif shape.activation == 1:
-            hidden[i] = np.float32(0.5) * g * (one + np.float32(math.erf(g * np.float32(0.7071067811865476)))) * u
+            hidden[i] = np.float32(0.5) * g * (one + np.float32(math.erf(g * np.float32(0.7071067811865476)))) * ups[i]
         else:
             inner = np.float32(0.7978845608028654) * (g + np.float32(0.044715) * g * g * g)
-            hidden[i] = np.float32(0.5) * g * (one + np.tanh(inner)) * u
+            hidden[i] = np.float32(0.5) * g * (one + np.tanh(inner)) * ups[i]
 
 
 @nb.njit(nogil=True, cache=True)

@@ -11,6 +11,7 @@ from rotsparse.models.transformer import read_by
 from rotsparse.sparse.file import SparseInputs
 from rotsparse.sparse.inputs import SparseInput
 
+_LINE = 64  # bytes
 PAD = 64
 """Rows are padded to a multiple of so many numbers: whole cache lines of every type."""
 TYPES = {np.dtype(np.float32): np.float32, np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.int8): np.int8}
@@ -29,16 +30,24 @@ def padded(n: int) -> int:
     return -(-n // PAD) * PAD
 
 
+def aligned(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Zeros that begin where a cache line does. (NumPy's begin in the midst of one: each register then takes two.)"""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + _LINE, np.uint8)
+    first = -room.ctypes.data % _LINE
+    return room[first : first + size].view(dtype).reshape(shape)
+
+
 def stored(rows: Float[np.ndarray, "rows n"], dtype: np.dtype) -> tuple[np.ndarray, Float[np.ndarray, "rows"]]:
     """A matrix in a type, its rows padded, flat; and what to multiply each row by (int8: its largest entry / 127)."""
     rows = np.asarray(rows, np.float32)
-    wide = np.zeros((len(rows), padded(rows.shape[1])), np.float32)
-    wide[:, : rows.shape[1]] = rows
-    if dtype != np.int8:
-        return wide.astype(dtype).view(TYPES[dtype]).reshape(-1), np.ones(len(rows), np.float32)
-    largest = np.abs(wide).max(axis=1)
-    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    return np.rint(wide / scales[:, None]).astype(np.int8).reshape(-1), scales
+    wide, scales = aligned((len(rows), padded(rows.shape[1])), dtype), np.ones(len(rows), np.float32)
+    if dtype == np.int8:
+        largest = np.abs(rows).max(axis=1)
+        scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        rows = np.rint(rows / scales[:, None])
+    wide[:, : rows.shape[1]] = rows.astype(dtype)
+    return wide.view(TYPES[dtype]).reshape(-1), scales
 
 
 def restored(flat: np.ndarray, scales: Float[np.ndarray, "rows"], n: int, dtype: np.dtype) -> np.ndarray:
@@ -61,7 +70,7 @@ def site_arrays(
     sizes = [n_out * wide if s is None else n_in * padded(n_out) for s in sparse]
     begins = np.cumsum([0, *sizes])
     arrays: dict[str, np.ndarray] = {
-        "weights": np.empty(begins[-1], TYPES[dtype]),
+        "weights": aligned(begins[-1], TYPES[dtype]),
         "begins": begins[:-1],
         "widths": np.array([wide if s is None else padded(n_out) for s in sparse]),
         "gathered": np.array([s is not None for s in sparse]),
@@ -71,7 +80,7 @@ def site_arrays(
         "count": np.full(count, -1),
         "shifts": np.zeros((count, wide), np.float32),
         "scores": np.ones((count, wide), np.float32),
-        "rotations": np.empty(rotated.sum() * n_in * wide, TYPES[rotation_dtype]),
+        "rotations": aligned(rotated.sum() * n_in * wide, TYPES[rotation_dtype]),
         "rotation_begins": np.where(rotated, (np.cumsum(rotated) - 1) * n_in * wide, -1),
         "rotation_scales": np.ones((count, n_in), np.float32),
     }

@@ -11,7 +11,7 @@ from rotsparse.models.fold import outputs
 from rotsparse.models.load import load_model
 from rotsparse.models.transformer import READ
 from rotsparse.sparse.decode import Decoder, undecodable
-from rotsparse.sparse.decode_weights import stored
+from rotsparse.sparse.decode_weights import restored, stored
 from rotsparse.sparse.export import sparse_outputs
 from rotsparse.sparse.inputs import SparseInput
 from sparse_models import orthogonal, sparse_inputs
@@ -186,3 +186,27 @@ def test_stories260k():
     decoder = Decoder(model)
     ours = np.array([decoder.step(token).copy() for token in tokens[0]])
     close(ours, outputs(model, tokens)[0])
+
+
+def test_exp_in_a_loop_that_may_be_reordered():
+    from rotsparse.sparse.kernels import FAST, exp
+
+    @numba.njit(fastmath=FAST)
+    def each(x, y):
+        for i in range(len(x)):
+            y[i] = exp(x[i])
+
+    x = np.linspace(-87, 88, 20_001).astype(np.float32)
+    y = np.zeros_like(x)
+    each(x, y)
+    exact = np.exp(x.astype(np.float64))
+    assert np.all(np.abs(y - exact) <= (1 + np.abs(x)) * 2e-7 * exact)
+    assert exp(np.float32(-1e30)) < 1e-37 and exp(np.float32(1e30)) > 1e38  # neither infinite nor negative
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
+def test_rows_are_whole_cache_lines(dtype):
+    for rows in (np.ones((3, 5)), np.ones((2, 64)), np.ones((1, 65))):
+        flat, scales = stored(rows, np.dtype(dtype))
+        assert flat.ctypes.data % 64 == 0 and flat.nbytes // len(rows) % 64 == 0
+        np.testing.assert_allclose(restored(flat, scales, rows.shape[1], np.dtype(dtype)), rows)
