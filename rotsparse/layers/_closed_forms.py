@@ -25,14 +25,11 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     a = left if r_out is None else (r_out if left is None else r_out @ left)
     correction = None
     if norm is not None:
-        direction, inverse_scale = norm.direction(x)
-        gates = [g * inverse_scale for g in gates]
-        pushed = [affine(absorbed(norm, m), None, direction) for m in rights]
-        rank_one = sum(g * p for g, p in zip(gates, pushed, strict=True)) / norm.d
+        gates, rights, direction, along = behind_norm(norm, gates, rights, x)
+        rank_one = along / norm.d
         rank_one = rank_one if a is None else rank_one @ a.T
         direction = direction if r_in is None else direction @ r_in.T
         correction = rank_one[:, :, None] * direction[:, None, :]
-        rights = [absorbed(norm, m) for m in rights]
     b = rights if r_in is None else [m @ r_in.T for m in rights]
     if active is None:
         # [h, n, d_in] so that the product with A is one large matrix product over all examples of the chunk.
@@ -47,6 +44,15 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     z = z if correction is None else z - correction
     skip = rotated_skip(skip, r_in, r_out)
     return z if skip is None else z + skip
+
+
+def behind_norm(norm, gates, rights, x):
+    """The factors of `Σ_k diag(g_k) M_k N'(x)`, which is `Σ_k diag(g_k/r) M_k D - c n̂ᵀ/d`: the gates `g_k/r`, the
+    weights `M_k D`, the direction n̂ and `c = Σ_k g_k/r ⊙ M_k D n̂`."""
+    direction, inverse = norm.direction(x)
+    gates, rights = [g * inverse for g in gates], [absorbed(norm, m) for m in rights]
+    along = functools.reduce(jnp.add, [g * (direction @ m.T) for g, m in zip(gates, rights, strict=True)])
+    return gates, rights, direction, along
 
 
 def active_to_gather(layer, x) -> int | None:
