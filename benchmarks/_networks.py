@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rotsparse as rs
+from rotsparse.data.scales import winsorised
 from rotsparse.evaluation.fit_nulls import REDRAWS
 from rotsparse.examples import addition, digits
 from rotsparse.layers.base import Layer
@@ -58,13 +59,15 @@ def cases(data: Path, minilm: Path, *, seed: int = 0, quick: bool = False) -> It
         yield f"MiniLM, MLP {i}", lambda i=i: _minilm(data, minilm, i)
 
 
-def smollm2(data: Path, path: Path, layers: Sequence[int]) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """MLPs of SmolLM2-135M, a GGUF file at `path`; a fit of one takes minutes."""
+def smollm2(data: Path, path: Path, layers: Sequence[int], site: str) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """MLPs of SmolLM2-135M, a GGUF file at `path`, from their inputs or from the residual stream in front of the norm;
+    a fit of one takes minutes."""
     for i in layers:
-        yield f"SmolLM2-135M, MLP {i}", lambda i=i: _smollm2(data, path, i)
+        name = f"SmolLM2-135M, MLP {i}" if site == "input" else f"SmolLM2-135M, norm and MLP {i}"
+        yield name, lambda i=i: _smollm2(data, path, i, site)
 
 
-def _smollm2(data: Path, path: Path, i: int) -> Case:
+def _smollm2(data: Path, path: Path, i: int, site: str) -> Case:
     from rotsparse import models
     from rotsparse.sparse.calibration import sequences, spread
 
@@ -75,12 +78,14 @@ def _smollm2(data: Path, path: Path, i: int) -> Case:
 
     def inputs(text: Path, tokens: int) -> np.ndarray:
         few = spread(sequences(model, models.TextFile(text, tokenizer), 128), tokens)
-        return np.asarray(models.run(model.params, model.config, few, capture=((i, "input"),))[1][i, "input"])
+        return np.asarray(models.run(model.params, model.config, few, capture=((i, site),))[1][i, site])
 
     train, test = (
         inputs(text, count).reshape(-1, model.config.d_model) for text, count in zip(texts, (8192, 2048), strict=True)
     )
-    return Case(models.mlp_layer(model, i), train, test, {})
+    # In the stream one row in a hundred holds nearly all of the variance.
+    options = {"scale_inputs": winsorised} if site == "residual" else {}
+    return Case(models.mlp_layer(model, i, norm=site == "residual"), train, test, options)
 
 
 def _addition() -> Case:

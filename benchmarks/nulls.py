@@ -8,7 +8,7 @@ strongest 1% of rows and columns.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -20,7 +20,7 @@ from rich.console import Console
 import rotsparse as rs
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
 from rotsparse._core.modules import replace_fields
-from rotsparse.data.moments import scale_covariance
+from rotsparse.data.scales import covariance_of
 from rotsparse.evaluation.control import Control, counted
 from rotsparse.evaluation.fit_nulls import REDRAWS, measured
 from rotsparse.evaluation.nulls import draw_nulls
@@ -48,6 +48,8 @@ class Config:
     smollm2: Path | None = None
     """Instead of these networks MLPs of SmolLM2-135M, a GGUF file (`make fetch-smollm2`): about 10 minutes each with
     --steps 150 --batch 4 --examples 4000 100."""
+    site: Literal["input", "residual"] = "input"
+    """Of SmolLM2: an MLP from its inputs, or from the stream in front of its norm, by a robust scale of the stream."""
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
     out: Path = Path("runs/benchmarks/nulls.json")
@@ -90,7 +92,8 @@ def run(case: Case, config: Config) -> Control | None:
         return rs.find_rotations(layer, train, key=key, method=method, **options).completed().rotations
 
     found = measured(
-        {TRAINED: [layer], **nulls}, test, find, scale_inputs=scale_inputs, covariance=scale_covariance(train),
+        {TRAINED: [layer], **nulls}, test, find, scale_inputs=scale_inputs,
+        covariance=covariance_of(scale_inputs, train) if scale_inputs else None,
         scale_outputs=config.scale_outputs, key=jax.random.key(config.seed + 2),
     )  # fmt: skip
     return Control(found.pop(TRAINED)[0], found, f"{config.steps} steps")
@@ -129,7 +132,7 @@ def main(config: Config) -> None:
     found: dict[str, Control] = {}
     networks = cases(config.data, config.minilm, seed=config.seed, quick=config.quick)
     if config.smollm2 is not None:
-        networks = smollm2(config.data, config.smollm2, SMOLLM2)
+        networks = smollm2(config.data, config.smollm2, SMOLLM2, config.site)
     for name, load in networks:
         if config.only and not name.startswith(config.only):
             continue
