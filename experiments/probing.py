@@ -239,7 +239,7 @@ def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     for k, colour in zip(range(len(SIZES)), ("#0072b2", "#d55e00", "#009e73"), strict=True):
         places = np.arange(len(rows)) + 0.2 * (k - 1)
         leads, errors = (np.array([of[what][k] for _, of in rows]) for what in ("lead", "lead_error"))
-        ax.errorbar(leads, places, xerr=2 * errors, fmt="o", ms=4, color=colour, label=f"{SIZES[k]} directions")
+        ax.errorbar(leads, places, xerr=2 * errors, fmt="o", ms=4, color=colour, label=f"k = {SIZES[k]}")
     ax.axvline(0, color="#888888", lw=0.8)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.invert_yaxis()
