@@ -13,7 +13,6 @@ from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Rows
 from rotsparse.data.moments import chunks
 from rotsparse.evaluation.units import scaled_rows
-from rotsparse.layers._closed_forms import absorbed, behind_norm
 from rotsparse.layers.base import ClosedForm, Layer
 from rotsparse.layers.jacobians import apply, jacobians
 from rotsparse.layers.rotations import Rotations
@@ -111,7 +110,7 @@ def _mean_derivatives(layer: ClosedForm, x: Rows) -> Float[np.ndarray, "hidden d
         total = parts if total is None else jax.tree.map(np.add, total, parts)
     assert total is not None
     gates, outer = total
-    rights = [np.asarray(absorbed(layer.norm, m), np.float64) for m in layer.rights]
+    rights = [np.asarray(m if layer.norm is None else layer.norm.absorb(m), np.float64) for m in layer.rights]
     mean = np.sum([g[:, None] * m for g, m in zip(gates, rights, strict=True)], axis=0)
     return (mean - (0 if outer is None else outer)) / len(x)
 
@@ -124,5 +123,5 @@ def _derivative_sums(layer, x, counted):
         gates = layer.gates(x)
         if layer.norm is None:
             return [counted @ g for g in gates], None
-        gates, _, direction, along = behind_norm(layer.norm, gates, layer.rights, x)
+        gates, _, direction, along = layer.norm.derivative(gates, layer.rights, x)
         return [counted @ g for g in gates], (along * counted[:, None]).T @ direction / layer.norm.d

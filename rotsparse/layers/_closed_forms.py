@@ -25,7 +25,7 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     a = left if r_out is None else (r_out if left is None else r_out @ left)
     correction = None
     if norm is not None:
-        gates, rights, direction, along = behind_norm(norm, gates, rights, x)
+        gates, rights, direction, along = norm.derivative(gates, rights, x)
         rank_one = along / norm.d
         rank_one = rank_one if a is None else rank_one @ a.T
         direction = direction if r_in is None else direction @ r_in.T
@@ -44,15 +44,6 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     z = z if correction is None else z - correction
     skip = rotated_skip(skip, r_in, r_out)
     return z if skip is None else z + skip
-
-
-def behind_norm(norm, gates, rights, x):
-    """The factors of `Σ_k diag(g_k) M_k N'(x)`, which is `Σ_k diag(g_k/r) M_k D - c n̂ᵀ/d`: the gates `g_k/r`, the
-    weights `M_k D`, the direction n̂ and `c = Σ_k g_k/r ⊙ M_k D n̂`."""
-    direction, inverse = norm.direction(x)
-    gates, rights = [g * inverse for g in gates], [absorbed(norm, m) for m in rights]
-    along = functools.reduce(jnp.add, [g * (direction @ m.T) for g, m in zip(gates, rights, strict=True)])
-    return gates, rights, direction, along
 
 
 def active_to_gather(layer, x) -> int | None:

@@ -8,6 +8,10 @@ In rotated coordinates `z = R x` the same norm has `m' = R m`, so `mean_directio
 rotated norm has no `γ`: it does not commute with R and must first be multiplied into the weights.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +50,19 @@ class Norm(eqx.Module):
         if self.mean_direction is None:
             return w
         return w - (w @ self.mean_direction)[:, None] * self.mean_direction
+
+    def derivative(
+        self,
+        gates: Sequence[Float[AnyArray, "n h"]],
+        rights: Sequence[Float[AnyArray, "h d"]],
+        x: Float[AnyArray, "n d"],
+    ) -> tuple[list[Any], list[Any], Float[Array, "n d"], Float[Array, "n h"]]:
+        """The factors of `Σ_k diag(g_k) M_k N'(x)`, which is `Σ_k diag(g_k/r) M_k D - c n̂ᵀ/d` with `D = diag(γ) P`: the
+        gates `g_k/r`, the weights `M_k D`, the direction n̂ and `c = Σ_k g_k/r ⊙ M_k D n̂`."""
+        direction, inverse = self.direction(x)
+        scaled, absorbed = [g * inverse for g in gates], [self.absorb(m) for m in rights]
+        along = [jnp.asarray(g * (direction @ m.T)) for g, m in zip(scaled, absorbed, strict=True)]
+        return scaled, absorbed, direction, functools.reduce(jnp.add, along)
 
     def rotate(self, r: Float[AnyArray, "k d"]) -> "Norm":
         """The norm of `z = R x`, after γ and β have moved into the weights that follow.
