@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.evaluation import baselines, tables
 from rotsparse.evaluation.concentration import Concentration
 from rotsparse.evaluation.curves import Curves
-from rotsparse.evaluation.metrics import Evaluation, examine
+from rotsparse.evaluation.metrics import examine
 from rotsparse.evaluation.names import HIGHER_IS_SPARSER
 from rotsparse.evaluation.units import Matrix, MatrixOut, units_of
 from rotsparse.layers.base import Layer
@@ -130,13 +129,10 @@ def compare(
         "covariance_out": covariance_out,
         "gram": gram,
     }
-
-    def found_in(name: str) -> Evaluation:
+    found = {}
+    for name, r in bases.items():
         shown(name)
-        return examine(layer, x, bases[name], **options, key=key, resamples=resamples)
-
-    first, *rest = bases
-    found = {first: found_in(first)} | _at_once(found_in, rest)  # the first compiles
+        found[name] = examine(layer, x, r, **options, key=key, resamples=resamples)
     metrics = {name: of.metrics for name, of in found.items()}
     if not (scale_inputs or scale_outputs):
         rms = float(np.sqrt(np.trace(gram) / (layer.d_in * layer.d_out)))
@@ -181,15 +177,6 @@ def compare_with_baselines(
     units = units_of(layer, train, scale_inputs=scale_inputs, scale_outputs=scale_outputs)
     made = compare(layer, test, bases, **units, key=keys[1], shown=lambda name: shown(f"the metrics of {name}"))
     return made, bases
-
-
-def _at_once(found_in: Callable[[str], Evaluation], names: Sequence[str]) -> dict[str, Evaluation]:
-    """Of each basis what `found_in` finds, in two threads: NumPy's passes over the entries take one core each."""
-    pool = ThreadPoolExecutor(2)
-    try:
-        return dict(zip(names, pool.map(found_in, names), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)  # where one was refused or interrupted: the others too
 
 
 def _gaps_closed(layer, x, bases, measure, rms, counts, *, key) -> dict[str, Interval]:
