@@ -20,7 +20,6 @@ from rich.console import Console
 import rotsparse as rs
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
 from rotsparse._core.modules import replace_fields
-from rotsparse.data.scales import covariance_of
 from rotsparse.evaluation.control import Control, counted
 from rotsparse.evaluation.fit_nulls import REDRAWS, measured
 from rotsparse.evaluation.nulls import draw_nulls
@@ -85,15 +84,13 @@ def run(case: Case, config: Config) -> Control | None:
         return None
     options: dict[str, Any] = {k: v for k, v in case.options.items() if k in ("scale_inputs", "active_subspace")}
     options["scale_outputs"] = config.scale_outputs
-    scale_inputs = options.get("scale_inputs", True)
 
     def find(layer: Layer, null: str, number: int) -> rs.Rotations:
         key, method = jax.random.key(config.seed), rs.Anneal(steps=config.steps, batch_size=config.batch)
         return rs.find_rotations(layer, train, key=key, method=method, **options).completed().rotations
 
     found = measured(
-        {TRAINED: [layer], **nulls}, test, find, scale_inputs=scale_inputs,
-        covariance=covariance_of(scale_inputs, train) if scale_inputs else None,
+        {TRAINED: [layer], **nulls}, train, test, find, scale_inputs=options.get("scale_inputs", True),
         scale_outputs=config.scale_outputs, key=jax.random.key(config.seed + 2),
     )  # fmt: skip
     return Control(found.pop(TRAINED)[0], found, f"{config.steps} steps")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rotsparse._core.intervals import Interval
 from rotsparse._core.types import Data
-from rotsparse.data.scales import Scale, covariance_of
+from rotsparse.data.scales import Scale
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.engine.run import Run
 from rotsparse.engine.solution import Solution
@@ -134,8 +134,7 @@ def benchmark(
     begun = time.perf_counter()
     solution = learn(layer, LEARNED)
     seconds[LEARNED] = time.perf_counter() - begun
-    sigma = covariance_of(scale_inputs, sample) if scale_inputs else None
-    controls = measured(nulls, test, find, **units, covariance=sigma, key=keys[3])
+    controls = measured(nulls, sample, test, find, **units, key=keys[3])
     comparison, _ = compare_with_baselines(
         layer, sample, test, {LEARNED: solution.rotations}, keys=(keys[2], keys[3]), seconds=seconds, **units
     )

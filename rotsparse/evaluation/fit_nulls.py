@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from rotsparse._core.types import Data
+from rotsparse._core.types import Data, Rows
 from rotsparse.data.moments import evenly_spaced
 from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.evaluation.compare import compare
@@ -61,11 +61,18 @@ class QuickControl(NamedTuple):
 
 def measured(
     layers: Mapping[str, Sequence[Layer]],
+    train: Rows,
     test: Float[Data, "m d_in"],
     find: Callable[[Layer, str, int], Rotations],
-    **judged: Any,
+    *,
+    scale_inputs: Scale,
+    scale_outputs: Scale,
+    key: PRNGKeyArray,
 ) -> dict[str, tuple[Metrics, ...]]:
-    """The held-out metrics of every draw of every null after `find(layer, null, number of the draw)`."""
+    """The held-out metrics of every draw of every null after `find(layer, null, number of the draw)`. The covariance
+    that scales inputs is that of `train`; outputs are scaled by each layer's own."""
+    judged: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs, "key": key}
+    judged["covariance"] = covariance_of(scale_inputs, train) if scale_inputs else None
     found: dict[str, tuple[Metrics, ...]] = {}
     for null, draws in layers.items():
         fits = (find(layer, null, i) for i, layer in enumerate(draws))
@@ -112,6 +119,5 @@ def quick_control(
         shown("the layer itself" if layer is trained else f"{null}, draw {number + 1} of {draws}")
         return find_rotations(layer, train, key=keys[1], **options).completed().rotations
 
-    sigma = covariance_of(scale_inputs, train) if scale_inputs else None
-    found = measured({"learned": [layer], **nulls}, test, find, **units, covariance=sigma, key=keys[2])
+    found = measured({"learned": [layer], **nulls}, train, test, find, **units, key=keys[2])
     return Control(found.pop("learned")[0], found, f"{quick.steps} steps of annealing each, {draws} draws of each null")
