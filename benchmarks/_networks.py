@@ -1,6 +1,7 @@
 """The networks of the PCA benchmark, each as one layer and its inputs: those of the experiments, and the demo's."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,8 +74,7 @@ def _smollm2(data: Path, path: Path, i: int, site: str) -> Case:
 
     texts = [data / "text" / name for name in ("wt2_valid.txt", "wt2_test.txt")]
     _require(path, *texts, source="make fetch-smollm2 fetches the model.")
-    model = models.load_model(path)
-    tokenizer = models.load_tokenizer(path, model)
+    model, tokenizer = _language_model(path)
 
     def inputs(text: Path, tokens: int) -> np.ndarray:
         few = spread(sequences(model, models.TextFile(text, tokenizer), 128), tokens)
@@ -86,6 +86,15 @@ def _smollm2(data: Path, path: Path, i: int, site: str) -> Case:
     # In the stream one row in a hundred holds nearly all of the variance.
     options = {"scale_inputs": winsorised} if site == "residual" else {}
     return Case(models.mlp_layer(model, i, norm=site == "residual"), train, test, options)
+
+
+@functools.cache
+def _language_model(path: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer, read once for all of its layers."""
+    from rotsparse import models
+
+    model = models.load_model(path)
+    return model, models.load_tokenizer(path, model)
 
 
 def _addition() -> Case:

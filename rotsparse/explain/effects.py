@@ -123,5 +123,5 @@ def _derivative_sums(layer, x, counted):
         gates = layer.gates(x)
         if layer.norm is None:
             return [counted @ g for g in gates], None
-        gates, _, direction, along = layer.norm.derivative(gates, layer.rights, x)
+        gates, _, direction, along = layer.norm.derivative_factors(gates, layer.rights, x)
         return [counted @ g for g in gates], (along * counted[:, None]).T @ direction / layer.norm.d

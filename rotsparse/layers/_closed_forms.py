@@ -25,7 +25,7 @@ def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
     a = left if r_out is None else (r_out if left is None else r_out @ left)
     correction = None
     if norm is not None:
-        gates, rights, direction, along = norm.derivative(gates, rights, x)
+        gates, rights, direction, along = norm.derivative_factors(gates, rights, x)
         rank_one = along / norm.d
         rank_one = rank_one if a is None else rank_one @ a.T
         direction = direction if r_in is None else direction @ r_in.T

@@ -75,7 +75,7 @@ def _sums(layer: ClosedForm, x: Float[Array, "n d_in"], counted: Float[Array, "n
         rank_one = jnp.zeros((layer.d_out, layer.d_in), x.dtype)
         inward, outward = jnp.zeros((layer.d_in,) * 2, x.dtype), jnp.zeros((layer.d_out,) * 2, x.dtype)
         if layer.norm is not None:
-            gates, rights, v, along = layer.norm.derivative(gates, layer.rights, x)
+            gates, rights, v, along = layer.norm.derivative_factors(gates, layer.rights, x)
             left = jnp.eye(layer.d_out, dtype=x.dtype) if layer.left is None else jnp.asarray(layer.left)
             pushed = along @ left.T  # C v
             u = pushed / layer.norm.d

@@ -51,7 +51,7 @@ class Norm(eqx.Module):
             return w
         return w - (w @ self.mean_direction)[:, None] * self.mean_direction
 
-    def derivative(
+    def derivative_factors(
         self,
         gates: Sequence[Float[AnyArray, "n h"]],
         rights: Sequence[Float[AnyArray, "h d"]],

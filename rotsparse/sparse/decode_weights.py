@@ -11,7 +11,8 @@ from rotsparse.models.transformer import read_by
 from rotsparse.sparse.file import SparseInputs
 from rotsparse.sparse.inputs import SparseInput
 
-_LINE = 64  # bytes
+LINE = 64
+"""The bytes of a cache line."""
 PAD = 64
 """Rows are padded to a multiple of so many numbers: whole cache lines of every type."""
 TYPES = {np.dtype(np.float32): np.float32, np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.int8): np.int8}
@@ -33,8 +34,8 @@ def padded(n: int) -> int:
 def aligned(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Zeros that begin where a cache line does. (NumPy's begin in the midst of one: each register then takes two.)"""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = np.zeros(size + _LINE, np.uint8)
-    first = -room.ctypes.data % _LINE
+    room = np.zeros(size + LINE, np.uint8)
+    first = -room.ctypes.data % LINE
     return room[first : first + size].view(dtype).reshape(shape)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from llvmlite import ir
 from numba import extending, types
 
-_LINE = 64  # bytes
+from rotsparse.sparse.decode_weights import LINE
+
 _LANES = 16
 ABANDONED = 1 << 62
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -81,7 +82,7 @@ def _add_line(typingctx, y, j, w, rows, ahead, a):
             builder.call(fetch, [_at(builder, w, place, _I8), _I32(0), _I32(1), _I32(1)])  # read, not into L1, data
         factors = [_everywhere(builder, builder.extract_value(a, u)) for u in many]
         starts = [builder.add(builder.extract_value(rows, u), j) for u in many]
-        for step in range(0, _LINE * 8 // bits, _LANES):
+        for step in range(0, LINE * 8 // bits, _LANES):
             place = _at(builder, y, builder.add(j, _I64(step)), _VECTOR)
             total = builder.load(place, align=4)
             for u in many:
@@ -198,7 +199,7 @@ def gather(w, first, width, rows, a, begin, end, y):
     """`y = Σ_k a[k] Wᵀ[rows[k]]` for k from `begin` to `end`: `w` holds the rows of Wᵀ from `first` on, each `width`
     long, whole cache lines."""
     y[:width] = 0
-    line, last, k = _LINE // w.itemsize, end - 1, begin
+    line, last, k = LINE // w.itemsize, end - 1, begin
     while k + 8 <= end:
         here, ahead = _eight(rows, k, last, first, width), _eight(rows, k + 16, last, first, width)
         factors = (a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7])
