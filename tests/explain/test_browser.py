@@ -1,9 +1,13 @@
 """The page in a real browser, from a file: search, open a card, follow a partner, a narrow screen, hostile words."""
 
+import io
+import itertools
 import re
 import shutil
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from test_page import HOSTILE, explanation
 
 from rotsparse.explain.data import SHARE, page_data
@@ -140,6 +144,31 @@ def test_the_graph_leads_to_the_cards(shown):
     is_open(page, "The graph")
     page.locator(".modules a").first.click()
     page.wait_for_function("document.querySelector('#card h2').textContent !== 'The graph'")
+
+
+@pytest.mark.parametrize("wider", [0, 200])
+def test_what_a_screenshot_shows(shown, wider):
+    """Head, list and card (on a narrow screen the card alone) are drawn, beside or below each other, on
+    a ground of the colours that were asked for."""
+    page, width, _ = shown
+    page.set_viewport_size({"width": width + wider, "height": 800})
+    page.evaluate("location.hash = 'in-2'")
+    is_open(page, "Input 2")
+    picture = imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3].mean(axis=-1)
+    dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert (np.median(picture) < 0.3) if dark else (np.median(picture) > 0.7)
+    seen = [part for part in ("#head", "#list", "#card") if page.locator(part).is_visible()]
+    assert seen == (["#head", "#list", "#card"] if width > 1000 else ["#card"])
+    boxes = [page.locator(part).bounding_box() for part in seen]
+    for box in boxes:
+        left, top = round(box["x"]), round(box["y"])
+        part = picture[top : top + round(box["height"]), left : left + round(box["width"])]
+        ink = np.mean(np.abs(part - np.median(part)) > 0.25)
+        assert 0.002 < ink < 0.4, (box, ink)
+    for one, other in itertools.combinations(boxes, 2):
+        beside = one["x"] + one["width"] <= other["x"] + 1 or other["x"] + other["width"] <= one["x"] + 1
+        below = one["y"] + one["height"] <= other["y"] + 1 or other["y"] + other["height"] <= one["y"] + 1
+        assert beside or below, (one, other)
 
 
 def test_an_address_of_nothing_shows_the_list(shown):
