@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import _common
 import jax
 import jax.numpy as jnp
+import mnist
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -32,7 +33,10 @@ from rotsparse.evaluation.probing import SIZES, probe_table
 from rotsparse.examples import addition, digits
 
 BASES = ("learned", "twin", "neurons", "pca", "ica", "varimax", "haar")
-SOURCE = "The model and its tokenizer are stories260K and tok512 of karpathy/llama2.c (MIT)."
+STORIES = ("stories260k/stories260K.bin", "stories260k/tok512.bin")
+MNIST = ("mlp_mnist/model.safetensors", "mnist/mnist.npz")
+MNIST_IMAGES = 4000
+SOURCE = f"The model and its tokenizer are stories260K and tok512 of karpathy/llama2.c (MIT). {mnist.SOURCE}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Config(_common.Options):
     """Sparse probes of learned directions, of their twins' and of other bases'."""
 
     data: Path = _common.DATA
-    """The folder with stories260k/stories260K.bin and stories260k/tok512.bin."""
+    """The folder with stories260k/stories260K.bin, stories260k/tok512.bin, mlp_mnist and mnist."""
     quick: bool = False
     """Fewer steps, a single twin, one layer: minutes."""
     steps: int = 4000
@@ -80,6 +84,19 @@ def read_digits(config: Config) -> Subject:
     return Subject(layer, x, x_test, {"in": labels}, {"image": images}, np.arange(len(x_test)))
 
 
+def read_mnist(config: Config) -> Subject:
+    """The block from hidden layer 1 to the logits of the MNIST network; is it a 0, a 1, ...?"""
+    network = mnist.Network(mnist.Config(data=config.data))
+    _, second, third = network.layers
+    layer = rs.MLP(second.w, second.b, third.w, third.b, activation="relu")
+    x, _, x_test = (of[:MNIST_IMAGES] for of in network.inputs[1])
+    with np.load(config.data / MNIST[1]) as arrays:
+        y, y_test = arrays["train_y"][: len(x)], arrays["test_y"][: len(x_test)]
+    labels = {str(digit): (y == digit, y_test == digit) for digit in range(10)}
+    images = network.inputs[0][2][:MNIST_IMAGES]  # around the mean image
+    return Subject(layer, x, x_test, {"in": labels}, {"image": images}, np.arange(len(x_test)))
+
+
 def add_numbers(config: Config) -> Subject:
     """The MLP of a network that adds modulo 59; is the wave of a frequency high at a and b, or at their sum?"""
     network = addition.train(config.seed)
@@ -98,9 +115,9 @@ def add_numbers(config: Config) -> Subject:
 
 def read_stories(config: Config) -> dict[str, Subject]:
     """MLPs of stories260K, on texts that it writes; what is the token, what was the one before, where is it?"""
-    folder = config.data / "stories260k"
-    model = models.load_model(folder / "stories260K.bin")
-    tokenizer = models.load_tokenizer(folder / "tok512.bin", model)
+    model_file, tokenizer_file = (config.data / name for name in STORIES)
+    model = models.load_model(model_file)
+    tokenizer = models.load_tokenizer(tokenizer_file, model)
     start = np.full((config.texts, 1), tokenizer.prefix[0])
     tokens = models.generate(model, start, 256, key=jax.random.key(config.seed))
     with tempfile.TemporaryDirectory() as place:
@@ -250,12 +267,12 @@ def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def main(config: Config) -> None:
-    files = ("stories260K.bin", "tok512.bin")
-    _common.require([config.data / "stories260k" / name for name in files], SOURCE)
+    _common.require([config.data / name for name in (*STORIES, *MNIST)], SOURCE)
     if config.quick:
         config = dataclasses.replace(config, steps=min(config.steps, 500), twins=1, layers=config.layers[:1], texts=24)
     with _common.run("probing", config) as run:
-        subjects = {"digits": read_digits(config), "addition modulo 59": add_numbers(config), **read_stories(config)}
+        subjects = {"digits": read_digits(config), "MNIST": read_mnist(config)}
+        subjects |= {"addition modulo 59": add_numbers(config), **read_stories(config)}
         found = {name: study(subject, config, config.seed) for name, subject in subjects.items()}
         run.finish({"probes": found, "sizes": list(SIZES)}, report(found), leads=figure(found))
 
