@@ -2,8 +2,9 @@
 
 For the MLP inputs of a few layers of SmolLM2-135M, dropped in all of these layers at once: the divergence of the
 model's predictions on other text. Bases fitted to the energy lost (what uncentred principal components and LaRoSA go
-by), to the error of what the layer's matrices make of it, and to the Fisher information of the model's predictions;
-each with the coordinates chosen by their magnitude, and by their magnitude times what they weigh in the same metric.
+by), to the error of what the layer's matrices make of it, and to the Fisher information of the model's predictions.
+Rotations, each with the coordinates chosen by their magnitude, and by their magnitude times what they weigh in the same
+metric M; and rotations of `M^½ x`, which `rotsparse sparsify` takes, with those of the largest magnitude.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import rotsparse as rs
 from rotsparse import models
 from rotsparse.models.transformer import Point
 from rotsparse.objectives.dropped import DroppedError
-from rotsparse.sparse.bases import baseline, damped, readers, scores
+from rotsparse.sparse.bases import Basis, components, damped, learned, readers, weighed
 from rotsparse.sparse.calibration import activations, fisher_information, sequences, spread
 from rotsparse.sparse.inputs import SparseInput
 from rotsparse.sparse.perplexity import costs
@@ -32,7 +33,8 @@ SOURCE = (
     "The model comes with `make fetch-smollm2`; pass another one with --model."
 )
 METRICS = {"energy": "energy", "output": "output", "fisher": "Fisher information"}
-ORACLE = "learned on the text measured"
+NEURONS, COMPONENTS, LEARNED, ORACLE = "neurons", "principal components", "learned", "learned on the text measured"
+IN_METRIC = ", of M^½ x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +84,29 @@ def compared(
     walks = (activations(model, text, ("input",), scratch, layers=config.layers) for text in texts)
     for (layer, values), (_, tested) in zip(*walks, strict=True):
         point, x = Point(layer, "input"), np.asarray(values["input"])
-        reading = readers(model, *point).astype(np.float64)
+        reading, moment = readers(model, *point).astype(np.float64), x.T @ x / len(x)
         eye = np.eye(x.shape[1], dtype=np.float32)
         metrics = {"energy": eye, "output": damped(reading.T @ reading), "fisher": damped(fisher[point])}
-        pca = baseline("pca", x.T @ x / len(x), reading).rotation
-        assert pca is not None
-        found = {("neurons", "none"): eye, ("principal components", "none"): pca}
-        found |= {("learned", name): _fitted(x, metric, pca, name, config) for name, metric in metrics.items()}
-        found[ORACLE, "fisher"] = _fitted(np.asarray(tested["input"]), metrics["fisher"], pca, "fisher", config)
-        for (basis, fitted), r in found.items():
-            for name, metric in metrics.items():
-                if fitted in ("none", name):
-                    weight = None if name == "energy" else scores(r, metric)
-                    rotation = None if basis == "neurons" else r
-                    of = SparseInput(rotation, None, weight, count=round(config.keep * len(r)))
-                    trials.setdefault((basis, fitted, name), {})[point] = of
+        pca, other = components(moment), np.asarray(tested["input"])
+        found = {(NEURONS, "none", "energy"): Basis(None, None), (COMPONENTS, "none", "energy"): pca}
+        for name in ("output", "fisher"):
+            for of in (NEURONS, COMPONENTS):
+                found[of, "none", name] = weighed(found[of, "none", "energy"], metrics[name])
+            found[COMPONENTS + IN_METRIC, name, "energy"] = components(moment, metrics[name])
+        key, options = jax.random.key(config.seed), {"keep": config.keep, "steps": config.steps}
+        for name, metric in metrics.items():
+            rotation = Basis(_fitted(x, metric, pca.rotation, name, config), None)
+            found[LEARNED, name, name] = rotation if name == "energy" else weighed(rotation, metric)
+            if name != "energy":
+                found[LEARNED + IN_METRIC, name, "energy"] = learned(x, metric, key=key, **options)
+        rotation = _fitted(other, metrics["fisher"], pca.rotation, "fisher", config)
+        found[ORACLE, "fisher", "fisher"] = weighed(Basis(rotation, None), metrics["fisher"])
+        found[ORACLE + IN_METRIC, "fisher", "energy"] = learned(other, metrics["fisher"], key=key, **options)
+        for name, basis in found.items():
+            r, weight, inverse = basis
+            trials.setdefault(name, {})[point] = SparseInput(
+                r, None, weight, count=round(config.keep * x.shape[1]), inverse=inverse
+            )
     found = costs(model, test, list(trials.values())).divergence
     return [
         {"basis": basis, "fitted": fitted, "chosen": chosen, "divergence": float(of.mean()),
@@ -105,7 +115,8 @@ def compared(
     ]  # fmt: skip
 
 
-def _fitted(x: np.ndarray, metric: np.ndarray, start: np.ndarray, name: str, config: Config) -> np.ndarray:
+def _fitted(x: np.ndarray, metric: np.ndarray, start: Any, name: str, config: Config) -> np.ndarray:
+    """The rotation with the least `DroppedError`."""
     objective = DroppedError(x, metric, keep=config.keep, weighted=name != "energy")
     method = rs.Anneal(steps=config.steps, angle=0.1, batch_size=2 * x.shape[1])
     first, key = {"in": jnp.asarray(start)}, jax.random.key(config.seed)
@@ -113,7 +124,7 @@ def _fitted(x: np.ndarray, metric: np.ndarray, start: np.ndarray, name: str, con
 
 
 def report(rows: list[dict[str, Any]], config: Config) -> str:
-    pca = next(r for r in rows if r["basis"] == "principal components" and r["chosen"] == "energy")
+    pca = next(r for r in rows if r["basis"] == COMPONENTS and r["chosen"] == "energy")
     lines = [
         f"Divergence of the predictions (nats a token, other text) with {1 - config.keep:.0%} of the MLP inputs "
         f"dropped, layers {', '.join(map(str, config.layers))} of {config.model.stem}",
@@ -136,7 +147,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     names = [
         f"{r['basis']}{', ' + METRICS[r['fitted']] if r['fitted'] in METRICS else ''} | {r['chosen']}" for r in rows
     ]
-    colours = ["#d55e00" if r["basis"] == "learned" else "#8a8a8a" for r in rows]
+    colours = ["#d55e00" if r["basis"].startswith(LEARNED) else "#8a8a8a" for r in rows]
     ax.barh(names, [r["divergence"] for r in rows], xerr=[r["error"] for r in rows], color=colours)
     ax.invert_yaxis()
     ax.set_xlabel("divergence, nats a token")

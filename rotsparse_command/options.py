@@ -499,7 +499,7 @@ class Sparsify:
     """Tokens from which the network's curvature is estimated."""
     test_tokens: int = 16384
     """Tokens of the held-out text to measure on."""
-    steps: int = 400
+    steps: int = 800
     """Steps of each fit."""
     seed: int = 0
     """Seed of everything random."""

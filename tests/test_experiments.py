@@ -350,8 +350,10 @@ def test_dropping_compares_what_bases_are_fitted_to(rng, tmp_path):
         ("principal components", "none"),
         *(("learned", metric) for metric in dropping.METRICS),
         (dropping.ORACLE, "fisher"),
+        (dropping.ORACLE + dropping.IN_METRIC, "fisher"),
+        *((of + dropping.IN_METRIC, m) for of in (dropping.COMPONENTS, dropping.LEARNED) for m in ("output", "fisher")),
     }
-    assert len(rows) == 10 and all(r["divergence"] > 0 for r in rows)
+    assert len(rows) == 15 and all(r["divergence"] > 0 for r in rows)
     lines = dropping.report(rows, config).splitlines()
-    assert len(lines) == 14 and lines[7].endswith("| 1.00 |")
+    assert len(lines) == 19 and sum(line.endswith("| 1.00 |") for line in lines) == 1
     assert dropping.figure(rows).axes[0].get_xlabel() == "divergence, nats a token"

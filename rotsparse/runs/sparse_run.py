@@ -23,7 +23,7 @@ from rotsparse.models.transformer import Point
 from rotsparse.runs.folders import CHECKPOINTS
 from rotsparse.runs.phases import Phases, Shown
 from rotsparse.sparse import plans
-from rotsparse.sparse.bases import LEARNED, Basis, baseline, learned, readers, weighed
+from rotsparse.sparse.bases import LEARNED, Basis, baseline, components, damped, learned, readers, weighed
 from rotsparse.sparse.budget import allotted, importance, thresholds
 from rotsparse.sparse.calibration import activations, fisher_information
 from rotsparse.sparse.file import FILE, write_sparse_inputs
@@ -117,17 +117,19 @@ def of_one_site(
     for method in settings.methods:
         if method != LEARNED:
             basis = known(method)
-        elif (start := known("pca").rotation) is None or heads is not None:
-            basis = weighed(start, fisher)
+        elif not rotate:
+            basis = weighed(Basis(None, None), fisher)
+        elif heads is not None:
+            basis = weighed(components(moment / len(x), damped(fisher), heads=heads), fisher)
         else:
-            basis = learned(np.asarray(x), fisher, start, keep=settings.keep, key=key, steps=settings.steps)
+            basis = learned(np.asarray(x), fisher, keep=settings.keep, key=key, steps=settings.steps)
         found[method] = measured(few, basis, absorb=settings.absorb, keep=settings.keep)
     return found
 
 
 def measured(x: Float[np.ndarray, "n d"], basis: Basis, *, absorb: bool, keep: float) -> Measured:
     """The thresholds in a basis, and the mean of what is dropped at the share `keep`."""
-    rotation, weight = basis
+    rotation, weight, _ = basis
     z = x if rotation is None else x @ rotation.T
     shift = None
     if absorb:
@@ -229,7 +231,7 @@ def _fisher_file(folder: Path, layer: int) -> Path:
 
 
 def _arrays(of: Measured) -> dict[str, np.ndarray]:
-    optional = {"rotation": of.basis.rotation, "scores": of.basis.scores, "shift": of.shift}
+    optional = {**of.basis._asdict(), "shift": of.shift}
     arrays = {"thresholds": of.thresholds, "width": np.array([of.width])}
     return {**{name: np.ascontiguousarray(a) for name, a in optional.items() if a is not None}, **arrays}
 
@@ -245,5 +247,5 @@ def _read(folder: Path, layer: int, method: str) -> list[tuple[str, Measured]]:
 
 
 def _measured(arrays: Mapping[str, np.ndarray]) -> Measured:
-    basis = Basis(arrays.get("rotation"), arrays.get("scores"))
+    basis = Basis(*(arrays.get(name) for name in Basis._fields))
     return Measured(basis, arrays.get("shift"), arrays["thresholds"], int(arrays["width"][0]))

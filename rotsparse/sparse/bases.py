@@ -5,25 +5,26 @@
     wina       no rotation, those stay that move the output most, `|x_i| ‖W_{:,i}‖` (Chen et al., "WINA", 2025)
     hadamard   a random Hadamard matrix: what a rotation does that knows nothing
     pca        the uncentred principal components (Liu et al., "LaRoSA", 2025)
-    weighted   the principal components of what W reads, the eigenvectors of `M^½ E[xxᵀ] M^½` with `M = WᵀW`
-    learned    the minimum of `DroppedError` with the Fisher information as its metric
+    weighted   the principal components of what W makes of x, which are those of `M^½ x` with `M = WᵀW`
+    learned    the rotation of `M^½ x` with the least energy in what is dropped, M the Fisher information
 
-W stands for all matrices that read the site, one below the other.
+W stands for all matrices that read the site, one below the other. With a metric M an error e costs `eᵀ M e`: in the
+coordinates `R x`, `R = Q M^½` with Q orthogonal, that is the energy of what is dropped. Such an R is not orthogonal.
 """
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 from scipy.linalg import block_diag, hadamard
 
 from rotsparse._core.types import AnyArray
-from rotsparse.fit.minimize import minimize
+from rotsparse.fit.default_method import default_basis_method
+from rotsparse.fit.find_basis import SPACE, find_basis
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import read_by
-from rotsparse.objectives.dropped import DroppedError
-from rotsparse.solvers.anneal import Anneal
+from rotsparse.objectives.activation import ActivationSparsity
+from rotsparse.objectives.measures import TopK
 
 BASELINES = ("none", "wina", "hadamard", "pca", "weighted")
 LEARNED = "learned"
@@ -36,10 +37,11 @@ _HELD_OUT = 8192
 
 
 class Basis(NamedTuple):
-    """A rotation (`None`: the identity), and what a coordinate's magnitude counts in it (`None`: one)."""
+    """R (`None`: the identity), what a coordinate's magnitude counts in it (`None`: one), and R⁻¹ (`None`: Rᵀ)."""
 
     rotation: Float[np.ndarray, "d d"] | None
     scores: Float[np.ndarray, "d"] | None
+    inverse: Float[np.ndarray, "d d"] | None = None
 
 
 def readers(model: Model, layer: int, site: str) -> Float[np.ndarray, "out d"]:
@@ -64,48 +66,57 @@ def baseline(
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}: expected one of {', '.join(BASELINES)}")
+    reading = np.asarray(reading, np.float64)
     if name == "wina":
-        return Basis(None, np.linalg.norm(np.asarray(reading, np.float64), axis=0).astype(np.float32))
+        return Basis(None, np.linalg.norm(reading, axis=0).astype(np.float32))
     if name == "none" or not rotate:
         return Basis(None, None)
-    moment = np.asarray(moment, np.float64)
-    if name == "weighted":
-        root = _root(np.asarray(reading, np.float64).T @ np.asarray(reading, np.float64))
-        moment = root @ moment @ root
-    parts = moment[None] if heads is None else _head_moments(moment, heads)
     if name == "hadamard":
-        rotations = np.stack([_hadamard(parts.shape[-1])] * len(parts))
-    else:
-        rotations = np.swapaxes(np.linalg.eigh(parts)[1], -1, -2)[:, ::-1]
-    rotation = rotations[0] if heads is None else _expanded(rotations, heads)
-    return Basis(np.ascontiguousarray(rotation, np.float32), None)
+        count, width = (1, len(moment)) if heads is None else (heads[1], len(moment) // heads[0])
+        return Basis(_expanded(np.stack([_hadamard(width)] * count), heads), None)
+    return components(moment, damped(reading.T @ reading) if name == "weighted" else None, heads=heads)
+
+
+def components(
+    moment: Float[AnyArray, "d d"],
+    metric: Float[AnyArray, "d d"] | None = None,
+    *,
+    heads: tuple[int, int] | None = None,
+) -> Basis:
+    """The principal components, uncentred, of x with the second moment `E[xxᵀ]`; with a metric M those of `M^½ x`: no
+    basis has a smaller error `E eᵀ M e` without its last coordinates. `heads`: as for `baseline`; heads that share
+    values share the mean of their metrics."""
+    moments = _of_heads(moment, heads)
+    if metric is None:
+        return Basis(_expanded(_axes(moments), heads), None)
+    root, inverse_root = square_roots(_of_heads(metric, heads))
+    axes = _axes(root @ moments @ root)
+    return Basis(_expanded(axes @ root, heads), None, _expanded(inverse_root @ np.swapaxes(axes, -1, -2), heads))
 
 
 def learned(
-    x: Float[AnyArray, "n d"],
-    fisher: Float[AnyArray, "d d"],
-    start: Float[AnyArray, "d d"],
-    *,
-    keep: float,
-    key: PRNGKeyArray,
-    steps: int,
+    x: Float[AnyArray, "n d"], fisher: Float[AnyArray, "d d"], *, keep: float, key: PRNGKeyArray, steps: int
 ) -> Basis:
-    """The rotation in which dropping all but the share `keep` of the coordinates costs the network least, by
-    `DroppedError` with its Fisher information; coordinates are chosen by `|z_i| √(r_iᵀ F r_i)`."""
-    metric, held_out = damped(fisher), min(len(x) // 5, _HELD_OUT)
-    objective = DroppedError(x[: len(x) - held_out], metric, keep=keep)
-    validation = objective.on(x[len(x) - held_out :]) if held_out else None
-    # Larger angles leave the basin of the principal components, and take thousands of steps to find a better one.
-    method = Anneal(steps=steps, angle=0.1, batch_size=2 * x.shape[1])
-    first = {"in": jnp.asarray(start)}
-    solution = minimize(objective, first, method=method, key=key, validation=validation).completed()
-    return weighed(np.asarray(solution.bases["in"]), fisher)
+    """The rotation Q of `M^½ x`, M the Fisher information, that loses the least energy if each example keeps the share
+    `keep` of its coordinates: to second order what that costs the network, `E (x - x̂)ᵀ M (x - x̂)`. It begins at the
+    principal components."""
+    root, inverse_root = square_roots(damped(fisher))
+    y, measure, held_out = x @ root.astype(np.float32), TopK(keep), min(len(x) // 5, _HELD_OUT)
+    first, last = np.split(y, [len(y) - held_out])
+    method = default_basis_method(measure, ActivationSparsity(first, measure), steps=steps)
+    start = components(first.T @ first / len(first)).rotation
+    validation = last if held_out else None
+    found = find_basis(first, key=key, measure=measure, method=method, start=start, validation=validation)
+    q = np.asarray(found.completed().bases[SPACE], np.float64)
+    return Basis((q @ root).astype(np.float32), None, (inverse_root @ q.T).astype(np.float32))
 
 
-def weighed(rotation: Float[np.ndarray, "d d"] | None, fisher: Float[AnyArray, "d d"]) -> Basis:
-    """A rotation in which coordinates are chosen by `|z_i| √(r_iᵀ F r_i)`."""
+def weighed(basis: Basis, fisher: Float[AnyArray, "d d"]) -> Basis:
+    """A basis in which coordinates are chosen by what dropping each would cost, `|z_i| √(bᵢᵀ F bᵢ)`, with b the columns
+    of R⁻¹."""
     metric = damped(fisher)
-    return Basis(rotation, scores(np.eye(len(metric)) if rotation is None else rotation, metric))
+    back = basis.inverse if basis.rotation is None or basis.inverse is not None else basis.rotation.T
+    return basis._replace(scores=scores(np.eye(len(metric)) if back is None else back.T, metric))
 
 
 def scores(rotation: Float[AnyArray, "d d"], metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d"]:
@@ -123,21 +134,36 @@ def damped(metric: Float[AnyArray, "d d"]) -> Float[np.ndarray, "d d"]:
     return ((metric / scale + _DAMPING * unit) / (1 + _DAMPING) if scale > 0 else unit).astype(np.float32)
 
 
-def _head_moments(moment: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
-    """The moments within a head, summed over the heads that share their values: `[heads of values, d_head, d_head]`."""
+def square_roots(
+    metric: Float[AnyArray, "*many d d"],
+) -> tuple[Float[np.ndarray, "*many d d"], Float[np.ndarray, "*many d d"]]:
+    """`M^½` and `M^-½` of positive symmetric matrices, in float64."""
+    values, vectors = np.linalg.eigh(np.asarray(metric, np.float64))
+    root = np.sqrt(np.maximum(values, np.finfo(np.float32).eps * values[..., -1:]))[..., None, :]
+    back = np.swapaxes(vectors, -1, -2)
+    return (vectors * root) @ back, (vectors / root) @ back
+
+
+def _axes(moments: np.ndarray) -> np.ndarray:
+    """The principal axes, largest first, as rows."""
+    return np.swapaxes(np.linalg.eigh(moments)[1], -1, -2)[:, ::-1]
+
+
+def _of_heads(matrix: Float[AnyArray, "d d"], heads: tuple[int, int] | None) -> np.ndarray:
+    """The blocks of a matrix within a head, their mean over the heads that share values: `[heads of values, d_head,
+    d_head]`; without heads the matrix itself as the only block."""
+    matrix = np.asarray(matrix, np.float64)
+    if heads is None:
+        return matrix[None]
     count, shared = heads
-    blocks = np.einsum("hihj->hij", moment.reshape(count, len(moment) // count, count, -1))
-    return blocks.reshape(shared, -1, *blocks.shape[1:]).sum(axis=1)
+    blocks = np.einsum("hihj->hij", matrix.reshape(count, len(matrix) // count, count, -1))
+    return blocks.reshape(shared, -1, *blocks.shape[1:]).mean(axis=1)
 
 
-def _expanded(rotations: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
-    """The rotation of all heads from those of the heads of values."""
-    return np.asarray(block_diag(*np.repeat(rotations, heads[0] // heads[1], axis=0)))
-
-
-def _root(m):
-    values, vectors = np.linalg.eigh(m)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+def _expanded(blocks: np.ndarray, heads: tuple[int, int] | None) -> np.ndarray:
+    """The matrix of all heads from the blocks of the heads of values."""
+    repeats = 1 if heads is None else heads[0] // heads[1]
+    return np.ascontiguousarray(block_diag(*np.repeat(blocks, repeats, axis=0)), np.float32)
 
 
 def _hadamard(d: int, seed: int = 0) -> np.ndarray:

@@ -93,7 +93,7 @@ def site_arrays(
             begin = arrays["rotation_begins"][layer]
             flat, scales = stored(np.asarray(s.rotation), rotation_dtype)
             arrays["rotations"][begin : begin + n_in * wide], arrays["rotation_scales"][layer] = flat, scales
-            rows = _behind(np.asarray(s.rotation), restored(flat, scales, n_in, rotation_dtype), rows)
+            rows = _behind(s, restored(flat, scales, n_in, rotation_dtype), rows)
         if s is not None:
             _fill_selection(arrays, layer, s, rows)
         weights, arrays["scales"][layer, : len(rows)] = stored(rows, dtype)
@@ -110,10 +110,10 @@ def _fill_bias(bias: np.ndarray, p, letters) -> None:
         at += n
 
 
-def _behind(rotation: np.ndarray, rounded: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`R⁻ᵀ Wᵀ` of the rounded rotation. Of one that was not rounded the inverse is Rᵀ."""
-    if np.array_equal(rotation, rounded):
-        return rotation @ rows
+def _behind(s: SparseInput, rounded: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`R⁻ᵀ Wᵀ` of the rounded R. Of one that was not rounded the inverse is known."""
+    if np.array_equal(np.asarray(s.rotation), rounded):
+        return np.asarray(s.back).T @ rows
     return np.linalg.solve(rounded.T.astype(np.float64), rows).astype(np.float32)
 
 

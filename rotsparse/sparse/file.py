@@ -1,5 +1,6 @@
-"""The file of a model's sparse inputs, `rotsparse.safetensors`: arrays `layers.3.input.rotation`, `.shift`, `.scores`
-and `.threshold` of those that a site has; counts, the format and a hash of the model's weights in the metadata.
+"""The file of a model's sparse inputs, `rotsparse.safetensors`: arrays `layers.3.input.rotation`, `.inverse`, `.shift`,
+`.scores` and `.threshold` of those that a site has; counts, the format and a hash of the model's weights in the
+metadata.
 
 Rotations are of no use with other weights, and nothing would show it but worse text. So the file is bound to the
 matrices that read the sites (`readers`), and reading it with others is refused.
@@ -9,11 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from rotsparse._core import checks
 from rotsparse._core.files import SIGNATURE, write_atomically
+from rotsparse._core.modules import replace_fields
 from rotsparse._core.reading import load_safetensors, reading, safetensors
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import READ, Point, check_point, site_width
@@ -22,7 +25,10 @@ from rotsparse.sparse.readers import reading_weights, weights_hash
 
 FILE = "rotsparse.safetensors"
 _KIND, _VERSION = "sparse inputs", "1"
-_FIELDS = ("rotation", "shift", "scores", "threshold")
+_FIELDS = ("rotation", "inverse", "shift", "scores", "threshold")
+
+# More than rounding explains.
+_INVERTED = 1e-3
 
 SparseInputs = Mapping[tuple[int, str], SparseInput]
 """By layer and site, what drops coordinates there."""
@@ -101,14 +107,29 @@ def checked_inputs(inputs: SparseInputs, model: Model) -> dict[tuple[int, str], 
         if site not in READ:
             raise ValueError(f"no matrix reads {layer}.{site}: expected one of the sites {', '.join(READ)}")
         width, where = site_width(model.config, site), f"layers.{layer}.{site}"
-        rotation = sparse.rotation
-        if rotation is not None:
-            rotation = checks.orthogonal(f"{where}.rotation", rotation, width)
-            rotation = None if np.array_equal(rotation, np.eye(width)) else rotation
+        rotation, inverse = checked_rotation(where, sparse, width)
         for field in ("shift", "scores"):
             if (value := getattr(sparse, field)) is not None:
                 checks.weight(f"{where}.{field}", value, (width,))
         if sparse.count is not None and not 0 <= sparse.count <= width:
             raise ValueError(f"{where}: of {width} coordinates {sparse.count} cannot stay")
-        checked[Point(layer, site)] = SparseInput(rotation, sparse.shift, sparse.scores, sparse.threshold, sparse.count)
+        checked[Point(layer, site)] = replace_fields(sparse, rotation=rotation, inverse=inverse)
     return checked
+
+
+def checked_rotation(where: str, sparse: SparseInput, width: int | None = None) -> tuple[Any, Any]:
+    """R and R⁻¹ of an input (`None`: the identity, Rᵀ). Raises `ValueError` where the two do not belong together."""
+    rotation, inverse = sparse.rotation, sparse.inverse
+    if inverse is not None:
+        rotation = checks.weight(f"{where}.rotation", rotation, (width, width))
+        inverse = checks.weight(f"{where}.inverse", inverse, np.shape(rotation)[::-1])
+        error = np.abs(np.asarray(rotation, np.float64) @ np.asarray(inverse, np.float64) - np.eye(len(rotation))).max()
+        if error > _INVERTED:
+            raise ValueError(
+                f"{where}.inverse is not that of {where}.rotation: the largest entry of |R R⁻¹ - I| is {error:.2g}, "
+                f"expected < {_INVERTED:g}"
+            )
+    elif rotation is not None:
+        rotation = checks.orthogonal(f"{where}.rotation", rotation, width)
+        rotation = None if np.array_equal(rotation, np.eye(len(rotation))) else rotation
+    return rotation, inverse

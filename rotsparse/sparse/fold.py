@@ -2,13 +2,14 @@
 
 The input of an attention's last matrix is a mix of values, `h_i = Σ_t a_{it} v_t` in head i, and the query heads of a
 group share the values v of one key/value head. A rotation of the heads that is block-diagonal, with the same block B
-for all heads of a group, so commutes with the mixing: `B v` and `W_o Rᵀ` in place of v and `W_o`, and no rotation is
+for all heads of a group, so commutes with the mixing: `B v` and `W_o R⁻¹` in place of v and `W_o`, and no rotation is
 left when the model runs.
 """
 
 from dataclasses import replace
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.types import AnyArray
@@ -23,43 +24,49 @@ def fold_heads(model: Model, inputs: SparseInputs) -> tuple[Model, dict[tuple[in
     Other rotations stay. Computed in float64 and rounded once. Raises `ValueError` as `write_sparse_inputs` does."""
     layers, left = list(model.params["layers"]), checked_inputs(inputs, model)
     for (layer, site), sparse in left.items():
-        blocks = group_blocks(sparse.rotation, model.config) if site == "heads" else None
+        blocks = group_blocks(sparse, model.config) if site == "heads" else None
         if blocks is not None:
-            layers[layer] = {**layers[layer], "attn": _folded(layers[layer]["attn"], blocks, model.config)}
-            left[layer, site] = replace_fields(sparse, rotation=None)
+            layers[layer] = {**layers[layer], "attn": _folded(layers[layer]["attn"], *blocks, model.config)}
+            left[layer, site] = replace_fields(sparse, rotation=None, inverse=None)
     return replace(model, params={**model.params, "layers": layers}), left
 
 
 def exact_heads(model: Model, inputs: SparseInputs) -> dict[tuple[int, str], SparseInput]:
-    """The inputs with those rotations that `fold_heads` folds orthogonal to float64, which is how it folds them."""
+    """The inputs with the rotations that `fold_heads` folds, and their inverses, exact in float64: so it folds them."""
     exact = dict(inputs)
     for (layer, site), sparse in inputs.items():
-        blocks = group_blocks(sparse.rotation, model.config) if site == "heads" else None
+        blocks = group_blocks(sparse, model.config) if site == "heads" else None
         if blocks is not None:
-            n, d = model.config.n_heads, model.config.d_head
-            r = np.zeros((n, d, n, d))
-            r[np.arange(n), :, np.arange(n)] = blocks.repeat(n // model.config.n_kv_heads, axis=0)
-            exact[layer, site] = replace_fields(sparse, rotation=r.reshape(n * d, n * d))
+            whole = [block_diag(*b.repeat(model.config.n_heads // model.config.n_kv_heads, axis=0)) for b in blocks]
+            inverse = None if sparse.inverse is None else whole[1]
+            exact[layer, site] = replace_fields(sparse, rotation=whole[0], inverse=inverse)
     return exact
 
 
-def group_blocks(r: AnyArray | None, config: TransformerConfig) -> np.ndarray | None:
-    """The blocks `[key/value heads, d, d]` of a rotation of all heads, made orthogonal to float64; `None` where it is
-    not block-diagonal with one block for a group."""
-    if r is None:
+def group_blocks(sparse: SparseInput, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray] | None:
+    """The blocks `[key/value heads, d, d]` of R for all heads and those of R⁻¹, exact in float64 (of a rotation the
+    nearest orthogonal ones); `None` where R is not block-diagonal with one block for a group."""
+    blocks = None if sparse.rotation is None else _blocks(sparse.rotation, config)
+    if blocks is None:
         return None
+    if sparse.inverse is not None:
+        return blocks, np.linalg.inv(blocks)
+    u, _, vt = np.linalg.svd(blocks)
+    return u @ vt, np.swapaxes(u @ vt, -1, -2)
+
+
+def _blocks(r: AnyArray, config: TransformerConfig) -> np.ndarray | None:
     heads, groups, d = config.n_heads, config.n_kv_heads, config.d_head
     parts = np.asarray(r, np.float64).reshape(heads, d, heads, d).transpose(0, 2, 1, 3)  # [head, head, d, d]
     blocks = parts[np.arange(heads), np.arange(heads)].reshape(groups, -1, d, d)
     first = blocks[:, :1]
     across = parts * (1 - np.eye(heads))[:, :, None, None]
-    if np.abs(across).max() > 1e-6 or np.abs(blocks - first).max() > 1e-6:
+    if max(np.abs(across).max(), np.abs(blocks - first).max()) > 1e-6 * max(1.0, np.abs(parts).max()):
         return None
-    u, _, vt = np.linalg.svd(first[:, 0])
-    return u @ vt
+    return first[:, 0]
 
 
-def _folded(p, blocks: np.ndarray, config: TransformerConfig):
+def _folded(p, blocks: np.ndarray, inverses: np.ndarray, config: TransformerConfig):
     groups, d, dtype = config.n_kv_heads, config.d_head, np.asarray(p["w_v"]).dtype
     new = dict(p)
     for name in ("w_v", "b_v"):
@@ -67,5 +74,5 @@ def _folded(p, blocks: np.ndarray, config: TransformerConfig):
             values = np.asarray(p[name], np.float64).reshape(groups, d, -1)
             new[name] = (blocks @ values).reshape(np.shape(p[name])).astype(dtype)
     o = np.asarray(p["w_o"], np.float64).reshape(config.d_model, groups, -1, d)
-    new["w_o"] = np.einsum("mghd,ged->mghe", o, blocks).reshape(np.shape(p["w_o"])).astype(dtype)
+    new["w_o"] = np.einsum("mghd,gde->mghe", o, inverses).reshape(np.shape(p["w_o"])).astype(dtype)
     return new

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rotsparse._core.modules import replace_fields
 from rotsparse._core.precision import full_precision
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import run_from, stream_before
@@ -72,7 +73,7 @@ def _by_layer(trial: Trial) -> dict[int, dict[str, SparseInput]]:
     for (layer, site), of in trial.items():
         numbers = {"threshold": of.threshold, "count": of.count}
         arrays = {name: None if value is None else jnp.asarray(value) for name, value in numbers.items()}
-        changes.setdefault(layer, {})[site] = SparseInput(of.rotation, of.shift, of.scores, **arrays)
+        changes.setdefault(layer, {})[site] = replace_fields(of, **arrays)
     return changes
 
 

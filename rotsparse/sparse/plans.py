@@ -50,8 +50,8 @@ def sparse_inputs(
 
 
 def _sparse_input(of: Measured, keep: float, largest: bool) -> SparseInput:
-    rotation, scores = of.basis
+    rotation, scores, inverse = of.basis
     if not largest:
         threshold = float(np.interp(keep, SHARES, of.thresholds))
-        return SparseInput(rotation, of.shift, scores, threshold=threshold)
-    return SparseInput(rotation, of.shift, scores, count=round(keep * of.width))
+        return SparseInput(rotation, of.shift, scores, threshold=threshold, inverse=inverse)
+    return SparseInput(rotation, of.shift, scores, count=round(keep * of.width), inverse=inverse)

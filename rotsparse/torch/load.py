@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from rotsparse._core import checks
 from rotsparse.models.families import FAMILIES, Family
 from rotsparse.models.load import load_model
-from rotsparse.sparse.file import FILE, check_weights, read_sparse_inputs, stored_inputs
+from rotsparse.sparse.file import FILE, check_weights, checked_rotation, read_sparse_inputs, stored_inputs
 from rotsparse.sparse.readers import reading_entries, weights_hash
 
 _MISSING = "sparse models in PyTorch need torch and transformers: pip install 'rotsparse[torch]'"
@@ -66,8 +65,7 @@ def _attach(model: Any, inputs) -> None:
         modules = readers[point]
         if any(hasattr(module, "sparse_input") for module in modules):
             raise ValueError("this model drops coordinates already: load it anew")
-        if sparse.rotation is not None:
-            checks.orthogonal(f"layers.{point[0]}.{point[1]}.rotation", sparse.rotation)
+        checked_rotation(f"layers.{point[0]}.{point[1]}", sparse)
         weight = modules[0].weight
         shared = DropCoordinates(sparse, readers=len(modules)).to(device=weight.device, dtype=weight.dtype)
         for module in modules:

@@ -10,20 +10,21 @@ from rotsparse.sparse.inputs import SparseInput
 
 
 class DropCoordinates(torch.nn.Module):
-    """`x̂ = Rᵀ (k(R x - c) + c)`, as `SparseInput`.
+    """`x̂ = R⁻¹ (k(R x - c) + c)`, as `SparseInput`.
 
     One module serves all linear layers that read a site: what was computed for the first is kept for the others, which
     get the same tensor, and given up with the last. Its arrays are no part of the model's state: they are in the file.
     """
 
     rotation: torch.Tensor | None
+    back: torch.Tensor | None
     shift: torch.Tensor | None
     scores: torch.Tensor | None
     threshold: torch.Tensor | None
 
     def __init__(self, sparse: SparseInput, *, readers: int = 1):
         super().__init__()
-        for name in ("rotation", "shift", "scores", "threshold"):
+        for name in ("rotation", "back", "shift", "scores", "threshold"):
             value = getattr(sparse, name)
             tensor = None if value is None else torch.tensor(np.asarray(value))
             self.register_buffer(name, tensor, persistent=False)
@@ -49,7 +50,7 @@ class DropCoordinates(torch.nn.Module):
         if self._kept is None or self._kept[0] is not x:
             z = self.coordinates(x)
             z = z if self.shift is None else z + self.shift
-            self._kept, self._asked = (x, z if self.rotation is None else z @ self.rotation), 0
+            self._kept, self._asked = (x, z if self.back is None else z @ self.back.T), 0
         self._asked += 1
         result = self._kept[1]
         if self._asked >= self.readers:

@@ -14,7 +14,7 @@ from rotsparse.sparse.decode import Decoder, undecodable
 from rotsparse.sparse.decode_weights import restored, stored
 from rotsparse.sparse.export import sparse_outputs
 from rotsparse.sparse.inputs import SparseInput
-from sparse_models import orthogonal, sparse_inputs
+from sparse_models import oblique, orthogonal, sparse_inputs
 from tiny_models import RAW, STORIES, message, needs_stories, tiny, tiny_llama2c
 
 numba = pytest.importorskip("numba", reason="needs the extra `decode`")
@@ -100,13 +100,15 @@ def test_coarser_weights(dtype, tolerance):
     assert not np.array_equal(decoded(model, inputs, dtype=dtype), decoded(model, dtype=dtype))
 
 
+@pytest.mark.parametrize("of", [orthogonal, oblique])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
-def test_coarser_rotations(dtype):
+def test_coarser_rotations(dtype, of):
     """With everything kept a rounded rotation makes no difference: what stands behind it undoes the rounding."""
     model = tiny("llama")
-    r = orthogonal(16, np.random.default_rng(0)).astype(np.float32)
+    r = of(16, np.random.default_rng(0)).astype(np.float32)
+    inverse = None if of is orthogonal else np.linalg.inv(r)
     shift = np.linspace(-1, 1, 16, dtype=np.float32)
-    kept = SparseInput(r, shift, threshold=-1.0)
+    kept = SparseInput(r, shift, threshold=-1.0, inverse=inverse)
     inputs = {(layer, site): kept for layer in range(2) for site in ("attention", "input")}
     close(decoded(model, inputs, rotation_dtype=dtype), outputs(model, TOKENS[None])[0])
     assert (dtype == np.float32) == np.array_equal(

@@ -12,7 +12,7 @@ from rotsparse.sparse.export import export_sparse, sparse_outputs
 from rotsparse.sparse.file import FILE, read_sparse_inputs
 from rotsparse.sparse.fold import fold_heads, group_blocks
 from rotsparse.sparse.inputs import SparseInput
-from sparse_models import group_rotation, orthogonal, sparse_inputs
+from sparse_models import group_rotation, oblique, orthogonal, sparse_inputs
 from tiny_models import RAW, inputs, tiny, tiny_llama2c
 
 NAMES = sorted(set(RAW) - {"vit"})
@@ -33,15 +33,16 @@ def test_the_folder_has_both_models(name, tmp_path):
     assert np.median(sizes) < 1e-4 * done.scale  # a few rows may have other coordinates by rounding
 
 
+@pytest.mark.parametrize("of", [orthogonal, oblique])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "qwen2"])
-def test_folding_the_heads_is_exact(name):
+def test_folding_the_heads_is_exact(name, of):
     """In float64, with a threshold that no coordinate is near to: everything stays, or nothing but the mean."""
     model = tiny(name, **({"attention_bias": True} if name == "llama" else {})).astype(np.float64)
     rng = np.random.default_rng(0)
-    r = group_rotation(model.config, rng)
-    shift = rng.normal(size=len(r))
+    r = group_rotation(model.config, rng, of)
+    shift, inverse = rng.normal(size=len(r)), None if of is orthogonal else np.linalg.inv(r)
     for threshold in (-1.0, 1e9):
-        sparse = {(1, "heads"): SparseInput(r, shift, threshold=threshold)}
+        sparse = {(1, "heads"): SparseInput(r, shift, threshold=threshold, inverse=inverse)}
         folded, rest = fold_heads(model, sparse)
         assert rest[1, "heads"].rotation is None
         a, b = sparse_outputs(model, sparse, inputs(name)), sparse_outputs(folded, rest, inputs(name))
@@ -57,8 +58,9 @@ def test_other_rotations_of_the_heads_stay():
     assert folded.fingerprint() == model.fingerprint()
     own = np.kron(np.eye(4), orthogonal(4, rng))
     own[:4, :4] = orthogonal(4, rng)  # another block for a head of the same group
-    assert group_blocks(own, model.config) is None
-    assert group_blocks(group_rotation(model.config, rng), model.config).shape == (2, 4, 4)
+    assert group_blocks(SparseInput(own, count=4), model.config) is None
+    blocks = group_blocks(SparseInput(group_rotation(model.config, rng), count=4), model.config)
+    assert blocks is not None and blocks[0].shape == (2, 4, 4)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):

@@ -31,7 +31,7 @@ def test_what_is_written_is_read(name, tmp_path):
         stored = again[point]
         if sparse.threshold is not None:
             assert stored.threshold == np.float32(sparse.threshold)
-            stored = SparseInput(stored.rotation, stored.shift, stored.scores, sparse.threshold)
+            stored = SparseInput(stored.rotation, stored.shift, stored.scores, sparse.threshold, inverse=stored.inverse)
         assert same(stored, sparse)
 
 
@@ -84,6 +84,9 @@ def test_bad_inputs_are_refused(tmp_path):
         "layers.1.input.rotation is not orthogonal": {
             (1, "input"): SparseInput(2 * np.eye(16, dtype=np.float32), count=3)
         },
+        "layers.1.input.inverse is not that of layers.1.input.rotation": {
+            (1, "input"): SparseInput(np.eye(16, dtype=np.float32), count=3, inverse=2 * np.eye(16, dtype=np.float32))
+        },
         "layers.1.hidden.shift should have shape": {(1, "hidden"): SparseInput(shift=half[0], count=3)},
         "of 16 coordinates 17 cannot stay": {(1, "input"): SparseInput(count=17)},
     }
@@ -91,6 +94,8 @@ def test_bad_inputs_are_refused(tmp_path):
         with pytest.raises(ValueError, match=text):
             write_sparse_inputs(path, inputs, model)
     assert not path.exists() and "output" in SITES
+    with pytest.raises(ValueError, match="needs the rotation that it undoes"):
+        SparseInput(count=3, inverse=np.eye(16, dtype=np.float32))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

@@ -70,7 +70,9 @@ def test_baselines_are_rotations_of_their_kind(name, rng):
     if name in ("none", "wina"):
         assert basis.rotation is None
     else:
-        np.testing.assert_allclose(basis.rotation @ basis.rotation.T, np.eye(12), atol=1e-5)
+        back = basis.rotation.T if basis.inverse is None else basis.inverse
+        np.testing.assert_allclose(basis.rotation @ back, np.eye(12), atol=1e-4)
+        assert (basis.inverse is None) == (name != "weighted")
     if name == "pca":
         powers = np.square(x @ basis.rotation.T).sum(0)
         assert (np.diff(powers) < 0).all()
@@ -80,6 +82,43 @@ def test_baselines_are_rotations_of_their_kind(name, rng):
     assert kept.rotation is None
 
 
+def test_components_in_a_metric_lose_least_of_what_it_measures(rng):
+    """Of all ways to drop half of the coordinates, the same ones of each example: no basis does better than those of
+    Eckart and Young."""
+    x, a = rng.standard_normal((2000, 8)) * np.geomspace(3, 0.3, 8), rng.standard_normal((8, 8))
+    metric = a.T @ a + 0.1 * np.eye(8)
+
+    def error(basis):
+        back = basis.rotation.T if basis.inverse is None else basis.inverse
+        e = (x @ basis.rotation[4:].T) @ back[:, 4:].T
+        return np.einsum("ni,ij,nj->", e, metric, e)
+
+    moment = x.T @ x / len(x)
+    ours, pca = bases.components(moment, metric), bases.components(moment)
+    root = np.linalg.cholesky(metric).T
+    least = len(x) * np.linalg.eigvalsh(root @ moment @ root.T)[:4].sum()
+    np.testing.assert_allclose(error(ours), least, rtol=1e-4)
+    assert error(pca) > 1.2 * least
+
+
+def test_learned_bases_lose_less_of_what_the_metric_measures(rng):
+    """Sources that are mixed by no rotation."""
+    sources = rng.laplace(size=(4000, 6)).astype(np.float32)
+    x, metric = sources @ rng.standard_normal((6, 6)).astype(np.float32), np.diag(np.geomspace(0.1, 10, 6))
+
+    def error(basis):
+        z = x @ basis.rotation.T
+        kept = np.abs(z) >= np.sort(np.abs(z), axis=1)[:, [3]]
+        e = np.where(kept, 0, z) @ (basis.rotation.T if basis.inverse is None else basis.inverse).T
+        return np.einsum("ni,ij,nj->", e, metric, e)
+
+    found = bases.learned(x, metric, keep=0.5, key=jax.random.key(0), steps=200)
+    np.testing.assert_allclose(found.rotation @ found.inverse, np.eye(6), atol=1e-4)
+    moment = x.T @ x / len(x)
+    start = bases.components(moment, bases.damped(metric))
+    assert error(found) < 0.97 * error(start) and error(start) < error(bases.components(moment))
+
+
 def test_heads_that_share_values_share_a_rotation(rng):
     x = rng.standard_normal((500, 12))
     r = bases.baseline("pca", x.T @ x / 500, np.eye(12), heads=(4, 2)).rotation
@@ -87,6 +126,12 @@ def test_heads_that_share_values_share_a_rotation(rng):
     assert np.abs(blocks[0, :, 1]).max() == 0
     np.testing.assert_array_equal(blocks[0, :, 0], blocks[1, :, 1])
     assert np.abs(blocks[1, :, 1] - blocks[2, :, 2]).max() > 0.01
+    metric = bases.damped(np.cov(rng.standard_normal((12, 50))))
+    basis = bases.weighed(bases.components(x.T @ x / 500, metric, heads=(4, 2)), metric)
+    np.testing.assert_allclose(basis.rotation @ basis.inverse, np.eye(12), atol=1e-5)
+    np.testing.assert_array_equal(basis.rotation[:3, :3], basis.rotation[3:6, 3:6])
+    unit = np.einsum("ji,jk,ki->i", basis.inverse, bases.damped(metric), basis.inverse)
+    np.testing.assert_allclose(basis.scores**2, unit / unit.mean(), rtol=1e-4)
 
 
 def test_budgets_are_the_cheapest(rng):
