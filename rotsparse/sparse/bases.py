@@ -14,13 +14,14 @@ coordinates `R x`, `R = Q M^½` with Q orthogonal, that is the energy of what is
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 from scipy.linalg import block_diag, hadamard
 
 from rotsparse._core.types import AnyArray
 from rotsparse.fit.default_method import default_basis_method
-from rotsparse.fit.find_basis import SPACE, find_basis
+from rotsparse.fit.minimize import minimize
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import read_by
 from rotsparse.objectives.activation import ActivationSparsity
@@ -103,11 +104,13 @@ def learned(
     root, inverse_root = square_roots(damped(fisher))
     y, measure, held_out = x @ root.astype(np.float32), TopK(keep), min(len(x) // 5, _HELD_OUT)
     first, last = np.split(y, [len(y) - held_out])
-    method = default_basis_method(measure, ActivationSparsity(first, measure), steps=steps)
-    start = components(first.T @ first / len(first)).rotation
-    validation = last if held_out else None
-    found = find_basis(first, key=key, measure=measure, method=method, start=start, validation=validation)
-    q = np.asarray(found.completed().bases[SPACE], np.float64)
+    objective = ActivationSparsity(first, measure)
+    (space,) = objective.spaces
+    start = {space: jnp.asarray(components(first.T @ first / len(first)).rotation)}
+    method = default_basis_method(measure, objective, steps=steps)
+    validation = objective.on(last) if held_out else None
+    found = minimize(objective, start, method=method, key=key, validation=validation).completed()
+    q = np.asarray(found.bases[space], np.float64)
     return Basis((q @ root).astype(np.float32), None, (inverse_root @ q.T).astype(np.float32))
 
 
