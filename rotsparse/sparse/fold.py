@@ -9,7 +9,6 @@ left when the model runs.
 from dataclasses import replace
 
 import numpy as np
-from scipy.linalg import block_diag
 
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.types import AnyArray
@@ -37,10 +36,17 @@ def exact_heads(model: Model, inputs: SparseInputs) -> dict[tuple[int, str], Spa
     for (layer, site), sparse in inputs.items():
         blocks = group_blocks(sparse, model.config) if site == "heads" else None
         if blocks is not None:
-            whole = [block_diag(*b.repeat(model.config.n_heads // model.config.n_kv_heads, axis=0)) for b in blocks]
-            inverse = None if sparse.inverse is None else whole[1]
-            exact[layer, site] = replace_fields(sparse, rotation=whole[0], inverse=inverse)
+            rotation, inverse = (_of_all_heads(of, model.config) for of in blocks)
+            inverse = None if sparse.inverse is None else inverse
+            exact[layer, site] = replace_fields(sparse, rotation=rotation, inverse=inverse)
     return exact
+
+
+def _of_all_heads(blocks: np.ndarray, config: TransformerConfig) -> np.ndarray:
+    n, d = config.n_heads, config.d_head
+    r = np.zeros((n, d, n, d))
+    r[np.arange(n), :, np.arange(n)] = blocks.repeat(n // config.n_kv_heads, axis=0)
+    return r.reshape(n * d, n * d)
 
 
 def group_blocks(sparse: SparseInput, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray] | None:
