@@ -113,6 +113,7 @@ def test_learned_bases_lose_less_of_what_the_metric_measures(rng):
         return np.einsum("ni,ij,nj->", e, metric, e)
 
     found = bases.learned(x, metric, keep=0.5, key=jax.random.key(0), steps=200)
+    assert found.rotation is not None and found.inverse is not None
     np.testing.assert_allclose(found.rotation @ found.inverse, np.eye(6), atol=1e-4)
     moment = x.T @ x / len(x)
     start = bases.components(moment, bases.damped(metric))
@@ -128,6 +129,7 @@ def test_heads_that_share_values_share_a_rotation(rng):
     assert np.abs(blocks[1, :, 1] - blocks[2, :, 2]).max() > 0.01
     metric = bases.damped(np.cov(rng.standard_normal((12, 50))))
     basis = bases.weighed(bases.components(x.T @ x / 500, metric, heads=(4, 2)), metric)
+    assert basis.rotation is not None and basis.inverse is not None and basis.scores is not None
     np.testing.assert_allclose(basis.rotation @ basis.inverse, np.eye(12), atol=1e-5)
     np.testing.assert_array_equal(basis.rotation[:3, :3], basis.rotation[3:6, 3:6])
     unit = np.einsum("ji,jk,ki->i", basis.inverse, bases.damped(metric), basis.inverse)
