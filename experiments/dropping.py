@@ -86,13 +86,13 @@ def compared(
         point, x = Point(layer, "input"), np.asarray(values["input"])
         reading, moment = readers(model, *point).astype(np.float64), x.T @ x / len(x)
         eye = np.eye(x.shape[1], dtype=np.float32)
-        metrics = {"energy": eye, "output": damped(reading.T @ reading), "fisher": damped(fisher[point])}
+        metrics = {"energy": eye, "output": reading.T @ reading, "fisher": fisher[point]}
         pca, other = components(moment), np.asarray(tested["input"])
         found = {(NEURONS, "none", "energy"): Basis(None, None), (COMPONENTS, "none", "energy"): pca}
         for name in ("output", "fisher"):
             for of in (NEURONS, COMPONENTS):
                 found[of, "none", name] = weighed(found[of, "none", "energy"], metrics[name])
-            found[COMPONENTS + IN_METRIC, name, "energy"] = components(moment, metrics[name])
+            found[COMPONENTS + IN_METRIC, name, "energy"] = components(moment, damped(metrics[name]))
         key, options = jax.random.key(config.seed), {"keep": config.keep, "steps": config.steps}
         for name, metric in metrics.items():
             rotation = Basis(_fitted(x, metric, pca.rotation, name, config), None)
@@ -117,7 +117,7 @@ def compared(
 
 def _fitted(x: np.ndarray, metric: np.ndarray, start: Any, name: str, config: Config) -> np.ndarray:
     """The rotation with the least `DroppedError`."""
-    objective = DroppedError(x, metric, keep=config.keep, weighted=name != "energy")
+    objective = DroppedError(x, damped(metric), keep=config.keep, weighted=name != "energy")
     method = rs.Anneal(steps=config.steps, angle=0.1, batch_size=2 * x.shape[1])
     first, key = {"in": jnp.asarray(start)}, jax.random.key(config.seed)
     return np.asarray(rs.minimize(objective, first, method=method, key=key).completed().bases["in"])

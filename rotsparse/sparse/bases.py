@@ -26,6 +26,7 @@ from rotsparse.models.model import Model
 from rotsparse.models.transformer import read_by
 from rotsparse.objectives.activation import ActivationSparsity
 from rotsparse.objectives.measures import TopK
+from rotsparse.sparse.inputs import undoing
 
 BASELINES = ("none", "wina", "hadamard", "pca", "weighted")
 LEARNED = "learned"
@@ -118,7 +119,7 @@ def weighed(basis: Basis, fisher: Float[AnyArray, "d d"]) -> Basis:
     """A basis in which coordinates are chosen by what dropping each would cost, `|z_i| √(bᵢᵀ F bᵢ)`, with b the columns
     of R⁻¹."""
     metric = damped(fisher)
-    back = basis.inverse if basis.rotation is None or basis.inverse is not None else basis.rotation.T
+    back = undoing(basis.rotation, basis.inverse)
     return basis._replace(scores=scores(np.eye(len(metric)) if back is None else back.T, metric))
 
 

@@ -19,6 +19,11 @@ from rotsparse._core.types import AnyArray
 from rotsparse.objectives.measures import outside_largest
 
 
+def undoing(rotation: AnyArray | None, inverse: AnyArray | None) -> AnyArray | None:
+    """R⁻¹ (`None`: the identity): what is given for it, or Rᵀ."""
+    return inverse if rotation is None or inverse is not None else rotation.T
+
+
 class SparseInput(eqx.Module):
     """Drops coordinates of the values at a site, `[..., d]`, and comes back to the original coordinates: an
     intervention for `models.run`.
@@ -45,7 +50,7 @@ class SparseInput(eqx.Module):
     @property
     def back(self) -> Float[AnyArray, "d d"] | None:
         """R⁻¹ (`None`: the identity)."""
-        return self.inverse if self.rotation is None or self.inverse is not None else self.rotation.T
+        return undoing(self.rotation, self.inverse)
 
     def coordinates(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """`k(R x - c)`: what is multiplied with the columns of `W R⁻¹`."""
