@@ -491,6 +491,9 @@ class Sparsify:
     """The bases to compare."""
     absorb: bool = False
     """Coordinates that are dropped take their mean (which becomes a bias) instead of zero."""
+    train_shifts: int = 0
+    """Steps for which the values that dropped coordinates take are trained through the whole model, in the result. A
+    step is one sequence, there and back: it takes the memory of training the model on it."""
     length: int = 512
     """Tokens per sequence."""
     tokens: Annotated[int | None, _default("all of the text")] = None

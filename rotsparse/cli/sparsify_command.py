@@ -31,6 +31,7 @@ def run(command: "options.Sparsify", console: Console) -> int:
         shares=tuple(sorted({command.keep, *command.shares}, reverse=True)),
         methods=command.methods,
         absorb=command.absorb,
+        train_shifts=command.train_shifts,
         steps=command.steps,
         seed=command.seed,
     )
@@ -40,8 +41,9 @@ def run(command: "options.Sparsify", console: Console) -> int:
     phases, out = Phases(console), command.out
     with folders.new_run(out, config=config, overwrite=command.overwrite, resume=command.resume) as folder:
         sparse_run.calibrate(folder, model, train, spread(train, command.fisher_tokens), settings, phases)
-        results = sparse_run.compare(folder, model, train, spread(test, command.test_tokens), settings, phases)
-        results |= sparse_run.written(folder, model, settings, results)
+        test = spread(test, command.test_tokens)
+        results = sparse_run.compare(folder, model, train, test, settings, phases)
+        results |= sparse_run.written(folder, model, train, test, settings, results, phases)
         config |= {"versions": folders.versions(), "again": again("sparsify", command), "train_tokens": int(train.size)}
         make_folder(folder / "figures")
         drawn = sparsity.figures(results)
@@ -61,6 +63,8 @@ def _check(command: "options.Sparsify") -> None:
     checks.seed(command.seed)
     for name in ("length", "tokens", "fisher_tokens", "test_tokens", "steps"):
         check_positive(name, getattr(command, name))
+    if command.train_shifts < 0:
+        raise ValueError(f"--train-shifts is a number of steps: expected 0 or more, got {command.train_shifts}")
     for keep in (command.keep, *command.shares):
         if not 0.05 <= keep < 1:
             raise ValueError(f"--keep and --shares are shares of the weights to read: expected .05 to 1, got {keep:g}")

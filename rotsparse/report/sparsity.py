@@ -21,7 +21,13 @@ NAMES = {
     "weighted": "weighted PCA",
     "learned": "learned",
 }
-CHOICES = {"largest": "largest of each token", "thresholds": "thresholds", "budgets": "thresholds and budgets"}
+CHOICES = {
+    "largest": "largest of each token",
+    "thresholds": "thresholds",
+    "budgets": "thresholds and budgets",
+    "trained": "the result, with trained shifts",
+}
+DRAWN = ("largest", "thresholds", "budgets")
 SITES = {"attention": "q, k, v", "heads": "o", "input": "gate, up", "hidden": "down"}
 
 
@@ -67,9 +73,9 @@ def figures(results: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _rise(results) -> Figure:
     drawn = Figure(figsize=(9.6, 3.6), layout="constrained", dpi=150, facecolor="white")
-    panels = drawn.subplots(1, len(CHOICES), sharey=True)
+    panels = drawn.subplots(1, len(DRAWN), sharey=True)
     colours = dict(zip(NAMES, (GREY, *PALETTE[1:], PALETTE[0]), strict=False)) | {"learned": LEARNED, "pca": PALETTE[0]}
-    for ax, choice in zip(panels, CHOICES, strict=True):
+    for ax, choice in zip(panels, DRAWN, strict=True):
         for method in NAMES:
             at = sorted((1 - r["keep"], r["divergence"], r["divergence_error"] or 0) for r in results["rows"]
                         if (r["method"], r["choice"]) == (method, choice))  # fmt: skip

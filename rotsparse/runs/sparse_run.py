@@ -17,6 +17,7 @@ import safetensors.numpy
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from rotsparse._core.files import make_folder, write_atomically
+from rotsparse._core.modules import replace_fields
 from rotsparse.layers.files import load_arrays
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import Point
@@ -29,6 +30,7 @@ from rotsparse.sparse.calibration import activations, fisher_information
 from rotsparse.sparse.file import FILE, write_sparse_inputs
 from rotsparse.sparse.perplexity import Costs, Trial, costs
 from rotsparse.sparse.plans import Measured
+from rotsparse.sparse.shifts import trained_shifts
 
 # Thresholds are taken from about so many tokens, and budgets from so many.
 THRESHOLDED, BUDGETED = 8192, 512
@@ -41,7 +43,8 @@ TOGETHER = 2
 class Settings:
     """What a run does. `keep`: the share of the weights that the bases are fitted for, and that the result reads.
     `shares`: those at which all are compared. `rotate`: the sites that get a rotation. `absorb`: whether dropped
-    coordinates take their mean, which becomes a bias, instead of zero."""
+    coordinates take their mean, which becomes a bias, instead of zero. `train_shifts`: for how many steps what they
+    take is trained, in the result."""
 
     sites: tuple[str, ...]
     rotate: tuple[str, ...]
@@ -50,6 +53,7 @@ class Settings:
     shares: tuple[float, ...]
     methods: tuple[str, ...]
     absorb: bool
+    train_shifts: int
     steps: int
     seed: int
 
@@ -165,19 +169,25 @@ def compare(
                 trials.append(plans.sparse_inputs(sites, kept, choice))
                 shares = {str(point): share for point, share in kept.items()}
                 rows.append({"method": method, "choice": choice, "keep": keep, "kept": shares})
-    parts = []
     with phases.phase("what each basis costs") as at:
-        for start in range(0, len(test), TOGETHER):
-            sequences = test[start : start + TOGETHER]
-            done = partial(_told, at, before=start / len(test), part=len(sequences) / len(test))
-            of_sequences = partial(_costs, model, sequences, trials, progress=done)
-            parts.append(_once(_compared_file(folder, f"sequences-{start}"), of_sequences))
+        whole = _measure(folder, "sequences", model, test, rows, trials, at)
+    return {"whole": float(whole.mean()), "tokens": int(test.size), "rows": rows}
+
+
+def _measure(folder: Path, name: str, model: Model, test, rows, trials: Sequence[Trial], at: Shown) -> np.ndarray:
+    """Fill the rows with what their trials cost on the held-out text. Returns the whole model's cross-entropy."""
+    parts = []
+    for start in range(0, len(test), TOGETHER):
+        sequences = test[start : start + TOGETHER]
+        done = partial(_told, at, before=start / len(test), part=len(sequences) / len(test))
+        of_sequences = partial(_costs, model, sequences, trials, progress=done)
+        parts.append(_once(_compared_file(folder, f"{name}-{start}"), of_sequences))
     whole, rises, divergences = (np.concatenate([part[name] for part in parts], axis=-1) for name in Costs._fields)
     for row, rise, divergence in zip(rows, rises, divergences, strict=True):
         for name, of in (("rise", rise), ("divergence", divergence)):
             row[name] = float(of.mean())
             row[f"{name}_error"] = float(of.std(ddof=1) / len(of) ** 0.5) if len(of) > 1 else None
-    return {"whole": float(whole.mean()), "tokens": int(test.size), "rows": rows}
+    return whole
 
 
 def _curves(model: Model, tokens, sites: Mapping[Point, Measured], **progress) -> dict[str, np.ndarray]:
@@ -201,16 +211,44 @@ def _told(at: Shown, share: float, *, before: float = 0.0, part: float = 1.0) ->
     at(f"{before + part * share:.0%}")
 
 
-def written(folder: Path, model: Model, settings: Settings, results: Mapping[str, Any]) -> dict[str, Any]:
+def written(
+    folder: Path,
+    model: Model,
+    tokens: Int[np.ndarray, "sequences length"],
+    test: Int[np.ndarray, "sequences length"],
+    settings: Settings,
+    results: Mapping[str, Any],
+    phases: Phases,
+) -> dict[str, Any]:
     """Write the sparse inputs of the run's result: the learned bases (of the methods compared, the best, if they are
-    not among them) with thresholds, with budgets where these cost less. Returns what it is."""
+    not among them) with thresholds, with budgets where these cost less, and with trained shifts, if they are asked for.
+    Returns what it is, and all rows."""
     at = [row for row in results["rows"] if row["keep"] == settings.keep and row["choice"] != plans.LARGEST]
     of_method = [row for row in at if row["method"] == LEARNED] or at
     best = min(of_method, key=lambda row: row["divergence"])
-    sites = sites_of(folder, settings.layers, best["method"])
+    sites, rows = sites_of(folder, settings.layers, best["method"]), list(results["rows"])
     chosen = plans.sparse_inputs(sites, {point: best["kept"][str(point)] for point in sites}, best["choice"])
+    if settings.train_shifts:
+        chosen = _trained(folder, model, tokens, chosen, settings, phases)
+        best = {name: best[name] for name in ("method", "keep", "kept")} | {"choice": plans.TRAINED}
+        with phases.phase("what the trained shifts cost") as shown:
+            _measure(folder, plans.TRAINED, model, test, [best], [chosen], shown)
+        rows.append(best)
     write_sparse_inputs(folder / FILE, chosen, model)
-    return {name: best[name] for name in ("method", "choice", "keep", "kept")}
+    return {"rows": rows} | {name: best[name] for name in ("method", "choice", "keep", "kept")}
+
+
+def _trained(folder: Path, model: Model, tokens, inputs: Trial, settings: Settings, phases: Phases) -> Trial:
+    def shifts() -> dict[str, np.ndarray]:
+        with phases.phase("shifts") as at:
+            found = trained_shifts(
+                model, tokens, inputs, steps=settings.train_shifts, key=jax.random.key(settings.seed),
+                progress=partial(_told, at),
+            )  # fmt: skip
+        return {str(Point(*point)): np.asarray(of.shift) for point, of in found.items()}
+
+    saved = _once(_compared_file(folder, "shifts"), shifts)
+    return {point: replace_fields(of, shift=saved[str(Point(*point))]) for point, of in inputs.items()}
 
 
 def sites_of(folder: Path, layers: Sequence[int], method: str) -> dict[Point, Measured]:

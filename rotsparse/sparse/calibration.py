@@ -15,8 +15,8 @@ from rotsparse.models.config import TransformerConfig
 from rotsparse.models.inputs import TokenInputs
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import TextFile, TokenFile
-from rotsparse.models.transformer import Point, run, site_width, stream_before
-from rotsparse.sparse.walk import through
+from rotsparse.models.transformer import Point, run_from, site_width, stream_before
+from rotsparse.sparse.walk import back, head, through
 
 Tokens = Int[np.ndarray, "sequences length"]
 
@@ -56,33 +56,41 @@ def fisher_information(
     next tokens that the model itself draws: an error ε of the values at a token raises the Kullback-Leibler divergence
     of all predictions behind it by `½ εᵀ E[g gᵀ] ε` to second order (errors at different tokens taken as
     independent). `progress` is told the share that is done."""
+    config, sites = model.config, {}
+    for layer, site in points:
+        sites.setdefault(layer, []).append(site)
     totals: dict[Point, np.ndarray] = {}
     for i, sequence in enumerate(tokens):
-        grams = _gradient_grams(
-            model.params,
-            sequence[None],
-            jax.random.fold_in(key, i),
-            config=model.config,
-            points=tuple(map(tuple, points)),
-        )
-        for point, gram in zip(points, grams, strict=True):
-            at = Point(*point)
-            totals[at] = np.asarray(gram) if at not in totals else totals[at] + gram
+        stream = [stream_before({**model.params, "layers": []}, config, sequence[None], 0)]
+        for layer in range(config.n_layers):
+            stream.append(through(model, layer, stream[-1])[0])
+        g = _gradient(head(model), stream.pop(), jax.random.fold_in(key, i), config)
+        for layer in reversed(range(min(sites), config.n_layers)):
+            widths = {site: site_width(config, site) for site in sites.get(layer, ())}
+            nothing = {site: np.zeros((*sequence.shape, width), np.float32) for site, width in widths.items()}
+            g, at = back(model, layer, stream[layer], g, change=_added, fixed=None, moved=nothing)
+            for site, of in at.items():
+                gram = np.asarray(of).T @ np.asarray(of)
+                totals[Point(layer, site)] = totals.get(Point(layer, site), 0) + gram
         progress((i + 1) / len(tokens))
-    return {point: total / tokens.size for point, total in totals.items()}
+    return {Point(*point): totals[Point(*point)] / tokens.size for point in points}
 
 
-@partial(jax.jit, static_argnames=("config", "points"))
-def _gradient_grams(params, tokens, key, *, config: TransformerConfig, points):
-    def loss(added):
-        change = {point: partial(jnp.add, shift) for point, shift in zip(points, added, strict=True)}
-        logits = run(params, config, tokens, intervene=change)[0]
+def _added(_, shifts):
+    return {site: partial(jnp.add, shift) for site, shift in shifts.items()}
+
+
+@partial(jax.jit, static_argnames="config")
+def _gradient(params, stream, key, config: TransformerConfig):
+    """Of the cross-entropy of tokens that the model draws, with respect to the stream behind the last layer."""
+
+    def loss(stream):
+        logits = run_from(params, config, stream, config.n_layers)[0]
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
         return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1))
 
     with full_precision():
-        nothing = [jnp.zeros((*tokens.shape, site_width(config, site)), params["embed"].dtype) for _, site in points]
-        return [jnp.einsum("bti,btj->ij", g, g) for g in jax.grad(loss)(nothing)]
+        return jax.grad(loss)(stream)
 
 
 def activations(

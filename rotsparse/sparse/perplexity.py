@@ -14,7 +14,7 @@ from rotsparse._core.precision import full_precision
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import run_from, stream_before
 from rotsparse.sparse.inputs import SparseInput
-from rotsparse.sparse.walk import through
+from rotsparse.sparse.walk import head, through
 
 Trial = Mapping[tuple[int, str], SparseInput]
 
@@ -52,14 +52,14 @@ def costs(
         dense = [stream_before({**model.params, "layers": []}, model.config, rows, 0)]  # in front of every layer
         for layer in range(model.config.n_layers):
             dense.append(through(model, layer, dense[-1])[0])
-        whole = _log_probabilities(_head(model), dense[-1], model.config)
+        whole = _log_probabilities(head(model), dense[-1], model.config)
         of_trials = []
         for number, change in enumerate(changes):
             first = min(change, default=model.config.n_layers)
             x = dense[first]
             for layer in range(first, model.config.n_layers):
                 x, _ = through(model, layer, x, change=change.get(layer))
-            of_trials.append(_compared(whole, _log_probabilities(_head(model), x, model.config), rows))
+            of_trials.append(_compared(whole, _log_probabilities(head(model), x, model.config), rows))
             progress((start + len(rows) * (number + 1) / len(changes)) / len(tokens))
         nothing = np.zeros((0, len(rows)))
         parts = [np.asarray(part) for part in zip(*of_trials, strict=True)] if of_trials else [nothing, nothing]
@@ -75,11 +75,6 @@ def _by_layer(trial: Trial) -> dict[int, dict[str, SparseInput]]:
         arrays = {name: None if value is None else jnp.asarray(value) for name, value in numbers.items()}
         changes.setdefault(layer, {})[site] = replace_fields(of, **arrays)
     return changes
-
-
-def _head(model: Model):
-    names = ("final_norm", "unembed", "embed")
-    return {name: of for name, of in model.params.items() if name in names} | {"layers": []}
 
 
 @partial(jax.jit, static_argnames="config")

@@ -17,6 +17,9 @@ from rotsparse.sparse.perplexity import costs
 # share of its own, chosen by what its coordinates cost, and those above the threshold for it.
 CHOICES = LARGEST, THRESHOLDS, BUDGETS = "largest", "thresholds", "budgets"
 
+# The result of a run, in which what stands in for dropped coordinates is trained as well.
+TRAINED = "trained"
+
 
 class Measured(NamedTuple):
     """A basis of a site, the mean of what is dropped (`None`: left at zero), the threshold at each of `budget.SHARES`,

@@ -1,15 +1,16 @@
 """Through a model a layer at a time: what is compiled for one layer serves all that are like it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float
 
 from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.models.config import TransformerConfig
-from rotsparse.models.model import Model
+from rotsparse.models.model import Model, Params
 from rotsparse.models.transformer import Intervention, Point, block
 
 
@@ -22,10 +23,38 @@ def through(
     change: Mapping[str, Intervention] | None = None,
 ) -> tuple[Float[Array, "batch tokens d"], dict[str, Array]]:
     """The stream behind a layer, from the one in front of it; and the values at its `sites`, changed by `change`."""
+    params, alike = _params(model, layer)
+    return _through(params, x, dict(change or {}), model.config, alike, tuple(sites))
+
+
+def back(
+    model: Model,
+    layer: int,
+    x: Float[AnyArray, "batch tokens d"],
+    gradient: Float[AnyArray, "batch tokens d"],
+    *,
+    change: Callable[[Any, Any], Mapping[str, Intervention]],
+    fixed: Any,
+    moved: Any,
+) -> tuple[Float[Array, "batch tokens d"], Any]:
+    """The gradients with respect to the stream in front of a layer, `x`, and to `moved`, from the one with respect to
+    the stream behind it, where `through` has `change=change(fixed, moved)` (`fixed` and `moved` are pytrees). What is
+    inside of the layer is worked out once more, so that nothing but the stream between the layers need be kept."""
+    params, alike = _params(model, layer)
+    return _back(params, x, gradient, fixed, moved, model.config, alike, change)
+
+
+def head(model: Model) -> Params:
+    """What makes logits of the stream behind the last layer."""
+    names = ("final_norm", "unembed", "embed")
+    return {name: of for name, of in model.params.items() if name in names} | {"layers": []}
+
+
+def _params(model: Model, layer: int):
+    """What a layer needs, in the place of the first one that computes as it does."""
     alike = _first_like(model.config, layer)
     params = {name: model.params[name] for name in ("position_bias",) if name in model.params}
-    params["layers"] = [None] * alike + [model.params["layers"][layer]]
-    return _through(params, x, dict(change or {}), model.config, alike, tuple(sites))
+    return params | {"layers": [None] * alike + [model.params["layers"][layer]]}, alike
 
 
 @eqx.filter_jit
@@ -35,6 +64,16 @@ def _through(params, x, change, config, layer, sites):
         changes = {(layer, site): of for site, of in change.items()}
         x, seen = block(params, config, x, layer, capture=capture, intervene=changes)
     return x, {site: seen[Point(layer, site)] for site in sites}
+
+
+@eqx.filter_jit
+def _back(params, x, gradient, fixed, moved, config, layer, change):
+    def behind(x, moved):
+        changes = {(layer, site): of for site, of in change(fixed, moved).items()}
+        return block(params, config, x, layer, intervene=changes)[0]
+
+    with full_precision():
+        return jax.vjp(behind, x, moved)[1](gradient)
 
 
 def _first_like(config: TransformerConfig, layer: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from rotsparse.models import load_model, save_model
 from rotsparse.runs import sparse_run
 from rotsparse.sparse.file import read_sparse_inputs
+from rotsparse.sparse.perplexity import costs
 from signals import send
 from tiny_models import tiny_llama2c
 
@@ -97,6 +98,25 @@ def test_an_interrupted_comparison_goes_on_with_the_next_sequences(rotsparse, mo
     assert rows[0] == rows[1]
 
 
+def test_shifts_are_trained_once(rotsparse, model, tmp_path, monkeypatch):
+    """An interrupted run trains nothing twice, and what it writes is what it measured."""
+    few = (*SPARSIFY, "--methods", "pca", "--train-shifts", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_run, "write_sparse_inputs", lambda *a: send(signal.SIGTERM))
+        assert rotsparse(*few)[0] == 75
+    monkeypatch.setattr(sparse_run, "trained_shifts", None)
+    code, said = rotsparse(*few, "--resume")
+    assert code == 0 and "the result, with trained shifts" in said
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    row = metrics["rows"][-1]
+    assert (metrics["choice"], metrics["method"]) == (row["choice"], row["method"]) == ("trained", "pca")
+    inputs = read_sparse_inputs(tmp_path / "run" / "rotsparse.safetensors", model)
+    assert all(np.abs(np.asarray(of.shift)).max() > 0 for of in inputs.values())
+    tokens = np.load(tmp_path / "tokens.npy").reshape(-1, 16)[-8:]
+    measured = costs(model, tokens, [inputs])
+    np.testing.assert_allclose(measured.divergence.mean(), row["divergence"], rtol=1e-4)
+
+
 def test_one_held_out_sequence_has_no_standard_error(rotsparse, model, tmp_path):
     np.save(tmp_path / "tokens.npy", np.load(tmp_path / "tokens.npy")[:48])
     code, said = rotsparse(*SPARSIFY, "--methods", "none")
@@ -113,6 +133,7 @@ def test_one_held_out_sequence_has_no_standard_error(rotsparse, model, tmp_path)
         (("--layers", 7), "layers 0 to"),
         (("--test-text", "few.npy"), "whole sequences"),
         (("--methods", "pca", "pca"), "each of them once"),
+        (("--train-shifts", -1), "0 or more"),
     ],
 )
 def test_bad_options_are_explained(rotsparse, model, arguments, message):

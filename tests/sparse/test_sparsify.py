@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from rotsparse import models
-from rotsparse.models.transformer import Point
+from rotsparse._core.modules import replace_fields
+from rotsparse.models.transformer import Point, site_width
 from rotsparse.runs import sparse_run
 from rotsparse.sparse import bases, budget, plans
 from rotsparse.sparse.calibration import activations, fisher_information, sequences
 from rotsparse.sparse.inputs import SparseInput
 from rotsparse.sparse.perplexity import costs
+from rotsparse.sparse.shifts import trained_shifts
 from sparse_models import sparse_inputs
 from tiny_models import inputs, tiny
 
@@ -185,3 +187,42 @@ def test_coordinates_that_are_dropped_can_take_their_mean(rng):
         lost.append(float(np.square(np.asarray(made(jnp.asarray(x))) - x).mean()))
         assert np.count_nonzero(np.asarray(made.coordinates(jnp.asarray(x)))) == pytest.approx(0.5 * x.size, rel=0.02)
     assert lost[1] < 0.8 * lost[0]
+
+
+def test_trained_shifts_bring_the_predictions_nearer():
+    model, tokens = tiny("llama"), inputs("llama")
+    given = {point: replace_fields(of, count=None, threshold=0.5) for point, of in sparse_inputs(model).items()}
+    shares = []
+    found = trained_shifts(model, tokens, given, steps=40, key=jax.random.key(0), progress=shares.append)
+    assert list(found) == list(given) and shares[-1] == 1 and len(shares) == 40
+    for point, of in found.items():
+        assert of.threshold == 0.5 and of.rotation is given[point].rotation
+        assert np.abs(np.asarray(of.shift)).max() > 0.01
+    before, after = costs(model, tokens, [given, found]).divergence.mean(axis=1)
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_the_first_step_of_shifts_goes_down_the_gradient(name):
+    """That of the whole model, written down at once."""
+    model, tokens = tiny(name), inputs(name)[:1]
+    given: dict = {(1, site): SparseInput(threshold=0.3) for site in SITES}
+
+    def loss(shifts):
+        change = {point: replace_fields(of, shift=shifts[point]) for point, of in given.items()}
+        logits = (models.run(model.params, model.config, tokens, intervene=at)[0] for at in ({}, change))
+        whole, sparse = map(jax.nn.log_softmax, logits)
+        return jnp.mean(jnp.sum(jnp.exp(whole) * (whole - sparse), axis=-1))
+
+    gradients = jax.grad(loss)({point: jnp.zeros(site_width(model.config, point[1])) for point in given})
+    found = trained_shifts(model, tokens, given, steps=1, key=jax.random.key(0))
+    for point, g in gradients.items():
+        clear = np.abs(g) > 1e-4  # Adam's first step has the size of the rate, whatever the gradient's
+        assert clear.any()
+        np.testing.assert_allclose(found[point].shift[clear], -0.03 * 0.3 * np.sign(g)[clear], rtol=0.01)
+
+
+def test_shifts_need_thresholds():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="has a count instead"):
+        trained_shifts(model, inputs("llama"), {(0, "input"): SparseInput(count=3)}, steps=1, key=jax.random.key(0))
