@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _networks import Case, cases, digits_layer
-from nulls import one_block
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +31,7 @@ def started(data: Path, only: tuple[str, ...], *, quick: bool) -> Iterator[tuple
 
 def compare_starts(case: Case, steps: int) -> list[dict]:
     """The first look at every start, a fit from it, and the default of so many steps."""
-    layer, train, test = one_block(case.layer), case.train[:4000], case.test[:1000]
+    layer, train, test = case.layer, case.train[:4000], case.test[:1000]
     measure, key, scale = rs.Log(0.1), jax.random.key(0), case.options.get("scale_inputs", True)
     objective, held_out = (JacobianSparsity(layer, x, measure, scale_inputs=scale) for x in (train, test))
     near = rs.Anneal(steps=steps // 2, angle=0.1)

@@ -19,12 +19,10 @@ from rich.console import Console
 
 import rotsparse as rs
 from rotsparse._core.files import MARKDOWN, check_new_file, write_atomically
-from rotsparse._core.modules import replace_fields
 from rotsparse.evaluation.control import Control, counted
 from rotsparse.evaluation.fit_nulls import REDRAWS, measured
 from rotsparse.evaluation.nulls import draw_nulls
 from rotsparse.evaluation.verdict import EDGES, SHARE, WITHOUT_TOP, Structure, structure
-from rotsparse.layers.activations import identity
 from rotsparse.layers.base import Layer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,18 +65,10 @@ class Config:
     """Put the table into docs/results.md."""
 
 
-def one_block(layer: Layer) -> Layer:
-    """Two single layers one after the other, the second of them linear, as the MLP block that they are."""
-    match getattr(layer, "layers", ()):
-        case (rs.Dense() as first, rs.Dense(activation=last) as second) if last is identity and first.norm is None:
-            return replace_fields(rs.MLP(first.w, first.b, second.w, second.b), activation=first.activation)
-    return layer
-
-
 def run(case: Case, config: Config) -> Control | None:
     """The metrics of the trained layer and of every draw of every null; `None` where there are no nulls."""
     train, test = case.sampled(config.examples, config.seed)
-    layer = one_block(case.layer)
+    layer = case.layer
     nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=config.draws)
     if not nulls:
         return None

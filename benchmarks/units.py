@@ -16,7 +16,7 @@ import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
 from _results import Results, described, read
-from nulls import PAGE, ROOT, one_block
+from nulls import PAGE, ROOT
 from rich.console import Console
 
 import rotsparse as rs
@@ -66,7 +66,7 @@ def run(case: Case, config: Config) -> dict[str, dict[str, Any]]:
     """For each column: small entries and edges@99 of the trained layer, the strictest null, small entries of each null,
     the ratio of the odds, and the alignment with planted directions, if there are any."""
     train, test = case.sampled(config.examples, config.seed)
-    layer = one_block(case.layer)
+    layer = case.layer
     nulls = draw_nulls(layer, train, key=jax.random.key(config.seed + 1), draws=1)
     found = {}
     for units, measure in COLUMNS:
