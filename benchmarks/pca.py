@@ -1,7 +1,7 @@
 """Claim: on trained layers of real networks the learned basis leaves more of the held-out Jacobian's entries near zero
 than principal components, and than every other basis that ignores the objective.
 
-`rotsparse benchmark` for one layer after another: learned, eleven baselines, the same fit with the weights redrawn, and
+`rotsparse benchmark` for one layer after another: learned, all baselines, the same fit of every null, and
 how many directions other restarts find again. Digits, x² and the planted network are trained or made here; the others
 need the experiments' data (`--data`) and, for MiniLM, its folder (`--minilm`), and are skipped, visibly, without them.
 
@@ -80,10 +80,9 @@ def tables(networks: dict[str, dict[str, Any]], metrics: tuple[str, ...]) -> str
             row = [name, shown(metric, learned, bold=ahead), shown(metric, m["pca"])]
             row += [f"{best.replace('_', ' ')} {shown(metric, m[best])}", shown(metric, m["neurons"])]
             control = of["control"] and Control.from_json(of["control"])
-            strictest = (
-                max(control.nulls, key=lambda null: sign * control.another(null, metric).value) if control else ""
-            )
-            row += [f"{strictest} {shown(metric, control.another(strictest, metric))}" if control else "–"]
+            nulls = {null: control.another(null, metric) for null in control.nulls} if control else {}
+            strictest = max(nulls, key=lambda null: sign * nulls[null].value, default=None)
+            row += [f"{strictest} {shown(metric, nulls[strictest])}" if strictest else "–"]
             lines.append("| " + " | ".join(row) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
