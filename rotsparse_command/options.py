@@ -492,8 +492,8 @@ class Sparsify:
     absorb: bool = False
     """Coordinates that are dropped take their mean (which becomes a bias) instead of zero."""
     train_shifts: int = 0
-    """Steps for which the values that dropped coordinates take are trained through the whole model, in the result. A
-    step is one sequence, there and back: it takes the memory of training the model on it."""
+    """Steps for which the values that dropped coordinates take are trained in the result, on the divergence of the
+    predictions. A step is one sequence of the text, forth and back through the model."""
     length: int = 512
     """Tokens per sequence."""
     tokens: Annotated[int | None, _default("all of the text")] = None

@@ -56,7 +56,8 @@ def fisher_information(
     next tokens that the model itself draws: an error ε of the values at a token raises the Kullback-Leibler divergence
     of all predictions behind it by `½ εᵀ E[g gᵀ] ε` to second order (errors at different tokens taken as
     independent). `progress` is told the share that is done."""
-    config, sites = model.config, {}
+    config = model.config
+    sites: dict[int, list[str]] = {}
     for layer, site in points:
         sites.setdefault(layer, []).append(site)
     totals: dict[Point, np.ndarray] = {}

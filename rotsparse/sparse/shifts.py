@@ -25,7 +25,7 @@ from rotsparse.sparse.walk import back, head, through
 Shifts = dict[Point, Array]
 
 # The first step, in units of the largest magnitude that a coordinate is dropped with. It falls to zero as a cosine.
-_RATE = 0.03
+_RATE = 0.01
 
 
 def trained_shifts(
