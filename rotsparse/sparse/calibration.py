@@ -15,8 +15,8 @@ from rotsparse.models.config import TransformerConfig
 from rotsparse.models.inputs import TokenInputs
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import TextFile, TokenFile
-from rotsparse.models.transformer import Point, run_from, site_width, stream_before
-from rotsparse.sparse.walk import back, head, through
+from rotsparse.models.transformer import Point, run_from, site_width
+from rotsparse.sparse.walk import before, gradients, head, through
 
 Tokens = Int[np.ndarray, "sequences length"]
 
@@ -56,25 +56,18 @@ def fisher_information(
     next tokens that the model itself draws: an error ε of the values at a token raises the Kullback-Leibler divergence
     of all predictions behind it by `½ εᵀ E[g gᵀ] ε` to second order (errors at different tokens taken as
     independent). `progress` is told the share that is done."""
-    config = model.config
-    sites: dict[int, list[str]] = {}
-    for layer, site in points:
-        sites.setdefault(layer, []).append(site)
-    totals: dict[Point, np.ndarray] = {}
+    config, at = model.config, [Point(*point) for point in points]
+    totals = {point: np.zeros((site_width(config, point.site),) * 2, np.float32) for point in at}
     for i, sequence in enumerate(tokens):
-        stream = [stream_before({**model.params, "layers": []}, config, sequence[None], 0)]
+        streams = [before(model, sequence[None])]
         for layer in range(config.n_layers):
-            stream.append(through(model, layer, stream[-1])[0])
-        g = _gradient(head(model), stream.pop(), jax.random.fold_in(key, i), config)
-        for layer in reversed(range(min(sites), config.n_layers)):
-            widths = {site: site_width(config, site) for site in sites.get(layer, ())}
-            nothing = {site: np.zeros((*sequence.shape, width), np.float32) for site, width in widths.items()}
-            g, at = back(model, layer, stream[layer], g, change=_added, fixed=None, moved=nothing)
-            for site, of in at.items():
-                gram = np.asarray(of).T @ np.asarray(of)
-                totals[Point(layer, site)] = totals.get(Point(layer, site), 0) + gram
+            streams.append(through(model, layer, streams[-1])[0])
+        last = _gradient(head(model), streams.pop(), jax.random.fold_in(key, i), config)
+        nothing = {point: np.zeros((len(sequence), len(total)), np.float32) for point, total in totals.items()}
+        for point, of in gradients(model, streams, last, change=_added, fixed={}, moved=nothing):
+            totals[point] += np.asarray(of).T @ np.asarray(of)
         progress((i + 1) / len(tokens))
-    return {Point(*point): totals[Point(*point)] / tokens.size for point in points}
+    return {point: total / tokens.size for point, total in totals.items()}
 
 
 def _added(_, shifts):
@@ -109,10 +102,9 @@ def activations(
             )
             for site in sites
         }
-        embedding = {**model.params, "layers": []}
         for start in range(0, len(tokens), batch):
             rows = slice(start, start + batch)
-            stream[rows] = stream_before(embedding, config, tokens[rows], 0)
+            stream[rows] = before(model, tokens[rows])
         for layer in range(layers[-1] + 1):
             wanted = tuple(sites) if layer in layers else ()
             for start in range(0, len(tokens), batch):

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.precision import full_precision
 from rotsparse.models.model import Model
-from rotsparse.models.transformer import run_from, stream_before
+from rotsparse.models.transformer import run_from
 from rotsparse.sparse.inputs import SparseInput
-from rotsparse.sparse.walk import head, through
+from rotsparse.sparse.walk import before, head, through
 
 Trial = Mapping[tuple[int, str], SparseInput]
 
@@ -49,7 +49,7 @@ def costs(
     changes = [_by_layer(trial) for trial in trials]
     for start in range(0, len(tokens), batch):
         rows = tokens[start : start + batch]
-        dense = [stream_before({**model.params, "layers": []}, model.config, rows, 0)]  # in front of every layer
+        dense = [before(model, rows)]  # in front of every layer
         for layer in range(model.config.n_layers):
             dense.append(through(model, layer, dense[-1])[0])
         whole = _log_probabilities(head(model), dense[-1], model.config)

@@ -5,8 +5,9 @@ what is dropped is the c with the least error at that site; what the network min
 of all sites are trained together, on `KL(whole ‖ sparse)` of the predictions. Rotations, scores and thresholds stay.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,12 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.precision import full_precision
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.model import Model
-from rotsparse.models.transformer import Point, run_from, site_width, stream_before
+from rotsparse.models.transformer import Point, run_from, site_width
 from rotsparse.sparse.inputs import SparseInput
-from rotsparse.sparse.walk import back, head, through
+from rotsparse.sparse.walk import before, gradients, head, through
 
 Shifts = dict[Point, Array]
+At = TypeVar("At", bound=Hashable)
 
 # The first step, in units of the largest magnitude that a coordinate is dropped with. It falls to zero as a cosine.
 _RATE = 0.01
@@ -85,26 +87,18 @@ def _gradients(
     model: Model, sequence: Int[np.ndarray, "1 length"], fixed: Mapping[Point, SparseInput], shifts: Shifts
 ) -> Shifts:
     """Of the divergence, with respect to the shifts."""
-    of_layers = [
-        ({at.site: of for at, of in fixed.items() if at.layer == layer},
-         {at.site: of for at, of in shifts.items() if at.layer == layer})
-        for layer in range(model.config.n_layers)
-    ]  # fmt: skip
-    whole = stream_before({**model.params, "layers": []}, model.config, sequence, 0)
-    streams = [whole]
-    for layer, (of, to) in enumerate(of_layers):
+    whole = before(model, sequence)
+    streams, change = [whole], _shifted(fixed, shifts)
+    for layer in range(model.config.n_layers):
         whole = through(model, layer, whole)[0]
-        streams.append(through(model, layer, streams[-1], change=_shifted(of, to))[0])
-    g, found = _of_divergence(head(model), whole, streams.pop(), model.config), {}
-    for layer in reversed(range(min(at.layer for at in fixed), model.config.n_layers)):
-        of, to = of_layers[layer]
-        g, at = back(model, layer, streams[layer], g, change=_shifted, fixed=of, moved=to)
-        found |= {Point(layer, site): gradient for site, gradient in at.items()}
-    return found
+        of_layer = {at.site: of for at, of in change.items() if at.layer == layer}
+        streams.append(through(model, layer, streams[-1], change=of_layer)[0])
+    last = _of_divergence(head(model), whole, streams.pop(), model.config)
+    return dict(gradients(model, streams, last, change=_shifted, fixed=fixed, moved=shifts))
 
 
-def _shifted(fixed: Mapping[str, SparseInput], shifts: Mapping[str, Array]) -> dict[str, SparseInput]:
-    return {site: replace_fields(of, shift=shifts[site]) for site, of in fixed.items()}
+def _shifted(fixed: Mapping[At, SparseInput], shifts: Mapping[At, Array]) -> dict[At, SparseInput]:
+    return {at: replace_fields(of, shift=shifts[at]) for at, of in fixed.items()}
 
 
 @partial(jax.jit, static_argnames="config")

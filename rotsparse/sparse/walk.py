@@ -1,17 +1,17 @@
 """Through a model a layer at a time: what is compiled for one layer serves all that are like it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rotsparse._core.precision import full_precision
 from rotsparse._core.types import AnyArray
 from rotsparse.models.config import TransformerConfig
 from rotsparse.models.model import Model, Params
-from rotsparse.models.transformer import Intervention, Point, block
+from rotsparse.models.transformer import Intervention, Point, block, stream_before
 
 
 def through(
@@ -27,21 +27,33 @@ def through(
     return _through(params, x, dict(change or {}), model.config, alike, tuple(sites))
 
 
-def back(
+def before(model: Model, tokens: Int[AnyArray, "batch tokens"]) -> Float[Array, "batch tokens d"]:
+    """The stream in front of the first layer."""
+    return stream_before({**model.params, "layers": []}, model.config, tokens, 0)
+
+
+def gradients(
     model: Model,
-    layer: int,
-    x: Float[AnyArray, "batch tokens d"],
+    streams: Sequence[Float[AnyArray, "batch tokens d"]],
     gradient: Float[AnyArray, "batch tokens d"],
     *,
-    change: Callable[[Any, Any], Mapping[str, Intervention]],
-    fixed: Any,
-    moved: Any,
-) -> tuple[Float[Array, "batch tokens d"], Any]:
-    """The gradients with respect to the stream in front of a layer, `x`, and to `moved`, from the one with respect to
-    the stream behind it, where `through` has `change=change(fixed, moved)` (`fixed` and `moved` are pytrees). What is
-    inside of the layer is worked out once more, so that nothing but the stream between the layers need be kept."""
-    params, alike = _params(model, layer)
-    return _back(params, x, gradient, fixed, moved, model.config, alike, change)
+    change: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Intervention]],
+    fixed: Mapping[Point, Any],
+    moved: Mapping[Point, Any],
+) -> Iterator[tuple[Point, Any]]:
+    """The gradients with respect to `moved`, from the last point to the first, where `through` has
+    `change=change(fixed, moved)` of each layer's sites. `streams`: in front of every layer; `gradient`: with respect to
+    the stream behind the last one. What is inside of a layer is worked out once more, so that nothing but the stream
+    between the layers need be kept."""
+    for layer in reversed(range(min(at.layer for at in moved), model.config.n_layers)):
+        params, alike = _params(model, layer)
+        of_layer = (_sites(fixed, layer), _sites(moved, layer))
+        gradient, found = _back(params, streams[layer], gradient, *of_layer, model.config, alike, change)
+        yield from ((Point(layer, site), of) for site, of in found.items())
+
+
+def _sites(of: Mapping[Point, Any], layer: int) -> dict[str, Any]:
+    return {at.site: value for at, value in of.items() if at.layer == layer}
 
 
 def head(model: Model) -> Params:
