@@ -58,12 +58,13 @@ def fisher_information(
     independent). `progress` is told the share that is done."""
     config, at = model.config, [Point(*point) for point in points]
     totals = {point: np.zeros((site_width(config, point.site),) * 2, np.float32) for point in at}
+    zeros = {len(total): np.zeros((tokens.shape[1], len(total)), np.float32) for total in totals.values()}
+    nothing = {point: zeros[len(total)] for point, total in totals.items()}
     for i, sequence in enumerate(tokens):
         streams = [before(model, sequence[None])]
         for layer in range(config.n_layers):
             streams.append(through(model, layer, streams[-1])[0])
         last = _gradient(head(model), streams.pop(), jax.random.fold_in(key, i), config)
-        nothing = {point: np.zeros((len(sequence), len(total)), np.float32) for point, total in totals.items()}
         for point, of in gradients(model, streams, last, change=_added, fixed={}, moved=nothing):
             totals[point] += np.asarray(of).T @ np.asarray(of)
         progress((i + 1) / len(tokens))
