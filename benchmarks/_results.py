@@ -13,6 +13,8 @@ from rotsparse.runs.folders import read_json, write_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
+from _start import start as start
+
 PEERS = ("scipy", "pymanopt", "python-picard")
 
 # Options that say where things are or which parts to run, and change no figure.

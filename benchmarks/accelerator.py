@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from _steps import timed
 from objective import Shape, make_layer
 
@@ -108,4 +107,4 @@ def gradients(objective: Objective) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

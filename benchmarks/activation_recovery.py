@@ -18,9 +18,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import tyro
 from _peers import METHODS, bernoulli_gaussian, error, objective
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -110,4 +109,4 @@ def show(n: int, p: int, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 
 from rotsparse import models
@@ -81,4 +80,4 @@ def product_rate(d_model: int, d_hidden: int) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

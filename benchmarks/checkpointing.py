@@ -19,8 +19,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -133,4 +132,4 @@ def recorded_saves():
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

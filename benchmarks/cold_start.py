@@ -10,8 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -71,4 +70,4 @@ def taken(program: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

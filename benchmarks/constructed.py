@@ -17,9 +17,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from _publish import publish
-from _results import Results, described
+from _results import Results, described, start
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy.stats import t as student_t
@@ -444,4 +443,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

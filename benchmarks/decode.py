@@ -20,8 +20,7 @@ from typing import Any
 import ml_dtypes
 import numba as nb
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -338,4 +337,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

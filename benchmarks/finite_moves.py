@@ -10,10 +10,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
-from _results import Results, described
+from _results import Results, described, start
 from nulls import PAGE, ROOT
 from rich.console import Console
 
@@ -134,4 +133,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

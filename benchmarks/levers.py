@@ -14,8 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from jacobian_recovery import KEY, planted
 from rich.console import Console
 from rich.table import Table
@@ -89,4 +88,4 @@ def show(title: str, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

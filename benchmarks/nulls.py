@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from _networks import Case, Missing, cases, smollm2
 from _publish import publish
-from _results import Results, described
+from _results import Results, described, start
 from rich.console import Console
 
 import rotsparse as rs
@@ -144,4 +143,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -174,4 +173,4 @@ def make_layer(rng, shape: Shape) -> rs.Layer:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

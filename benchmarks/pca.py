@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
-from _results import Results, described, read
+from _results import Results, described, read, start
 from rich.console import Console
 
 import rotsparse as rs
@@ -142,4 +141,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

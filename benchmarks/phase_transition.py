@@ -12,9 +12,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import tyro
 from _peers import bernoulli_gaussian, error, fastica, l4, orthogonalised, picard, rotsparse
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -129,4 +128,4 @@ def draw(path: Path, thetas, ratios, errors) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

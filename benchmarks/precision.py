@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from _results import Results
+from _results import Results, start
 from jax.extend import core
 from rich.console import Console
 from rich.table import Table
@@ -169,4 +168,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

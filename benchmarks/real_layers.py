@@ -36,9 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from _networks import Case, Missing, cases
-from _results import Results
+from _results import Results, start
 from _starts import compare_starts, show_starts, started
 from rich.console import Console
 from rich.table import Table
@@ -136,14 +135,14 @@ def compare(case: Case, examples: int, config: Config) -> list[dict]:
     starts = dict(itertools.islice(starts.items(), 2 if config.quick else None))
     steps = config.steps // (5 if config.quick else 8 if layer.d_in > WIDE else 1)
     rows = []
-    for start_name, start in starts.items():
-        bases = {"in": jnp.asarray(start.r_in), "out": jnp.asarray(start.r_out)}
+    for start_name, given in starts.items():
+        bases = {"in": jnp.asarray(given.r_in), "out": jnp.asarray(given.r_out)}
 
         def add(method, found, course, name=start_name):
             rows.append(row(method, name, found, course, objective, held_out))
 
         add("start", bases, Course())
-        options: dict[str, Any] = {"measure": measure, "scale_inputs": scale, "key": key, "start": start}
+        options: dict[str, Any] = {"measure": measure, "scale_inputs": scale, "key": key, "start": given}
         batch = min(16, examples)
         ours = rs.default_method(steps=steps, batch_size=batch)
         adam = rs.Riemannian(optax.adam(0.2), steps=steps // 8, max_step=0.4)
@@ -343,4 +342,4 @@ def draw(path: Path, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

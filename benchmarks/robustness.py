@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from _peers import METHODS, bernoulli_gaussian, error, random_start
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 from rich.table import Table
 
@@ -101,4 +100,4 @@ def held_out(y: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

@@ -17,8 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _results import Results
+from _results import Results, start
 from rich.console import Console
 
 import rotsparse as rs
@@ -150,4 +149,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

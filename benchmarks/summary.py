@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tyro
 from _publish import publish
-from _results import described, read
+from _results import described, read, start
 from phase_transition import RECOVERED, needed
 from rich.console import Console
 from rich.markdown import Markdown
@@ -205,4 +204,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from _networks import Case, Missing, cases
 from _publish import publish
-from _results import Results, described, read
+from _results import Results, described, read, start
 from nulls import PAGE, ROOT
 from rich.console import Console
 
@@ -142,4 +141,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

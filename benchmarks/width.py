@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from _publish import publish
-from _results import Results
+from _results import Results, start
 from _steps import timed
 from objective import Shape, make_layer
 from rich.console import Console
@@ -118,4 +117,4 @@ def memory() -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _provenance import plain, provenance
+from _start import start as start
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

@@ -16,7 +16,6 @@ import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 import rotsparse as rs
@@ -156,4 +155,4 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

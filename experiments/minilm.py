@@ -17,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from _activation_bases import METHODS, STYLES, Effort
 from matplotlib.figure import Figure
 
@@ -200,4 +199,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

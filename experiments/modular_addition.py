@@ -20,7 +20,6 @@ import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from _modular_addition import COPIES, STAGES, Copies, Frame, Network, P, frames
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -384,4 +383,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

@@ -23,7 +23,6 @@ import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
@@ -247,4 +246,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import mnist
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 import rotsparse as rs
@@ -278,4 +277,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

@@ -15,7 +15,6 @@ from typing import Any
 import _common
 import jax
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 import rotsparse as rs
@@ -116,4 +115,4 @@ def figure(results: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

@@ -20,7 +20,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from _activation_bases import METHODS, STYLES, Effort
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -343,4 +342,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    _common.start(main, Config)

@@ -61,6 +61,20 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_computed(tmp
         x_squared.main(x_squared.Config(out=tmp_path / "out"))
 
 
+def test_what_a_script_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    import _results
+    import x_squared
+
+    (tmp_path / "out").mkdir()
+    for start in (x_squared._common.start, _results.start):
+        monkeypatch.setattr(sys, "argv", ["x_squared.py", "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as stopped:
+            start(x_squared.main, x_squared.Config)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "not a run folder" in line
+
+
 def test_an_experiment_writes_a_whole_run_folder_and_the_quick_form_its_own(tmp_path, monkeypatch):
     import _common
 

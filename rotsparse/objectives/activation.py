@@ -1,6 +1,7 @@
 """Sparsity of rotated activations."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -41,7 +42,7 @@ class ActivationSparsity(MeasuredObjective):
     ):
         kept, source = in_memory(x)
         self.data = Examples(checks.activations("x", kept, jnp.shape(kept)[-1] if jnp.ndim(kept) else 0), source)
-        self.rms = jnp.sqrt(jnp.mean(jnp.square(self.x)))
+        self.rms = _rms(self.x)
         if source is not None:
             moments = self.data.moments() if moments is None else moments
             self.rms = jnp.asarray(moments.rms, self.x.dtype)
@@ -77,3 +78,9 @@ class ActivationSparsity(MeasuredObjective):
 
         value, h = self.sum(chunk_sums)
         return value / self.count, {self.space: skew(h / (self.count * self.x.shape[1]))}
+
+
+@jax.jit
+def _rms(x: Float[Array, "n d"]) -> Float[Array, ""]:
+    """Compiled, so that the squares of all rows are never in memory."""
+    return jnp.sqrt(jnp.mean(jnp.square(x)))

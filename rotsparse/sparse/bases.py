@@ -14,6 +14,7 @@ coordinates `R x`, `R = Q M^½` with Q orthogonal, that is the energy of what is
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
@@ -103,11 +104,13 @@ def learned(
     `keep` of its coordinates: to second order what that costs the network, `E (x - x̂)ᵀ M (x - x̂)`. It begins at the
     principal components."""
     root, inverse_root = square_roots(damped(fisher))
-    y, measure, held_out = x @ root.astype(np.float32), TopK(keep), min(len(x) // 5, _HELD_OUT)
-    first, last = np.split(y, [len(y) - held_out])
+    measure, held_out = TopK(keep), min(len(x) // 5, _HELD_OUT)
+    # The objective's rows are the largest thing here: no others stay, and `jnp.asarray` would copy them twice.
+    first, last = (jax.device_put(part @ root.astype(np.float32)) for part in np.split(x, [len(x) - held_out]))
     objective = ActivationSparsity(first, measure)
     (space,) = objective.spaces
-    start = {space: jnp.asarray(components(first.T @ first / len(first)).rotation)}
+    moment = np.asarray(first).T @ np.asarray(first) / len(first)
+    start = {space: jnp.asarray(components(moment).rotation)}
     method = default_basis_method(measure, objective, steps=steps)
     validation = objective.on(last) if held_out else None
     found = minimize(objective, start, method=method, key=key, validation=validation).completed()
