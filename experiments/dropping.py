@@ -32,6 +32,7 @@ SOURCE = (
     "The model comes with `make fetch-smollm2`; pass another one with --model."
 )
 METRICS = {"energy": "energy", "output": "output", "fisher": "Fisher information"}
+CHOSEN = {"energy": "magnitude", "output": "magnitude × output", "fisher": "magnitude × Fisher"}
 NEURONS, COMPONENTS, LEARNED, ORACLE = "neurons", "principal components", "learned", "learned on the text measured"
 IN_METRIC = ", of M^½ x"
 
@@ -131,21 +132,19 @@ def report(rows: list[dict[str, Any]], config: Config) -> str:
         "| basis | fitted to | coordinates chosen by | divergence | ÷ PCA |",
         "|---|---|---|---:|---:|",
     ]
-    chosen = {"energy": "magnitude", "output": "magnitude × output", "fisher": "magnitude × Fisher"}
     for r in rows:
         fitted = METRICS.get(r["fitted"], "")
         figures = f"{r['divergence']:.4f} ± {r['error']:.4f} | {r['divergence'] / pca['divergence']:.2f}"
-        lines.append(f"| {r['basis']} | {fitted} | {chosen[r['chosen']]} | {figures} |")
+        lines.append(f"| {r['basis']} | {fitted} | {CHOSEN[r['chosen']]} | {figures} |")
     return "\n".join([*lines, ""])
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """A bar for each row of the table."""
-    drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
+    drawn = Figure(figsize=(9.6, 4), layout="constrained")
     ax = drawn.subplots()
-    names = [
-        f"{r['basis']}{', ' + METRICS[r['fitted']] if r['fitted'] in METRICS else ''} | {r['chosen']}" for r in rows
-    ]
+    fitted = [", " + METRICS[r["fitted"]] if r["fitted"] in METRICS else "" for r in rows]
+    names = [f"{r['basis']}{metric} | {CHOSEN[r['chosen']]}" for r, metric in zip(rows, fitted, strict=True)]
     colours = ["#d55e00" if r["basis"].startswith(LEARNED) else "#8a8a8a" for r in rows]
     ax.barh(names, [r["divergence"] for r in rows], xerr=[r["error"] for r in rows], color=colours)
     ax.invert_yaxis()

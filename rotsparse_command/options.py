@@ -480,12 +480,13 @@ class Sparsify:
     hidden: what enters the MLP's last matrix."""
     rotate: tuple[Read, ...] = ("attention", "heads", "input")
     """The sites that get a rotation. One of the hidden layer would cost more than it saves when the model runs."""
-    methods: tuple[Literal["none", "wina", "hadamard", "pca", "weighted", "learned"], ...] = (
+    methods: tuple[Literal["none", "wina", "hadamard", "pca", "weighted", "fisher", "learned"], ...] = (
         "none",
         "wina",
         "hadamard",
         "pca",
         "weighted",
+        "fisher",
         "learned",
     )
     """The bases to compare."""

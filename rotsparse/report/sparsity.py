@@ -19,6 +19,7 @@ NAMES = {
     "hadamard": "random Hadamard",
     "pca": "PCA (LaRoSA)",
     "weighted": "weighted PCA",
+    "fisher": "Fisher-weighted PCA",
     "learned": "learned",
 }
 CHOICES = {
@@ -74,7 +75,8 @@ def figures(results: Mapping[str, Any]) -> dict[str, bytes]:
 def _rise(results) -> Figure:
     drawn = Figure(figsize=(9.6, 3.6), layout="constrained", dpi=150, facecolor="white")
     panels = drawn.subplots(1, len(DRAWN), sharey=True)
-    colours = dict(zip(NAMES, (GREY, *PALETTE[1:], PALETTE[0]), strict=False)) | {"learned": LEARNED, "pca": PALETTE[0]}
+    colours = {"none": GREY, "pca": PALETTE[0], "learned": LEARNED}
+    colours |= dict(zip([name for name in NAMES if name not in colours], PALETTE[1:], strict=True))
     for ax, choice in zip(panels, DRAWN, strict=True):
         for method in NAMES:
             at = sorted((1 - r["keep"], r["divergence"], r["divergence_error"] or 0) for r in results["rows"]

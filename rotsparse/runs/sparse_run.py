@@ -24,19 +24,16 @@ from rotsparse.models.transformer import Point
 from rotsparse.runs.folders import CHECKPOINTS
 from rotsparse.runs.phases import Phases, Shown
 from rotsparse.sparse import plans
-from rotsparse.sparse.bases import LEARNED, Basis, baseline, components, damped, learned, readers, weighed
+from rotsparse.sparse.bases import FISHER, LEARNED, Basis, baseline, components, damped, learned, readers, weighed
 from rotsparse.sparse.budget import allotted, importance, thresholds
 from rotsparse.sparse.calibration import activations, fisher_information
 from rotsparse.sparse.file import FILE, write_sparse_inputs
-from rotsparse.sparse.perplexity import Costs, Trial, costs
+from rotsparse.sparse.perplexity import Costs, Trial, costs, together
 from rotsparse.sparse.plans import Measured
 from rotsparse.sparse.shifts import trained_shifts
 
 # Thresholds are taken from about so many tokens, and budgets from so many.
 THRESHOLDED, BUDGETED = 8192, 512
-
-# Sequences of the held-out text that are measured together.
-TOGETHER = 2
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def of_one_site(
     """Every basis of a site, and what dropping coordinates costs in it."""
     d, site = x.shape[1], point.site
     moment = np.zeros((d, d))
-    for start in range(0, len(x), 2**14):
+    for start in range(0, len(x) if site in settings.rotate else 0, 2**14):  # neurons need none
         part = np.asarray(x[start : start + 2**14])
         moment += part.T @ part
     heads = (model.config.n_heads, model.config.n_kv_heads) if site == "heads" else None
@@ -119,11 +116,11 @@ def of_one_site(
     few = np.asarray(x[:: max(1, len(x) // THRESHOLDED)])
     found = {}
     for method in settings.methods:
-        if method != LEARNED:
+        if method not in (FISHER, LEARNED):
             basis = known(method)
         elif not rotate:
             basis = weighed(Basis(None, None), fisher)
-        elif heads is not None:
+        elif heads is not None or method == FISHER:
             basis = weighed(components(moment / len(x), damped(fisher), heads=heads), fisher)
         else:
             basis = learned(np.asarray(x), fisher, keep=settings.keep, key=key, steps=settings.steps)
@@ -177,11 +174,11 @@ def compare(
 def _measure(folder: Path, name: str, model: Model, test, rows, trials: Sequence[Trial], at: Shown) -> np.ndarray:
     """Fill the rows with what their trials cost on the held-out text. Returns the whole model's cross-entropy."""
     parts = []
-    for start in range(0, len(test), TOGETHER):
-        sequences = test[start : start + TOGETHER]
+    for start in range(0, len(test), together()):
+        sequences = test[start : start + together()]
         done = partial(_told, at, before=start / len(test), part=len(sequences) / len(test))
         of_sequences = partial(_costs, model, sequences, trials, progress=done)
-        parts.append(_once(_compared_file(folder, f"{name}-{start}"), of_sequences))
+        parts.append(_once(_compared_file(folder, f"{name}-{start}-{start + len(sequences)}"), of_sequences))
     whole, rises, divergences = (np.concatenate([part[name] for part in parts], axis=-1) for name in Costs._fields)
     for row, rise, divergence in zip(rows, rises, divergences, strict=True):
         for name, of in (("rise", rise), ("divergence", divergence)):
@@ -195,7 +192,7 @@ def _curves(model: Model, tokens, sites: Mapping[Point, Measured], **progress) -
 
 
 def _costs(model: Model, tokens, trials: Sequence[Trial], **progress) -> dict[str, np.ndarray]:
-    return costs(model, tokens, trials, batch=TOGETHER, **progress)._asdict()
+    return costs(model, tokens, trials, **progress)._asdict()
 
 
 def _once(path: Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

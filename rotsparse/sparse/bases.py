@@ -6,6 +6,7 @@
     hadamard   a random Hadamard matrix: what a rotation does that knows nothing
     pca        the uncentred principal components (Liu et al., "LaRoSA", 2025)
     weighted   the principal components of what W makes of x, which are those of `M^½ x` with `M = WᵀW`
+    fisher     the principal components of `M^½ x`, M the Fisher information: a formula, and where `learned` begins
     learned    the rotation of `M^½ x` with the least energy in what is dropped, M the Fisher information
 
 W stands for all matrices that read the site, one below the other. With a metric M an error e costs `eᵀ M e`: in the
@@ -30,7 +31,7 @@ from rotsparse.objectives.measures import TopK
 from rotsparse.sparse.inputs import undoing
 
 BASELINES = ("none", "wina", "hadamard", "pca", "weighted")
-LEARNED = "learned"
+FISHER, LEARNED = "fisher", "learned"
 
 # The Fisher information from few tokens is singular: so much of its mean is added to its diagonal.
 _DAMPING = 0.01

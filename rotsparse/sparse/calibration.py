@@ -16,7 +16,7 @@ from rotsparse.models.inputs import TokenInputs
 from rotsparse.models.model import Model
 from rotsparse.models.sequences import TextFile, TokenFile
 from rotsparse.models.transformer import Point, run_from, site_width
-from rotsparse.sparse.walk import before, gradients, head, through
+from rotsparse.sparse.walk import before, gradients, head, on_device, through
 
 Tokens = Int[np.ndarray, "sequences length"]
 
@@ -107,10 +107,10 @@ def activations(
             rows = slice(start, start + batch)
             stream[rows] = before(model, tokens[rows])
         for layer in range(layers[-1] + 1):
-            wanted = tuple(sites) if layer in layers else ()
+            wanted, here = tuple(sites) if layer in layers else (), on_device(model, layer)
             for start in range(0, len(tokens), batch):
                 rows = slice(start, start + batch)
-                stream[rows], seen = through(model, layer, stream[rows], sites=wanted)
+                stream[rows], seen = through(here, layer, stream[rows], sites=wanted)
                 for site in wanted:
                     values[site][rows] = seen[site]
             if wanted:

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.precision import full_precision
+from rotsparse._core.types import AnyArray
 from rotsparse.models.model import Model
 from rotsparse.models.transformer import run_from
 from rotsparse.sparse.inputs import SparseInput
-from rotsparse.sparse.walk import before, head, through
+from rotsparse.sparse.walk import before, head, on_device, through
 
 Trial = Mapping[tuple[int, str], SparseInput]
 
@@ -33,38 +34,67 @@ class Costs(NamedTuple):
     divergence: Float[np.ndarray, "trials sequences"]
 
 
+def together() -> int:
+    """Sequences that go through a layer together: two keep the cores of a CPU busy, an accelerator wants many."""
+    return 2 if jax.default_backend() == "cpu" else 32
+
+
+# Sequences whose predictions are compared together: their log-probabilities are the largest arrays here.
+_PREDICTED = 2
+
+
 def costs(
     model: Model,
     tokens: Int[np.ndarray, "sequences length"],
     trials: Sequence[Trial],
     *,
-    batch: int = 2,
+    batch: int | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Costs:
     """What each trial costs: in it, what enters the linear maps at some points has coordinates dropped, at every token.
 
-    Layers in front of a trial's first point run only once for a batch. `progress` is told the share that is done.
+    `batch` sequences (`None`: `together()`) go through a layer at once, in all trials, so that one layer's weights and
+    bases are on the device at a time; what is in front of a trial's first point is the whole model's. `progress` is
+    told the share that is done.
     """
     found: list[Costs] = []
-    changes = [_by_layer(trial) for trial in trials]
+    changes, last, batch = [_by_layer(trial) for trial in trials], jax.device_put(head(model)), batch or together()
     for start in range(0, len(tokens), batch):
         rows = tokens[start : start + batch]
-        dense = [before(model, rows)]  # in front of every layer
+        streams = [before(model, rows)] * (1 + len(trials))
         for layer in range(model.config.n_layers):
-            dense.append(through(model, layer, dense[-1])[0])
-        whole = _log_probabilities(head(model), dense[-1], model.config)
-        of_trials = []
-        for number, change in enumerate(changes):
-            first = min(change, default=model.config.n_layers)
-            x = dense[first]
-            for layer in range(first, model.config.n_layers):
-                x, _ = through(model, layer, x, change=change.get(layer))
-            of_trials.append(_compared(whole, _log_probabilities(head(model), x, model.config), rows))
-            progress((start + len(rows) * (number + 1) / len(changes)) / len(tokens))
-        nothing = np.zeros((0, len(rows)))
-        parts = [np.asarray(part) for part in zip(*of_trials, strict=True)] if of_trials else [nothing, nothing]
-        found.append(Costs(np.asarray(_cross_entropy(whole, rows)), *parts))
+            streams = _behind(model, layer, streams, changes)
+            progress((start + len(rows) * (layer + 1) / (model.config.n_layers + 1)) / len(tokens))
+        for at in (slice(i, i + _PREDICTED) for i in range(0, len(rows), _PREDICTED)):
+            whole, *others = (partial(_log_probabilities, last, of[at], model.config) for of in streams)
+            log_p = whole()
+            of_trials = [np.asarray(_compared(log_p, other(), rows[at])) for other in others]
+            rise, divergence = np.stack(of_trials, axis=1) if of_trials else np.zeros((2, 0, len(log_p)))
+            found.append(Costs(np.asarray(_cross_entropy(log_p, rows[at])), rise, divergence))
+        progress((start + len(rows)) / len(tokens))
     return Costs(*(np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)))
+
+
+def _behind(model: Model, layer: int, streams: list[Array], changes: Sequence[dict[int, dict[str, SparseInput]]]):
+    """The streams behind a layer, of the whole model and of each trial. A trial's is the whole model's, the very same
+    array, up to its first change."""
+    model, bases = on_device(model, layer), dict[int, Array]()
+    whole = through(model, layer, streams[0])[0]
+    behind = [whole]
+    for stream, change in zip(streams[1:], changes, strict=True):
+        if stream is streams[0] and layer not in change:
+            behind.append(whole)
+        else:
+            of_layer = jax.tree.map(partial(_placed, bases), change.get(layer))
+            behind.append(through(model, layer, stream, change=of_layer)[0])
+    return behind
+
+
+def _placed(there: dict[int, Array], array: AnyArray) -> Array:
+    """The array on the device. Trials share bases: each is brought `there` once."""
+    if id(array) not in there:
+        there[id(array)] = jax.device_put(array)
+    return there[id(array)]
 
 
 def _by_layer(trial: Trial) -> dict[int, dict[str, SparseInput]]:

@@ -1,6 +1,7 @@
 """Through a model a layer at a time: what is compiled for one layer serves all that are like it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -25,6 +26,13 @@ def through(
     """The stream behind a layer, from the one in front of it; and the values at its `sites`, changed by `change`."""
     params, alike = _params(model, layer)
     return _through(params, x, dict(change or {}), model.config, alike, tuple(sites))
+
+
+def on_device(model: Model, layer: int) -> Model:
+    """The model with the weights of one layer on the device, for several calls of `through`."""
+    layers = list(model.params["layers"])
+    layers[layer] = jax.device_put(layers[layer])
+    return replace(model, params={**model.params, "layers": layers})
 
 
 def before(model: Model, tokens: Int[AnyArray, "batch tokens"]) -> Float[Array, "batch tokens d"]:

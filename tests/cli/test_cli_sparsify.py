@@ -29,7 +29,8 @@ def test_from_a_model_and_tokens_to_sparse_inputs(rotsparse, model, tmp_path):
     assert code == 0 and "PCA (LaRoSA)" in said and "run/report.html" in said
     run = tmp_path / "run"
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {row["method"] for row in metrics["rows"]} == {"none", "wina", "hadamard", "pca", "weighted", "learned"}
+    methods = {"none", "wina", "hadamard", "pca", "weighted", "fisher", "learned"}
+    assert {row["method"] for row in metrics["rows"]} == methods
     assert metrics["method"] == "learned" and metrics["tokens"] == 128  # the last fifth
     inputs = read_sparse_inputs(run / "rotsparse.safetensors", model)
     assert len(inputs) == 4 * model.config.n_layers
@@ -76,7 +77,7 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(rotsparse, model, tmp_pa
 
 
 def test_an_interrupted_comparison_goes_on_with_the_next_sequences(rotsparse, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_run, "TOGETHER", 1)
+    monkeypatch.setattr(sparse_run, "together", lambda: 1)
     rotsparse(*SPARSIFY)
     (tmp_path / "run").rename(tmp_path / "whole")
     done = []

@@ -49,11 +49,13 @@ def test_fisher_information_is_the_mean_of_gradients_squared():
     np.testing.assert_allclose(found, g.T @ g / len(g), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_costs_are_those_of_interventions_in_the_whole_model(name):
-    model, tokens = tiny(name), inputs(name)
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 1), ("llama", 3)])
+def test_costs_are_those_of_interventions_in_the_whole_model(name, batch):
+    model, tokens = tiny(name), np.concatenate([inputs(name), inputs(name)[::-1] // 2])
     trials = [sparse_inputs(model), {(1, "hidden"): SparseInput(threshold=0.1)}, {}]
-    found = costs(model, tokens, trials, batch=1)
+    shown: list[float] = []
+    found = costs(model, tokens, trials, batch=batch, progress=shown.append)
+    assert shown == sorted(shown) and shown[-1] == 1
     whole = jax.nn.log_softmax(models.run(model.params, model.config, tokens)[0])
     at = tokens[:, 1:, None]
     for trial, rise, divergence in zip(trials, found.rise, found.divergence, strict=True):
