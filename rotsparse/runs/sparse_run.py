@@ -120,8 +120,10 @@ def of_one_site(
             basis = known(method)
         elif not rotate:
             basis = weighed(Basis(None, None), fisher)
-        elif heads is not None or method == FISHER:
+        elif heads is not None:  # heads that share values share a mean metric: what a coordinate costs differs
             basis = weighed(components(moment / len(x), damped(fisher), heads=heads), fisher)
+        elif method == FISHER:
+            basis = components(moment / len(x), damped(fisher))
         else:
             basis = learned(np.asarray(x), fisher, keep=settings.keep, key=key, steps=settings.steps)
         found[method] = measured(few, basis, absorb=settings.absorb, keep=settings.keep)
