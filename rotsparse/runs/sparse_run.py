@@ -105,14 +105,14 @@ def of_one_site(
     key: PRNGKeyArray,
 ) -> dict[str, Measured]:
     """Every basis of a site, and what dropping coordinates costs in it."""
-    d, site = x.shape[1], point.site
+    d, rotate = x.shape[1], point.site in settings.rotate
     moment = np.zeros((d, d))
-    for start in range(0, len(x) if site in settings.rotate else 0, 2**14):  # neurons need none
-        part = np.asarray(x[start : start + 2**14])
-        moment += part.T @ part
-    heads = (model.config.n_heads, model.config.n_kv_heads) if site == "heads" else None
-    reading, rotate = readers(model, *point), site in settings.rotate
-    known = partial(baseline, moment=moment / len(x), reading=reading, heads=heads, rotate=rotate)
+    if rotate:
+        for part in np.split(x, range(2**14, len(x), 2**14)):
+            moment += part.T @ part
+        moment /= len(x)
+    heads = (model.config.n_heads, model.config.n_kv_heads) if point.site == "heads" else None
+    known = partial(baseline, moment=moment, reading=readers(model, *point), heads=heads, rotate=rotate)
     few = np.asarray(x[:: max(1, len(x) // THRESHOLDED)])
     found = {}
     for method in settings.methods:
@@ -121,9 +121,9 @@ def of_one_site(
         elif not rotate:
             basis = weighed(Basis(None, None), fisher)
         elif heads is not None:  # heads that share values share a mean metric: what a coordinate costs differs
-            basis = weighed(components(moment / len(x), damped(fisher), heads=heads), fisher)
+            basis = weighed(components(moment, damped(fisher), heads=heads), fisher)
         elif method == FISHER:
-            basis = components(moment / len(x), damped(fisher))
+            basis = components(moment, damped(fisher))
         else:
             basis = learned(np.asarray(x), fisher, keep=settings.keep, key=key, steps=settings.steps)
         found[method] = measured(few, basis, absorb=settings.absorb, keep=settings.keep)

@@ -58,7 +58,8 @@ def costs(
     told the share that is done.
     """
     found: list[Costs] = []
-    changes, last, batch = [_by_layer(trial) for trial in trials], jax.device_put(head(model)), batch or together()
+    changes = [_by_layer(trial) for trial in trials]
+    last, batch = jax.device_put(head(model)), batch or together()
     for start in range(0, len(tokens), batch):
         rows = tokens[start : start + batch]
         streams = [before(model, rows)] * (1 + len(trials))
@@ -66,11 +67,11 @@ def costs(
             streams = _behind(model, layer, streams, changes)
             progress((start + len(rows) * (layer + 1) / (model.config.n_layers + 1)) / len(tokens))
         for at in (slice(i, i + _PREDICTED) for i in range(0, len(rows), _PREDICTED)):
-            whole, *others = (partial(_log_probabilities, last, of[at], model.config) for of in streams)
-            log_p = whole()
-            of_trials = [np.asarray(_compared(log_p, other(), rows[at])) for other in others]
-            rise, divergence = np.stack(of_trials, axis=1) if of_trials else np.zeros((2, 0, len(log_p)))
-            found.append(Costs(np.asarray(_cross_entropy(log_p, rows[at])), rise, divergence))
+            predicted = partial(_log_probabilities, last, config=model.config)
+            whole = predicted(streams[0][at])
+            of_trials = [np.asarray(_compared(whole, predicted(stream[at]), rows[at])) for stream in streams[1:]]
+            rise, divergence = np.reshape(of_trials, (len(trials), 2, len(whole))).swapaxes(0, 1)
+            found.append(Costs(np.asarray(_cross_entropy(whole, rows[at])), rise, divergence))
         progress((start + len(rows)) / len(tokens))
     return Costs(*(np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)))
 
