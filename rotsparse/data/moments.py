@@ -20,6 +20,12 @@ from rotsparse.data.sources import Source, read_ahead
 CHUNK_BYTES = 64 * 2**20
 
 
+def at_once_bytes() -> int:
+    """Memory for the arrays of the examples that one matrix product takes at once. On a CPU more is not faster: this
+    keeps the products of a core busy and their results in the cache. Accelerators are only busy with many examples."""
+    return (8 if jax.default_backend() == "cpu" else 256) * 2**20
+
+
 def chunks(x: Shaped[AnyArray, "n ..."], size: int) -> Iterator[tuple[Shaped[AnyArray, "m ..."], int]]:
     """Split `x` into chunks of `size` rows; each comes with the number of its rows that are not padding.
 

@@ -41,4 +41,6 @@ def count_below(ordered: Float[np.ndarray, "n N"]) -> Int[np.ndarray, "t"]:
 
 def count_below_each(z: Float[np.ndarray, "n N"], rms: Float[np.ndarray, "N"]) -> Int[np.ndarray, "t"]:
     """How many entries are below each threshold times an `rms` of their own; none where that is zero."""
-    return np.array([np.count_nonzero(z < (t * rms).astype(z.dtype)) for t in THRESHOLDS])
+    relative = np.full_like(z, np.inf)
+    np.divide(z, rms.astype(z.dtype), out=relative, where=rms > 0)
+    return count_below(np.sort(relative, axis=1))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rotsparse._core.precision import full_precision
-from rotsparse._core.types import Rows
+from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data.moments import block_rows, chunks
 from rotsparse.layers._closed_forms import absorbed
 from rotsparse.layers.base import ClosedForm
@@ -32,40 +32,81 @@ class JacobianMoments(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over examples, with `g` of all ways in one after another and the rank-one part `u vᵀ`."""
+    """Sums over examples, or their means, with `g` of all ways in one after another and the rank-one part `u vᵀ`."""
 
-    gates: Float[Array, "k"]  # g
-    pairs: Float[Array, "k k"]  # g gᵀ
-    rank_one: Float[Array, "d_out d_in"]  # u vᵀ
-    inward: Float[Array, "d_in d_in"]  # |u|² v vᵀ - Cᵀu vᵀ - v uᵀC
-    outward: Float[Array, "d_out d_out"]  # |v|² u uᵀ - C v uᵀ - u vᵀCᵀ
+    gates: Float[AnyArray, "k"]  # g
+    pairs: Float[AnyArray, "k k"]  # g gᵀ
+    rank_one: Float[AnyArray, "d_out d_in"]  # u vᵀ
+    inward: Float[AnyArray, "d_in d_in"]  # |u|² v vᵀ - Cᵀu vᵀ - v uᵀC
+    outward: Float[AnyArray, "d_out d_out"]  # |v|² u uᵀ - C v uᵀ - u vᵀCᵀ
 
 
 def closed_moments(layer: ClosedForm, x: Rows) -> JacobianMoments:
     """The moments over the examples."""
+    of, means = _Matrices.of(layer), _means(layer, x)
+    return JacobianMoments(of.mean(means), of.gram_in(means), of.gram_out(means))
+
+
+def closed_gram(layer: ClosedForm, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
+    """`E[JᵀJ]` alone, in half of the time."""
+    return _Matrices.of(layer).gram_in(_means(layer, x))
+
+
+def _means(layer: ClosedForm, x: Rows) -> _Sums:
+    """The sums divided by the number of examples, in float64."""
     total: list[np.ndarray] | None = None
     for rows, count in chunks(x, block_rows(len(layer.rights) * len(layer.rights[0]) + layer.d_in + layer.d_out)):
         counted = jnp.asarray(np.arange(len(rows)) < count, x.dtype)
         sums = [np.asarray(s, np.float64) for s in _sums(layer, jnp.asarray(rows), counted)]
         total = sums if total is None else [t + s for t, s in zip(total, sums, strict=True)]
     assert total is not None
-    gates, pairs, rank_one, inward, outward = (t / len(x) for t in total)
-    left = np.eye(layer.d_out) if layer.left is None else np.asarray(layer.left, np.float64)
-    rights = [np.asarray(absorbed(layer.norm, m), np.float64) for m in layer.rights]
-    stacked = np.concatenate(rights)
-    hidden, ways = len(rights[0]), len(rights)
+    return _Sums(*(t / len(x) for t in total))
 
-    reach = np.tile(left.T @ left, (ways, ways)) * pairs
-    gram_in = stacked.T @ (reach @ stacked) + inward
-    met = (pairs * (stacked @ stacked.T)).reshape(ways, hidden, ways, hidden).sum(axis=(0, 2))
-    gram_out = left @ met @ left.T + outward
-    mean = left @ (gates[:, None] * stacked).reshape(ways, hidden, -1).sum(axis=0) - rank_one
-    if layer.skip is not None:
-        skip = np.asarray(layer.skip, np.float64)
-        gram_in = gram_in + mean.T @ skip + skip.T @ mean + skip.T @ skip
-        gram_out = gram_out + mean @ skip.T + skip @ mean.T + skip @ skip.T
-        mean = mean + skip
-    return JacobianMoments(mean, gram_in, gram_out)
+
+class _Matrices(NamedTuple):
+    """L, every M_k one below the other, and S, in float64."""
+
+    left: Float[np.ndarray, "d_out h"]
+    rights: Float[np.ndarray, "k d_in"]
+    skip: Float[np.ndarray, "d_out d_in"] | None
+
+    @classmethod
+    def of(cls, layer: ClosedForm) -> "_Matrices":
+        left = np.eye(layer.d_out) if layer.left is None else np.asarray(layer.left, np.float64)
+        rights = np.concatenate([np.asarray(absorbed(layer.norm, m), np.float64) for m in layer.rights])
+        return cls(left, rights, None if layer.skip is None else np.asarray(layer.skip, np.float64))
+
+    def mean(self, means: _Sums) -> Float[np.ndarray, "d_out d_in"]:
+        closed = self._closed_mean(means)
+        return closed if self.skip is None else closed + self.skip
+
+    def gram_in(self, means: _Sums) -> Float[np.ndarray, "d_in d_in"]:
+        reach = means.pairs * np.tile(self.left.T @ self.left, (self._ways, self._ways))
+        gram = self.rights.T @ (reach @ self.rights) + means.inward
+        if self.skip is None:
+            return gram
+        cross = self._closed_mean(means).T @ self.skip
+        return gram + cross + cross.T + self.skip.T @ self.skip
+
+    def gram_out(self, means: _Sums) -> Float[np.ndarray, "d_out d_out"]:
+        met = self._of_ways(self._of_ways(means.pairs * (self.rights @ self.rights.T)).T).T
+        gram = self.left @ met @ self.left.T + means.outward
+        if self.skip is None:
+            return gram
+        cross = self._closed_mean(means) @ self.skip.T
+        return gram + cross + cross.T + self.skip @ self.skip.T
+
+    def _closed_mean(self, means: _Sums) -> Float[np.ndarray, "d_out d_in"]:
+        """`E[C]`."""
+        return self.left @ self._of_ways(means.gates[:, None] * self.rights) - means.rank_one
+
+    @property
+    def _ways(self) -> int:
+        return len(self.rights) // self.left.shape[1]
+
+    def _of_ways(self, rows: Float[np.ndarray, "k c"]) -> Float[np.ndarray, "h c"]:
+        """The sum over the ways in, of which each has h of these rows."""
+        return rows.reshape(self._ways, -1, rows.shape[1]).sum(axis=0)
 
 
 @eqx.filter_jit

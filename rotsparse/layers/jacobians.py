@@ -21,7 +21,7 @@ from rotsparse._core.types import AnyArray, Rows
 from rotsparse.data import moments
 from rotsparse.data.moments import chunks, covariance
 from rotsparse.layers.base import ClosedForm, Layer
-from rotsparse.layers.closed_moments import JacobianMoments, closed_moments
+from rotsparse.layers.closed_moments import JacobianMoments, closed_gram, closed_moments
 
 
 def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
@@ -49,7 +49,7 @@ def jacobian_gram(layer: Layer, x: Rows) -> Float[np.ndarray, "d_in d_in"]:
     """`E[JᵀJ]`. The quadratic form `r E[JᵀJ] rᵀ` is the mean squared length of the response of the output to direction
     r."""
     if _wide(layer):
-        return closed_moments(layer, x).gram_in
+        return closed_gram(layer, x)
     return _mean_over_examples(_gram_sum, layer, x)[0]
 
 
@@ -70,14 +70,18 @@ def _wide(layer: Layer) -> TypeGuard[ClosedForm]:
 _MOST_GATES = 8192
 
 
-def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None, *, chunk_bytes: int | None = None) -> Iterator[np.ndarray]:
+def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None) -> Iterator[np.ndarray]:
     """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
 
     The rows of `r_in` and `r_out` may have any length: a row scaled by s scales its column (row) of the Jacobian.
     """
     r_in, r_out = (None if r is None else jnp.asarray(r, x.dtype) for r in (r_in, r_out))
-    for chunk, count in chunks(x, chunk_size(layer, chunk_bytes)):
-        yield np.asarray(_jacobian(layer, chunk, r_in, r_out))[:count]
+    size = chunk_size(layer)
+    if one_at_a_time := chunk_size(layer, moments.at_once_bytes()) == 1:
+        # Only Jacobians are kept. The weights are rotated once a chunk, which takes as long as two examples.
+        size = max(1, moments.CHUNK_BYTES // (4 * layer.d_out * layer.d_in))
+    for chunk, count in chunks(x, size):
+        yield np.asarray(_jacobian(layer, chunk, r_in, r_out, one_at_a_time))[:count]
 
 
 class LayerStatistics:
@@ -132,9 +136,11 @@ def apply(layer: Layer, x: Float[AnyArray, "n d_in"]) -> Float[Array, "n d_out"]
 
 
 @eqx.filter_jit
-def _jacobian(layer, x, r_in, r_out):
+def _jacobian(layer, x, r_in, r_out, one_at_a_time):
     with full_precision():
-        return layer.jacobian(x, r_in, r_out)
+        if not one_at_a_time:
+            return layer.jacobian(x, r_in, r_out)
+        return jax.lax.map(lambda row: layer.jacobian(row[None], r_in, r_out)[0], x)
 
 
 @eqx.filter_jit

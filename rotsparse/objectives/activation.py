@@ -9,9 +9,9 @@ from rotsparse._core import checks
 from rotsparse._core.orthogonal import skew
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments
+from rotsparse.data.moments import Moments, at_once_bytes
 from rotsparse.data.sources import Source, in_memory
-from rotsparse.objectives.base import MeasuredObjective, chunk_bytes
+from rotsparse.objectives.base import MeasuredObjective
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
 
@@ -50,7 +50,7 @@ class ActivationSparsity(MeasuredObjective):
         self.measure = with_eps(checked(measure), measure.eps, self.x.dtype)
         self.space = space
         self.precision = precision
-        self.chunk = max(1, chunk_bytes() // (3 * self.x.dtype.itemsize * self.x.shape[1]))
+        self.chunk = max(1, at_once_bytes() // (3 * self.x.dtype.itemsize * self.x.shape[1]))
 
     @property
     def spaces(self):

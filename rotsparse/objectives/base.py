@@ -25,12 +25,6 @@ else:  # NumPy arrays are accepted too, but a type checker would then refuse the
     Bases = dict[str, Float[AnyArray, "_ _"]]
 
 
-def chunk_bytes() -> int:
-    """Memory for the per-example arrays of one chunk. On a CPU larger chunks are not faster: this size keeps the matrix
-    products of a core busy and their results in the cache. Accelerators are only busy with many examples at once."""
-    return (8 if jax.default_backend() == "cpu" else 256) * 2**20
-
-
 class Objective(eqx.Module):
     """A function of the rotations of some spaces, with its relative gradient. An objective of your own needs only the
     three abstract methods; the others serve minibatches, several devices and schedules of ε."""

@@ -12,8 +12,9 @@ from rotsparse._core.orthogonal import skew
 from rotsparse._core.precision import products
 from rotsparse._core.types import AnyArray, Data, Vectors
 from rotsparse.data.examples import Examples
+from rotsparse.data.moments import at_once_bytes
 from rotsparse.data.sources import Source, in_memory
-from rotsparse.objectives.base import Objective, chunk_bytes
+from rotsparse.objectives.base import Objective
 from rotsparse.objectives.measures import TopK, outside_largest
 
 
@@ -60,7 +61,7 @@ class DroppedError(Objective):
             raise ValueError(f"x has {d} coordinates: expected a metric [{d}, {d}], got {list(jnp.shape(metric))}")
         self.metric = jnp.asarray(metric, self.data.x.dtype)
         self.keep, self.weighted, self.space, self.precision = keep, weighted, space, precision
-        self.chunk = max(1, chunk_bytes() // (3 * self.data.x.dtype.itemsize * d))
+        self.chunk = max(1, at_once_bytes() // (3 * self.data.x.dtype.itemsize * d))
         with products("highest"):
             self.unit = self.data.sum(lambda x, w: jnp.sum(w[:, None] * x * (x @ self.metric)), self.chunk)
         self.unit = self.unit / self.data.count

@@ -11,14 +11,14 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments, far_rows
+from rotsparse.data.moments import Moments, at_once_bytes, far_rows
 from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
 from rotsparse.layers.jacobians import apply, chunk_size, jacobian_flops, jacobian_gram
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
-from rotsparse.objectives.base import MeasuredObjective, add_grads, chunk_bytes
+from rotsparse.objectives.base import MeasuredObjective, add_grads
 from rotsparse.objectives.measures import Measure, checked, with_eps
 
 # This fraction of the mean variance is added to every variance, because the square root of zero has no gradient.
@@ -118,7 +118,7 @@ class JacobianSparsity(MeasuredObjective):
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
         self.drawn = None
         self.precision = precision
-        self.chunk = chunk_size(layer, chunk_bytes())
+        self.chunk = chunk_size(layer, at_once_bytes())
 
     @property
     def spaces(self):
@@ -134,7 +134,7 @@ class JacobianSparsity(MeasuredObjective):
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             covariance_out=None if self.covariance_out is None else matmul(matmul(out, self.covariance_out), out.T),
-            chunk=chunk_size(subspace, chunk_bytes()),
+            chunk=chunk_size(subspace, at_once_bytes()),
         )
 
     def on(self, x: Float[Data, "n d_in"] | Source | Vectors, looks: int | None = None) -> "JacobianSparsity":

@@ -32,7 +32,7 @@ _LOWEST = -110.0
 _BINS = round(220 / _BIN)
 # A picture of a wide layer needs no more examples than give so many entries.
 _PICTURED_ENTRIES, _FEWEST_PICTURED = 2**25, 25
-_CHUNK_BYTES = 8 * 2**20
+_BLOCK = 2**21  # entries that are counted at once: they fit into the cache
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def picture_data(
     for name, rotations in bases.items():
         r_in, r_out = scaled_rows(layer, x, rotations.r_in, rotations.r_out, **units)
         total, square_sum, counts = np.zeros((layer.d_out, layer.d_in)), 0.0, np.zeros(_BINS, np.int64)
-        for z in jacobians(layer, x, r_in, r_out, chunk_bytes=_CHUNK_BYTES):
+        for z in jacobians(layer, x, r_in, r_out):
             z = np.abs(z)
             total += z.sum(axis=0, dtype=np.float64)
             square_sum += np.square(z, dtype=np.float64).sum()
@@ -125,9 +125,12 @@ def picture_data(
 
 def _histogram(z: Float[np.ndarray, "*s"]) -> Int[np.ndarray, "bins"]:
     """Counts of |z| in bins of equal logarithmic width; zeros are in the first bin."""
-    with np.errstate(divide="ignore"):
-        place = (np.log(z.ravel()) - _LOWEST) / _BIN
-    return np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
+    counts = np.zeros(_BINS, np.int64)
+    for begin in range(0, z.size, _BLOCK):
+        with np.errstate(divide="ignore"):
+            place = (np.log(z.ravel()[begin : begin + _BLOCK]) - _LOWEST) / _BIN
+        counts += np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
+    return counts
 
 
 def _magnitudes(counts: Int[np.ndarray, "bins"], ranks: Float[np.ndarray, "r"]) -> Float[np.ndarray, "r"]:

@@ -140,12 +140,15 @@ def test_jacobian_moments_against_autodiff(rng, x64, monkeypatch):
     np.testing.assert_array_equal(jacobian_gram(layer, x), moments.gram_in)
 
 
-def test_jacobians_come_in_order_and_scaled_by_the_rows_of_the_rotations(rng, monkeypatch):
+@pytest.mark.parametrize("wide", [False, True])
+def test_jacobians_come_in_order_and_scaled_by_the_rows_of_the_rotations(rng, monkeypatch, wide):
     monkeypatch.setattr(moments_module, "CHUNK_BYTES", 4 * 35 * 4)  # four examples a chunk
+    if wide:  # one example fills what is computed at once
+        monkeypatch.setattr(moments_module, "at_once_bytes", lambda: 1)
     layer, x = mlp(rng), jnp.asarray(rng.standard_normal((10, 5)), jnp.float32)
     scaled = np.diag([1.0, 2, 3, 4, 5])
     parts = list(jacobians(layer, x, scaled))
-    assert [len(p) for p in parts] == [4, 4, 2]
+    assert [len(p) for p in parts] == ([7, 3] if wide else [4, 4, 2])  # then only the Jacobians, of 80 bytes, count
     expected = layer.jacobian(x) * np.arange(1, 6, dtype="f")
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-5, atol=1e-5)
 

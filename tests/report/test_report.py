@@ -18,6 +18,7 @@ from matplotlib.image import imread
 
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
+from rotsparse.data import moments
 from rotsparse.data.moments import covariance
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.agreement import agreements
@@ -131,7 +132,7 @@ def test_curves_show_exact_zeros_as_zero():
 
 def test_memory_is_a_chunk_and_so_is_the_result(case, monkeypatch):
     whole = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
-    monkeypatch.setattr("rotsparse.report.data._CHUNK_BYTES", 7 * 4 * 12 * 6)  # seven examples a chunk
+    monkeypatch.setattr(moments, "CHUNK_BYTES", 7 * 4 * 12 * 6)  # seven examples a chunk
     parts = picture_data(case.layer, case.x_test, case.bases, scale_inputs=False)
     for name in whole.mean:
         np.testing.assert_allclose(parts.mean[name], whole.mean[name], rtol=1e-5)
