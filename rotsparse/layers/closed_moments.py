@@ -104,7 +104,7 @@ class _Matrices(NamedTuple):
     def _ways(self) -> int:
         return len(self.rights) // self.left.shape[1]
 
-    def _of_ways(self, rows: Float[np.ndarray, "k c"]) -> Float[np.ndarray, "h c"]:
+    def _of_ways(self, rows: Float[AnyArray, "k c"]) -> Float[AnyArray, "h c"]:
         """The sum over the ways in, of which each has h of these rows."""
         return rows.reshape(self._ways, -1, rows.shape[1]).sum(axis=0)
 
