@@ -169,6 +169,23 @@ class Network:
             new.inputs[after] = x = new.layers[before](x)
         return new
 
+    def with_whitened_inputs(self, frame: "Frame") -> "Network":
+        """The same network with the MLP's input in units of the standard deviations of its principal components, `z =
+        Λ^-½ P x`: modes that are uncorrelated, as Fourier modes over all pairs are, are orthogonal directions of z and
+        need not be of x. (Variances below 1e-4 of the largest count as that.)"""
+        new, layer, x = copy.copy(self), self.layers["ln2"], self.space("mid").astype(np.float64)
+        assert isinstance(layer, rs.MLP)
+        variance = np.square(x @ frame.axes.T).mean(axis=0)
+        deviation = np.sqrt(np.maximum(variance, 1e-4 * variance.max()))
+        back = (frame.axes.T * deviation).astype(np.float32)
+        new.layers = dict(self.layers)
+        new.layers["ln2"] = rs.MLP(
+            layer.w_in @ back, layer.b_in, layer.w_out, layer.b_out, activation="relu", skip=back
+        )
+        z = np.asarray(self.inputs["ln2"], np.float64) @ frame.axes.T / deviation
+        new.inputs = {**self.inputs, "ln2": z.astype(np.float32)}
+        return new
+
     def logits(self, stage: str) -> Callable[[Array], Array]:
         """From a stage's output to the logits."""
         later = list(self.layers.values())[list(STAGES).index(stage) + 1 :]

@@ -24,13 +24,15 @@ import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _verdict import judged
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import rotsparse as rs
 from rotsparse.data.moments import covariance
+from rotsparse.evaluation.fit_nulls import REDRAWS
 from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import SHARE, identifiability
+from rotsparse.evaluation.verdict import SHARE
 from rotsparse.layers.base import Layer
 
 SPACES = ("pixels", "hidden 1", "hidden 2", "logits")
@@ -145,8 +147,13 @@ class Network:
     def stage(self, name: str) -> tuple[Layer, list[np.ndarray]]:
         """A stage as one layer, and its inputs to fit on, to choose on and to test on."""
         begin, end = STAGES[name]
-        layers = self.layers[begin:end]
-        return layers[0] if len(layers) == 1 else Block(layers), self.inputs[begin]
+        first, *others = self.layers[begin:end]
+        if not others:
+            return first, self.inputs[begin]
+        if name == BLOCK:  # one hidden layer between linear maps: all nulls of an MLP
+            (last,) = others
+            return rs.MLP(first.w, first.b, last.w, last.b, activation="relu"), self.inputs[begin]
+        return Block((first, *others)), self.inputs[begin]
 
 
 def redrawn(layer: Layer, key) -> Layer:
@@ -169,18 +176,20 @@ def study(network: Network, name: str, config: Config) -> tuple[dict[str, Any], 
         "validation": choose,
     }
     solution = rs.find_rotations(layer, x, **options).completed()
-    null = redrawn(layer, jax.random.fold_in(key, 1))
-    found_null = rs.find_rotations(null, x, **options).completed()
     bases = {"learned": solution.rotations} | rs.baselines.all_baselines(layer, x, key=jax.random.fold_in(key, 2))
-    judged = {"scale_inputs": begin == 0, "covariance": covariance(x)[1], "key": jax.random.fold_in(key, 3)}
-    evidence = identifiability(layer, x[:2000], solution, [(null, x[:2000], found_null)], cosine=SAME)
+    scaled = {"scale_inputs": begin == 0, "covariance": covariance(x)[1]}
+    comparison = rs.compare(layer, test, bases, **scaled, key=jax.random.fold_in(key, 3))
+    nulls = None
+    if isinstance(layer, Block):
+        keys = jax.random.split(jax.random.fold_in(key, 1), REDRAWS)
+        nulls = {"random weights": [redrawn(layer, each) for each in keys]}
     result = {
         "entries": layer.d_in * layer.d_out,
-        **rs.compare(layer, test, bases, **judged).to_json(),
-        "random_weights": {k: m._asdict() for k, m in rs.evaluate(null, test, found_null.rotations, **judged).items()},
+        **comparison.to_json(),
+        **judged(
+            layer, x, test, solution, comparison, key=jax.random.fold_in(key, 4), nulls=nulls, scale_inputs=begin == 0
+        ),
         "held_out_objective": solution.candidate_values,
-        "reproduced": {s: side.identified(SAME) / len(side.agreement) for s, side in evidence.sides.items()},
-        "verdict": evidence.verdict,
         # Where a side is a layer of ReLU neurons, how many of them are directions of the fit?
         "neurons": {
             side: int(np.sum(np.max(np.abs(np.asarray(r)), axis=1) > SAME))
@@ -238,15 +247,16 @@ def figure(stages: dict[str, Any]) -> Figure:
     ax = fig.subplots()
     styles = {
         "learned": ("#d55e00", "o", "learned"),
-        "random": ("#8a8a8a", "s", "learned, random weights"),
+        "short": ("#e8a56c", "o", "learned, short fit"),
+        "null": ("#8a8a8a", "s", "the same, strictest null"),
         "best": ("#0072b2", "^", "best baseline"),
         "neurons": ("#222222", "x", "neurons"),
     }
     for i, of in enumerate(stages.values()):
         rivals = [m[SHARE] for name, m in of["metrics"].items() if name != "learned"]
-        values = {"learned": of["metrics"]["learned"][SHARE], "random": of["random_weights"][SHARE]}
+        values = {"learned": of["metrics"]["learned"][SHARE], "short": of["short_fit"], "null": of["strictest_null"]}
         values |= {"best": max(rivals, key=lambda m: m["value"]), "neurons": of["metrics"]["neurons"][SHARE]}
-        for (name, m), offset in zip(values.items(), (-0.15, -0.05, 0.05, 0.15), strict=True):
+        for (name, m), offset in zip(values.items(), (-0.2, -0.1, 0.0, 0.1, 0.2), strict=True):
             colour, marker, label = styles[name]
             error = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
             label = label if i == 0 else None
@@ -287,11 +297,13 @@ def report(metrics: dict[str, Any]) -> str:
     for name, of in metrics["stages"].items():
         rivals = {k: m for k, m in of["metrics"].items() if k != "learned"}
         best = max(rivals, key=lambda k: rivals[k][SHARE]["value"])
-        rows = {"learned": of["metrics"]["learned"], "learned, random weights": of["random_weights"]}
-        rows |= {f"best baseline: {best}": rivals[best], "PCA": rivals["pca"], "neurons": rivals["neurons"]}
+        rows = {"learned": of["metrics"]["learned"], f"best baseline: {best}": rivals[best]}
+        rows |= {"PCA": rivals["pca"], "neurons": rivals["neurons"]}
         for basis, m in rows.items():
             cells = f"{_common.shown(m['edges_99'], 0)} | {_common.shown(m[SHARE])}"
             lines.append(f"| {name} ({of['entries']}) | {basis} | {cells} |")
+        short, null = (_common.shown(of[which]) for which in ("short_fit", "strictest_null"))
+        lines += [f"| | short fit | | {short} |", f"| | the same, {of['strictest']} | | {null} |"]
     lines += ["", "Single examples (raw): a mean over images of edges@99 and small entries in the image's own singular"]
     lines += ["vectors, of its own Jacobian, and of the other images'; and the learned basis, one for all:", ""]
     for name, of in metrics["stages"].items():
@@ -305,7 +317,7 @@ def report(metrics: dict[str, Any]) -> str:
     for name, of in metrics["stages"].items():
         again = ", ".join(f"{share:.0%} of '{side}'" for side, share in of["reproduced"].items())
         neurons = "; neurons: " + ", ".join(f"{k} of 100 '{side}'" for side, k in of["neurons"].items())
-        lines.append(f"- {name}: {again}{neurons if of['neurons'] else ''}. {of['verdict']}")
+        lines.append(f"- {name}: {again}{neurons if of['neurons'] else ''}. {of['verdict']} {of['agreement']}")
     if {SECOND, BLOCK} <= set(metrics["stages"]):
         alone, both = (metrics["stages"][name]["reproduced"]["in"] for name in (SECOND, BLOCK))
         lines += [

@@ -27,9 +27,10 @@ from matplotlib.figure import Figure
 import rotsparse as rs
 from rotsparse import models
 from rotsparse._core.intervals import Interval
-from rotsparse.evaluation.nulls import random_perturbation, random_weights
+from rotsparse.evaluation.fit_nulls import quick_control
+from rotsparse.evaluation.nulls import random_perturbation
 from rotsparse.evaluation.substitution import substitution
-from rotsparse.evaluation.verdict import SHARE, beyond_control
+from rotsparse.evaluation.verdict import SHARE, structure
 
 SPARSITIES = (25, 40, 50, 60, 75)
 """Per cent of the coordinates that are set to zero."""
@@ -61,7 +62,7 @@ class Config(_common.Options):
     """Activations to fit Jacobians on, and half as many to test on."""
     jacobian_steps: int = 2500
     controls: int = 3
-    """Draws of random weights."""
+    """Draws of each null."""
 
 
 def quick(config: Config) -> Config:
@@ -190,8 +191,8 @@ def _interval(network: Network, text: str, change, config: Config, relative_to=N
 
 
 def jacobians(network: Network, config: Config) -> list[dict[str, Any]]:
-    """For every MLP: the held-out share of Jacobian entries below 0.1 rms, learned, on redrawn weights, and in the
-    bases that ignore the objective; and the conclusion."""
+    """For every MLP: the held-out share of Jacobian entries below 0.1 rms, learned, in the bases that ignore the
+    objective, and of shorter fits of the layer and its nulls; and the conclusion."""
     rng = np.random.default_rng(config.seed)
     n = config.jacobian_examples
     train = [x[rng.choice(len(x), n, replace=False)] for x in network.inputs(network.samples[0])]
@@ -207,26 +208,23 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
         covariance = np.cov(x.astype(np.float64), rowvar=False)
         return rs.evaluate(layer, x_test, rotations, scale_inputs=True, covariance=covariance, key=key)[SHARE]
 
-    def learn(layer, key):
-        method = rs.default_method(steps=config.jacobian_steps)
-        return rs.find_rotations(layer, x, key=key, method=method).completed().rotations
-
-    b = rs.baselines
+    b, method = rs.baselines, rs.default_method(steps=config.jacobian_steps)
+    learned = rs.find_rotations(layer, x, key=key, method=method).completed().rotations
     svd = {"svd_weights": b.svd_weights, "svd_mean_jacobian": b.svd_mean_jacobian}
     svd |= {"svd_mean_jacobian_weighted": b.svd_mean_jacobian_weighted}
-    found = {"learned": share(layer, learn(layer, key)), "neurons": share(layer, b.neurons(layer, x))}
+    found = {"learned": share(layer, learned), "neurons": share(layer, b.neurons(layer, x))}
     found |= {name: share(layer, baseline(layer, x)) for name, baseline in svd.items()}
-    controls = []
-    for draw in range(config.controls):
-        null = random_weights(layer, key=jax.random.fold_in(key, 10 + draw))
-        controls.append(share(null, learn(null, jax.random.fold_in(key, 20 + draw))))
-    structure, said = beyond_control(found["learned"], controls)
-    conclusion = f"layer {index}: {said}"
+    control = quick_control(layer, x, x_test, key=jax.random.fold_in(key, 10), draws=config.controls)
+    assert control is not None
+    judged = structure(control)
+    found["short_fit"] = control.learned[SHARE]
+    conclusion = f"layer {index}: {judged.sentence()}"
     print(conclusion)
     return {
         **{name: interval._asdict() for name, interval in found.items()},
-        "random_weights": [c._asdict() for c in controls],
-        "structure": structure,
+        "strictest": judged.strictest,
+        "strictest_null": [draw[SHARE]._asdict() for draw in control.nulls[judged.strictest]],
+        "structure": judged.learned,
         "conclusion": conclusion,
     }
 
@@ -266,14 +264,15 @@ def small_entries(layers: list[dict[str, Any]]) -> Figure:
     ax = figure.subplots()
     styles = {
         "learned": ("#d55e00", "o", "learned"),
-        "random_weights": ("#8a8a8a", "s", "learned, random weights"),
+        "short_fit": ("#e8a56c", "o", "learned, short fit"),
+        "strictest_null": ("#8a8a8a", "s", "the same, strictest null"),
         "svd": ("#0072b2", "^", "best SVD"),
         "neurons": ("#222222", "x", "neurons"),
     }
-    for offset, (name, (colour, marker, label)) in zip((-0.18, -0.06, 0.06, 0.18), styles.items(), strict=True):
+    for offset, (name, (colour, marker, label)) in zip((-0.2, -0.1, 0.0, 0.1, 0.2), styles.items(), strict=True):
         for i, of in enumerate(layers):
             best_svd = max((of[k] for k in of if k.startswith("svd")), key=lambda m: m["value"])
-            for m in of[name] if name == "random_weights" else [best_svd if name == "svd" else of[name]]:
+            for m in of[name] if name == "strictest_null" else [best_svd if name == "svd" else of[name]]:
                 error = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
                 ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, lw=1.2, label=label)
     handles, labels = ax.get_legend_handles_labels()

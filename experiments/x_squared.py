@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _verdict import judged
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse.data.moments import covariance
-from rotsparse.evaluation.nulls import random_weights
-from rotsparse.evaluation.verdict import SHARE, identifiability
+from rotsparse.evaluation.verdict import SHARE
 
 SHOWN = {"pca": "Principal components", "learned": "Learned directions"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
@@ -94,22 +94,18 @@ def _run(params, x):
 
 
 def study(network: Network, config: Config, seed: int) -> tuple[dict[str, Any], dict[str, rs.Rotations]]:
-    """Fit the middle layer and its random-weight control, and compare with every baseline on held-out inputs."""
+    """Fit the middle layer, and compare with every baseline and with its nulls on held-out inputs."""
     key = jax.random.key(seed)
     options = {"restarts": config.restarts, "method": rs.default_method(steps=config.steps), "key": key}
     layer, x = network.layer, network.train
     solution = rs.find_rotations(layer, x, validation=network.test[::2], **options).completed()
-    null = random_weights(layer, key=jax.random.fold_in(key, 1))
-    found_null = rs.find_rotations(null, x, **options).completed()
     bases = {"learned": solution.rotations} | rs.baselines.all_baselines(layer, x, key=jax.random.fold_in(key, 2))
-    judged = {"scale_inputs": True, "covariance": covariance(x)[1], "key": jax.random.fold_in(key, 3)}
     test = network.test[1::2]  # those between were chosen on
-    report = identifiability(layer, x, solution, [(null, x, found_null)])
+    comparison = rs.compare(layer, test, bases, covariance=covariance(x)[1], key=jax.random.fold_in(key, 3))
     return {
         "error": network.error,
-        **rs.compare(layer, test, bases, **judged).to_json(),
-        "random_weights": {k: m._asdict() for k, m in rs.evaluate(null, test, found_null.rotations, **judged).items()},
-        "verdict": report.verdict,
+        **comparison.to_json(),
+        **judged(layer, x, test, solution, comparison, key=jax.random.fold_in(key, 1)),
         "extents": {name: extents(network, bases[name]).tolist() for name in SHOWN},
     }, bases
 
@@ -148,20 +144,24 @@ def figure(networks: list[Network], bases: list[dict[str, rs.Rotations]]) -> Fig
 def report(networks: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = ["# x²", "", "Held-out Jacobians of the middle layer, inputs scaled by their standard deviations.", ""]
-    lines += ["| network | error | entries < 0.1 rms: learned | PCA | neurons | best baseline | random weights |"]
-    lines += ["|---:|---:|---:|---:|---:|---|---:|"]
+    lines += [
+        "| network | error | entries < 0.1 rms: learned | PCA | neurons | best baseline | short fit | strictest null |"
+    ]
+    lines += ["|---:|---:|---:|---:|---:|---|---:|---|"]
     for i, of in enumerate(networks):
         rivals = {name: m[SHARE]["value"] for name, m in of["metrics"].items() if name != "learned"}
         best = max(rivals, key=rivals.__getitem__)
-        learned, null = (_common.shown(m[SHARE]) for m in (of["metrics"]["learned"], of["random_weights"]))
+        learned, short, null = map(
+            _common.shown, (of["metrics"]["learned"][SHARE], of["short_fit"], of["strictest_null"])
+        )
         lines.append(
             f"| {i} | {of['error']:.4f} | {learned} | {rivals['pca']:.3f} | {rivals['neurons']:.3f} | "
-            f"{best} {rivals[best]:.3f} | {null} |"
+            f"{best} {rivals[best]:.3f} | {short} | {of['strictest']} {null} |"
         )
     lines += ["", "Share of the inputs over which the three strongest directions move (1: a straight line):", ""]
     for i, of in enumerate(networks):
         shown = ("; ".join(f"{n} " + ", ".join(f"{e:.2f}" for e in of["extents"][n]) for n in SHOWN)) + "."
-        lines.append(f"- network {i}: {shown} {of['verdict']}")
+        lines.append(f"- network {i}: {shown} {of['verdict']} {of['agreement']}")
     return "\n".join(lines) + "\n"
 
 

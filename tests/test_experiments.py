@@ -271,6 +271,20 @@ def test_networks_whose_files_are_missing_say_where_to_get_them(tmp_path):
             found[name]()
 
 
+@pytest.mark.skipif(not (SHARED / "modular_addition").exists(), reason=f"there is no {SHARED}/modular_addition")
+def test_whitened_inputs_leave_the_network_as_it_is():
+    import _modular_addition as addition
+
+    network = addition.Network(SHARED / "modular_addition/seed1.safetensors", 0)
+    frame = addition.frames(network, 0.999)["mid"]
+    whitened = network.with_whitened_inputs(frame)
+    few = network.test[:500]
+    before, after = (of.layers["ln2"](of.inputs["ln2"][few]) for of in (network, whitened))
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    z = np.asarray(whitened.inputs["ln2"])[network.train][:, : frame.active]
+    np.testing.assert_allclose(np.cov(z.T), np.eye(frame.active), atol=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "stories260k").exists(), reason=f"there is no {SHARED}/stories260k")
 def test_stories260k_at_tiny_size(tmp_path, monkeypatch):

@@ -93,12 +93,13 @@ def quick_control(
     scale_outputs: Scale = False,
     measure: Measure = Log(0.1),  # noqa: B008 (immutable)
     draws: int = REDRAWS,
+    nulls: Mapping[str, Sequence[Layer]] | None = None,
     shown: Callable[[str], None] = lambda name: None,
     **fit: Any,
 ) -> Control | None:
     """Fit the layer, and three draws of each of its nulls, by a few hundred steps of annealing; `None` for a layer
-    that has no nulls (one without weights). `fit`: further arguments of `find_rotations`; `shown` is told what is
-    fitted next.
+    that has no nulls (one without weights, unless `nulls` are given). `fit`: further arguments of `find_rotations`;
+    `shown` is told what is fitted next.
 
     Wide layers get fewer steps, as many as keep the whole at about 2·10^13 floating-point operations, and at least 50
     of 4 examples.
@@ -106,7 +107,8 @@ def quick_control(
     trained = layer
     train = evenly_spaced(np.asarray(train), QUICK_TRAIN)
     keys = jax.random.split(key, 3)
-    nulls = draw_nulls(layer, train, key=keys[0], draws=draws)
+    if nulls is None:
+        nulls = draw_nulls(layer, train, key=keys[0], draws=draws)
     if not nulls:
         return None
     quick = QuickControl.of(layer, draws)

@@ -4,10 +4,6 @@
 - `verdict`: that, and all that `finding` and `remarks` say of a fit.
 - `against_baselines`: on which metrics is the learned basis ahead?
 - `finding`, `remarks`: what a fit found, in one sentence with the sizes; the remarks without which it would mislead.
-- `beyond_control`: is a layer sparser than its null models?
-- `identifiability`: do independent restarts find a direction again (is it identified by the data)? And does it talk to
-  fewer partners than the directions that the same fit finds in a null model (was it learned)? A sparse result that
-  fails both is the optimiser's doing, and the verdict says so.
 """
 
 from collections import defaultdict
@@ -15,130 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from rotsparse._core.intervals import Interval
-from rotsparse._core.types import Rows
 from rotsparse.engine.solution import SAME, Solution
-from rotsparse.evaluation.ablation import EdgeAblation
 from rotsparse.evaluation.agreement import Agreement
 from rotsparse.evaluation.compare import Comparison
-from rotsparse.evaluation.control import Control, another_redraw
+from rotsparse.evaluation.control import Control
 from rotsparse.evaluation.names import LABELS, basis_name
 from rotsparse.layers.base import ClosedForm, Layer
-
-# A fit is sparser than the null when its gain is at least this much larger, as a share of the null's distance from 1:
-# that much less is left of the objective. Less than that is no structure worth the name, however sure.
-MARGIN = 0.1
-
-
-@dataclass(frozen=True)
-class Side:
-    """The directions of one side of a layer, in the order of its rotation.
-
-    `agreement`: |cos| with the match in each other restart, the mean over restarts. `partners`: the effective number of
-    directions on the other side that it talks to, the participation ratio `(Σm)²/Σm²` of its mean squared scaled
-    Jacobian entries m. `null_partners`: the median of that over the fitted directions of all null fits. `free`: which
-    directions the fit could turn; the others (outside the active subspace, or held) agree by construction and do not
-    count.
-    """
-
-    agreement: Float[np.ndarray, "d"]
-    partners: Float[np.ndarray, "d"]
-    null_partners: float
-    free: Bool[np.ndarray, "d"]
-
-    def identified(self, cosine: float) -> int:
-        """How many fitted directions the restarts agree on."""
-        return int(np.count_nonzero(self.free & (self.agreement >= cosine)))
-
-    @property
-    def gain(self) -> Float[np.ndarray, "d"]:
-        """How many times fewer partners than in the null: above one is sparser. 0 for a direction without influence."""
-        return self.null_partners / np.where(self.partners > 0, self.partners, np.inf)
-
-
-@dataclass(frozen=True)
-class Identifiability:
-    """`gain`: by what share the fit lowers the objective below that of Haar-random rotations; `null_gains`: the same
-    for the null models."""
-
-    sides: dict[str, Side]
-    gain: float
-    null_gains: tuple[float, ...]
-    cosine: float
-
-    @property
-    def beyond_null(self) -> bool:
-        """Whether the layer became sparser than every null model did."""
-        null = max(self.null_gains)
-        return self.gain > null + MARGIN * (1 - null)
-
-    @property
-    def verdict(self) -> str:
-        """One plain sentence or two."""
-        counts = {name: (side.identified(self.cosine), int(side.free.sum())) for name, side in self.sides.items()}
-        found = " and ".join(f"{k} of {d} '{name}' directions" for name, (k, d) in counts.items())
-        against = f"gain {self.gain:.2f} over random rotations, null models {max(self.null_gains):.2f}"
-        some = any(k > 0.1 * d for k, d in counts.values())
-        if self.beyond_null and some:
-            return f"A sparse basis: sparser than chance ({against}), and restarts agree on {found}."
-        if self.beyond_null:
-            return (
-                f"Sparser than chance ({against}), but not one basis: restarts agree on only {found}. "
-                "Read the amount of sparsity, not the single directions."
-            )
-        if some:
-            return (
-                f"No learned sparse basis here: the null models do as well ({against}). Restarts agree on {found}, "
-                "which is then the architecture's doing (an elementwise gate pins its neurons), not the training's."
-            )
-        return f"No sparse basis here: the null models do as well ({against}), and restarts agree on only {found}."
-
-
-def identifiability(
-    layer: Layer, x: Rows, solution: Solution, nulls: Sequence[tuple[Layer, Rows, Solution]], *, cosine: float = 0.95
-) -> Identifiability:
-    """Report on a fit by `find_rotations`, with two restarts or more, of `layer` on `x`.
-
-    `nulls`: null models (by `random_weights`, `shuffled_inputs`) as layer, inputs and the solution of
-    the same fit. `cosine`: from which |cos| on two restarts are said to agree on a direction.
-
-    Raises `ValueError` without nulls, or for a solution with a single restart.
-    """
-    if not nulls:
-        raise ValueError("without a null model nothing can be said: fit random_weights(layer, key=...) the same way")
-    agreement = {name: cosines.mean(axis=0) for name, cosines in solution.agreement().items()}
-    partners = _partners(layer, x, solution)
-    null = [(s, _partners(layer, x, s)) for layer, x, s in nulls]
-    sides = {}
-    for name, free in solution.free.items():
-        null_partners = np.concatenate([found[name][s.free[name]] for s, found in null])
-        if free.any():
-            sides[name] = Side(agreement[name], partners[name], float(np.median(null_partners)), free)
-    return Identifiability(sides, _gain(solution), tuple(_gain(s) for _, _, s in nulls), cosine)
-
-
-def _partners(layer, x, solution):
-    """The effective number of partners of every direction, for both sides (added up for a tied one)."""
-    importance = EdgeAblation(layer, x, solution.rotations).importance
-    both = {"in": _participation(importance.T), "out": _participation(importance)}
-    return both if "out" in solution.bases else {"in": (both["in"] + both["out"]) / 2}
-
-
-def _participation(rows):
-    square = np.square(rows).sum(axis=1)
-    return np.square(rows.sum(axis=1)) / np.where(square > 0, square, 1)
-
-
-def _gain(solution):
-    """The first restart has a start of its own; the others start at Haar-random rotations."""
-    starts = solution.history.checked[1:, 0]
-    if not len(starts):
-        raise ValueError("the gain over random rotations needs the random starts of restarts=2 or more")
-    random = float(starts.mean())
-    return (random - float(np.nanmin(solution.candidate_values))) / abs(random)
-
 
 GAIN = 1.3
 """A layer whose odds of a small entry beat those of its controls by less than this factor has no structure worth the
@@ -152,20 +32,6 @@ JUDGED = (SHARE, WITHOUT_TOP)
 # A single row or column of the mean squared Jacobian that holds more than this share of its sum is the first thing to
 # say: shares of small entries are then about the others being smaller than it.
 CONCENTRATED = 0.5
-
-
-def beyond_control(learned: Interval, controls: Sequence[Interval]) -> tuple[bool, str]:
-    """Whether the share of small entries says that a layer has learned structure, and the conclusion in words: its
-    learned basis against those of one kind of null (the same fit with random weights; three of them or more, because
-    two draws of random weights differ, too)."""
-    null = another_redraw(controls)
-    structure = _beyond(learned, null)
-    compared = "above" if learned.low > null.high else "below" if learned.high < null.low else "within"
-    range_of = f"the range of {len(controls)} redraws" if len(controls) > 1 else "the interval of the one redraw"
-    return structure, (
-        f"{learned.value:.3f} of the entries are small, {null.value:.3f} with random weights ({compared} {range_of}): "
-        + ("sparse structure that was learned" if structure else "no sparse basis here beyond chance")
-    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +56,8 @@ class Structure:
         ours, null = self.control.learned[SHARE].value, self.control.another(self.strictest, SHARE).value
         shares = f"{ours:.1%} of the entries are practically zero, {null:.1%} in the null model {self.strictest!r}"
         if not self.missed:
-            return f"Sparse structure that was learned: {shares}, the strictest."
+            which = "the strictest" if len(self.control.nulls) > 1 else "the only one tried"
+            return f"Sparse structure that was learned: {shares}, {which}."
         why = f"{_EXPLAINS.get(self.strictest, 'What this null keeps')} may explain it."
         if self.learned:
             return f"Sparse structure in the learned weights, but not in how neurons are wired: {shares}. {why}"

@@ -72,6 +72,8 @@ def test_what_is_planted_is_beyond_all_nulls_and_random_weights_are_not(planted)
     assert null is not None
     assert not structure(null).learned
     assert quick_control(rs.FunctionLayer(jnp.tanh, 8, 8), x[:200], x[200:], **options) is None
+    own = quick_control(rs.FunctionLayer(jnp.tanh, 8, 8), x[:200], x[200:], nulls={"another": [layer]}, **options)
+    assert own is not None and list(own.nulls) == ["another"] and len(own.nulls["another"]) == 1
 
 
 def interval(value, reach=0.005):

@@ -6,7 +6,7 @@ import pytest
 
 import rotsparse as rs
 from rotsparse._core.intervals import Interval
-from rotsparse.evaluation.control import another_redraw
+from rotsparse.evaluation.control import Control, another_redraw
 from rotsparse.evaluation.finite_effects import finite_effects
 from rotsparse.evaluation.nulls import (
     random_perturbation,
@@ -17,7 +17,7 @@ from rotsparse.evaluation.nulls import (
     shuffled_inputs,
     shuffled_weights,
 )
-from rotsparse.evaluation.verdict import beyond_control, identifiability
+from rotsparse.evaluation.verdict import EDGES, SHARE, Structure, structure
 
 
 @pytest.mark.parametrize("kind", ["mlp", "dense", "gated"])
@@ -166,60 +166,14 @@ def test_finite_effects_count_by_the_definition(rng):
     np.testing.assert_allclose(finite_effects(layer, x, rotations, size=0.5, threshold=0.2), expected, atol=0.011)
 
 
-def fitted(layer, x, key):
-    method = rs.default_method(steps=150)
-    return rs.find_rotations(layer, x, key=jax.random.key(key), restarts=3, method=method, scale_inputs=False)
-
-
-def test_a_planted_basis_is_identified(rng):
-    """A curved diagonal stage in a hidden basis against random weights: found again, and beyond chance."""
-    truth = rs.Rotations.haar(jax.random.key(1), 8, 8)
-    layer = rs.MLP(np.asarray(truth.r_in), None, np.asarray(truth.r_out).T, activation="tanh")
-    x = (1.5 * rng.standard_normal((300, 8))).astype(np.float32)
-    null = random_weights(layer, key=jax.random.key(2))
-    report = identifiability(layer, x, fitted(layer, x, 0), [(null, x, fitted(null, x, 1))])
-    assert report.beyond_null
-    assert report.sides["in"].identified(0.95) == report.sides["out"].identified(0.95) == 8
-    np.testing.assert_allclose(report.sides["in"].partners, 1, atol=0.1)
-    assert report.sides["in"].gain.min() > 1.3
-    assert report.verdict.startswith("A sparse basis")
-
-
-def test_random_weights_against_random_weights_say_no_sparse_basis(rng):
-    make = lambda key: random_weights(  # noqa: E731
-        rs.MLP(np.ones((24, 8), np.float32), None, np.ones((8, 24), np.float32), activation="gelu"),
-        key=jax.random.key(key),
-    )
-    x = rng.standard_normal((300, 8)).astype(np.float32)
-    layer, nulls = make(0), [make(1), make(2)]
-    report = identifiability(layer, x, fitted(layer, x, 0), [(null, x, fitted(null, x, 1)) for null in nulls])
-    assert not report.beyond_null
-    assert report.verdict.startswith("No ") and "null models do as well" in report.verdict
-
-
-def test_directions_outside_the_active_subspace_do_not_count(rng):
-    layer = rs.Dense(rng.standard_normal((6, 6)).astype(np.float32), activation="tanh")
-    x = (rng.standard_normal((200, 6)) * [1, 1, 1, 1e-4, 1e-4, 1e-4]).astype(np.float32)
-    fit = lambda key: rs.find_rotations(  # noqa: E731
-        layer, x, key=jax.random.key(key), restarts=2, method=rs.default_method(steps=20), active_subspace=0.99
-    )
-    report = identifiability(layer, x, fit(0), [(layer, x, fit(1))])
-    assert report.sides["in"].free.sum() == 3
-    assert report.sides["in"].identified(0.0) == 3
-
-
-def test_a_null_and_restarts_are_needed(rng):
-    layer = rs.Dense(rng.standard_normal((3, 3)).astype(np.float32))
-    x = rng.standard_normal((50, 3)).astype(np.float32)
-    single = rs.find_rotations(layer, x, key=jax.random.key(0), method=rs.default_method(steps=5))
-    with pytest.raises(ValueError, match="without a null model"):
-        identifiability(layer, x, single, [])
-    with pytest.raises(ValueError, match="restarts"):
-        identifiability(layer, x, single, [(layer, x, single)])
+def against(learned, *draws) -> Structure:
+    """A share of small entries against those of draws of one null."""
+    metrics = [{SHARE: Interval(*of), EDGES: Interval(100, 99, 101)} for of in (learned, *draws)]
+    return structure(Control(metrics[0], {"random weights": tuple(metrics[1:])}))
 
 
 @pytest.mark.parametrize(
-    ("learned", "control", "structure"),
+    ("learned", "control", "is_structure"),
     [
         ((0.20, 0.19, 0.21), (0.16, 0.15, 0.17), True),
         ((0.20, 0.16, 0.24), (0.16, 0.15, 0.17), False),  # not sure
@@ -228,10 +182,10 @@ def test_a_null_and_restarts_are_needed(rng):
         ((0.76, 0.75, 0.77), (0.88, 0.87, 0.89), False),
     ],
 )
-def test_structure_is_more_than_the_control_and_worth_the_name(learned, control, structure):
-    found, words = beyond_control(Interval(*learned), [Interval(*control)])
-    assert found == structure
-    assert words.endswith("learned" if structure else "beyond chance")
+def test_structure_is_more_than_the_control_and_worth_the_name(learned, control, is_structure):
+    found = against(learned, control)
+    assert found.learned == is_structure
+    assert ("the only one tried" if is_structure else "No sparse basis here beyond chance") in found.headline()
 
 
 def test_redraws_that_differ_say_less_than_their_examples():
@@ -243,8 +197,8 @@ def test_redraws_that_differ_say_less_than_their_examples():
     logits = np.log(values / (1 - values))
     high = logits.mean() + 4.3027 * logits.std(ddof=1) * np.sqrt(4 / 3)
     assert null.high == pytest.approx(1 / (1 + np.exp(-high)), rel=1e-4)
-    assert not beyond_control(Interval(0.24, 0.237, 0.243), controls)[0]
-    assert beyond_control(Interval(0.24, 0.237, 0.243), controls[:1])[0]  # one redraw cannot know
+    assert not against((0.24, 0.237, 0.243), *controls).learned
+    assert against((0.24, 0.237, 0.243), controls[0]).learned  # one redraw cannot know
     assert another_redraw(controls[:1]) == controls[0]
     same = [Interval(0.2, 0.15, 0.25)] * 3
     assert another_redraw(same) == pytest.approx(same[0])
