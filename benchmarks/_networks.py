@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import rotsparse as rs
-from rotsparse._core.modules import replace_fields
 from rotsparse.data.scales import winsorised
 from rotsparse.examples import addition, digits
-from rotsparse.layers.activations import identity
 from rotsparse.layers.base import Layer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -135,15 +133,7 @@ def _mnist(data: Path, seed: int, stage: str, options) -> Case:
 
     _require(data / "mlp_mnist/model.safetensors", data / "mnist/mnist.npz", source=mnist.SOURCE)
     layer, (train, _, test) = mnist.Network(mnist.Config(data=data)).stage(stage)
-    return Case(_one_block(layer), train, test, options)
-
-
-def _one_block(layer: Layer) -> Layer:
-    """Two single layers one after the other, the second of them linear, as the MLP block that they are."""
-    match getattr(layer, "layers", ()):
-        case (rs.Dense() as first, rs.Dense(activation=last) as second) if last is identity and first.norm is None:
-            return replace_fields(rs.MLP(first.w, first.b, second.w, second.b), activation=first.activation)
-    return layer
+    return Case(layer, train, test, options)
 
 
 def _modular_addition(data: Path, number: int) -> Case:

@@ -263,7 +263,7 @@ def figure(stages: dict[str, Any]) -> Figure:
             ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, ls="", lw=1.2, label=label)
     ax.set_xticks(range(len(stages)), [name.replace(" → ", "\n→ ") for name in stages], fontsize=8)
     ax.set_ylabel("share of entries below 0.1 rms")
-    ax.set_ylim(0, 1)
+    ax.set_ylim(0, 1.03)
     _common.style(ax, grid="y")
     _common.legend_beside(ax)
     return fig
