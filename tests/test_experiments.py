@@ -15,6 +15,8 @@ import rotsparse as rs
 from helpers import ROOT, SHARED, random_orthogonal
 from rotsparse._core.intervals import Interval
 from rotsparse.engine.solution import Result
+from rotsparse.evaluation.control import Control
+from rotsparse.evaluation.verdict import SHARE, structure
 
 INTERRUPTED = Result.INTERRUPTED
 
@@ -216,6 +218,22 @@ def test_blocks_of_layers_are_their_composition(x64, rng):
     np.testing.assert_allclose(block.jacobian(x, r_in, r_out), expected, atol=1e-12)
     np.testing.assert_allclose(block.jacobian(x), jax.vmap(jax.jacfwd(block))(x), atol=1e-12)
     np.testing.assert_allclose(block.rotate(r_in, r_out)(x @ r_in.T), block(x) @ r_out.T, atol=1e-12)
+
+
+def test_experiments_say_what_the_command_line_says(rng):
+    from _verdict import judged
+
+    layer = rs.Dense(rng.standard_normal((5, 4)).astype(np.float32), activation="tanh")
+    train, test = np.split(rng.standard_normal((160, 4)).astype(np.float32), [100])
+    solution = rs.find_rotations(layer, train, key=jax.random.key(0), restarts=2, method=rs.Anneal(steps=20))
+    bases = {"learned": solution.rotations, "neurons": rs.baselines.neurons(layer, train)}
+    comparison = rs.compare(layer, test, bases, key=jax.random.key(1))
+    of = judged(layer, train, test, solution, comparison, key=jax.random.key(2))
+    control = Control.from_json(of["control"])
+    assert structure(control).headline() in of["verdict"]
+    assert of["short_fit"]["value"] == control.learned[SHARE].value
+    assert of["strictest_null"]["value"] == np.mean([draw[SHARE].value for draw in control.nulls[of["strictest"]]])
+    assert of["reproduced"].keys() == {"in", "out"} and "found again" in of["agreement"]
 
 
 @pytest.mark.parametrize("name", ["block", "single layer"])
