@@ -146,7 +146,9 @@ def shuffled_inputs(x: Rows, *, key: PRNGKeyArray) -> Float[Array, "n d"]:
     return jax.random.permutation(key, x, axis=0, independent=True)
 
 
-def random_perturbation(x: Rows, replaced: Rows, *, key: PRNGKeyArray) -> Float[Array, "n d"]:
+def random_perturbation(
+    x: Float[AnyArray, "*n d"], replaced: Float[AnyArray, "*n d"], *, key: PRNGKeyArray
+) -> Float[Array, "*n d"]:
     """`x` moved as far as `replaced` is from it, example by example, but in uniformly random directions.
 
     If this costs the network as much as the substitution did, its loss is explained by the size of the error alone.

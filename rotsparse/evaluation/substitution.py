@@ -57,7 +57,7 @@ class KeepAbove(Keep):
     """Coordinates of magnitude above `threshold`: one for all, or one for each coordinate. An example keeps as many as
     it has (Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL), 2025)."""
 
-    threshold: float | Float[Array, "d"]
+    threshold: float | Float[Array, ""] | Float[Array, "d"]
 
     def __call__(self, z):
         return jnp.where(jnp.abs(z) > self.threshold, z, 0)
