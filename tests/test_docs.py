@@ -199,12 +199,13 @@ def test_sparse_inference_of_a_real_model_runs(folder, few_steps):
 def test_the_page_on_other_libraries_runs(folder, few_steps, shell, capsys):
     pytest.importorskip("sae_lens", reason="needs the extra `peers`")
     names: dict = {}
+    said = ""
     for language, block in FENCE.findall(PAGES["docs/elsewhere.md"]):
         if language == "python":
             execute(block, names)
+            said += capsys.readouterr().out  # before the next command takes it
         elif language == "sh":
             shell(block)
-    said = capsys.readouterr().out
     assert "64 128" in said and float(re.search("spread along the direction: (.*)", said)[1]) < 1e-3
     assert float(said.split()[-1]) == pytest.approx(4, abs=1e-3)
 

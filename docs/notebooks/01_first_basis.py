@@ -8,7 +8,6 @@
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from rotsparse.report.ordering import diagonal_order
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -54,7 +53,7 @@ for ax, name in zip(axes, ["neurons", "pca", "learned"], strict=True):
     scale = r.apply_in(x).std(axis=0)
     z = np.asarray(layer.jacobian(x_test, np.asarray(r.r_in) * np.asarray(scale)[:, None], r.r_out))
     mean = np.abs(z).mean(axis=0) / np.sqrt(np.mean(np.square(z)))
-    rows, columns = diagonal_order(mean)
+    rows, columns = (np.argsort(-np.square(mean).sum(axis=side)) for side in (1, 0))  # the strongest first
     image = ax.imshow(np.maximum(mean[rows][:, columns], 0.1), norm="log", vmin=0.1, vmax=10, cmap="magma_r")
     ax.set(ylabel=name, xticks=[], yticks=[])
 axes[-1].set_xlabel("input directions (columns), output directions (rows)")

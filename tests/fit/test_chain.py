@@ -191,7 +191,7 @@ def test_the_mnist_network_joint_and_separate():
     ]
     with np.load(SHARED / "mnist/mnist.npz") as images:
         x, test = (images[name].reshape(-1, 784)[:500].astype(np.float32) / 255 for name in ("train_x", "test_x"))
-    options = {"key": KEY, "hold": (0,), "scale_inputs": False, "method": rs.Anneal(steps=1000)}
+    options = {"key": KEY, "hold_boundaries": (0,), "scale_inputs": False, "method": rs.Anneal(steps=1000)}
     fits = (rs.fit_chain(layers, x, joint=joint, **options) for joint in (False, True))
     separate, joint = (rs.evaluate_chain(layers, test, fit, key=KEY, scale_inputs=False) for fit in fits)
     for evidence in (separate, joint):

@@ -102,7 +102,10 @@ def test_perplexity_of_stories260k(tmp_path):
     """Half of every input dropped by thresholds, on 1,000 tokens."""
     model = load_model(STORIES / "stories260K.bin")
     tokens = np.random.default_rng(0).integers(3, 512, (4, 256))
-    inputs = {point: SparseInput(s.rotation, s.shift, None, 0.3) for point, s in sparse_inputs(model).items()}
+    inputs = {
+        point: SparseInput(s.rotation, s.shift, threshold=0.3, inverse=s.inverse)
+        for point, s in sparse_inputs(model).items()
+    }
     export_sparse(model, inputs, tmp_path / "out", tokens=tokens[:, :64])
     theirs = peers.peer_output(load_sparse(tmp_path / "out"), tokens)
     ours = sparse_outputs(model, inputs, tokens)
