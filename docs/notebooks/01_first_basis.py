@@ -43,8 +43,8 @@ print(rs.against_baselines(table))
 # %% [markdown]
 # ## The Jacobians
 #
-# Mean absolute Jacobian over the held-out images, inputs in units of their standard deviation. White entries are
-# below a tenth of the root mean square.
+# Mean absolute Jacobian over the held-out images, inputs in units of their standard deviation. The palest
+# entries are below a tenth of the root mean square.
 
 # %%
 figure, axes = plt.subplots(3, 1, figsize=(8, 4.6), layout="constrained")
