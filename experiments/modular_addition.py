@@ -206,23 +206,30 @@ def count_edges(
     return ablation.fewest(inputs, score, config.tolerance, near=near)
 
 
-def mlp_edges(network: Network, pca: rs.Rotations, config: Config) -> dict[str, dict[str, list[int]]]:
+def mlp_edges(network: Network, bases: dict[str, dict[str, Spaces]], config: Config) -> dict[str, dict[str, list[int]]]:
     """`[basis][ranking]`: edges that the MLP stage needs, of fits with several keys, the experiment's own first."""
     frame, pairs = frames(network, config.active_subspace), FEWER if config.quick else None
     whitened = network.with_whitened_inputs(frame["mid"])
-    principal = Frame(np.eye(len(frame["mid"].axes), dtype=np.float32), frame["mid"].active)
-    of = {"learned": (network, frame), "learned, inputs whitened": (whitened, {**frame, "mid": principal})}
-    found: dict[str, dict[str, list[int]]] = {name: {ranking: [] for ranking in RANKINGS} for name in (*of, "PCA")}
-    for ranking in RANKINGS:
-        found["PCA"][ranking].append(count_edges(network, "ln2", pca, config, pairs=pairs, ranking=ranking))
-    for name, (network, frame) in of.items():
-        for seed in range(config.seed, config.seed + config.keys):
-            bases = fit(network, ["ln2"], frame, config, seed=seed).bases
-            rotations = rs.Rotations(*(frame[space].lift(bases[space]) for space in STAGES["ln2"]))
-            for ranking in RANKINGS:
-                edges = count_edges(network, "ln2", rotations, config, pairs=pairs, ranking=ranking)
-                found[name][ranking].append(edges)
-    return found
+    principal = frame | {"mid": Frame(np.eye(len(frame["mid"].axes), dtype=np.float32), frame["mid"].active)}
+    learned, pca = (rs.Rotations(*(bases[name]["ln2"][s] for s in STAGES["ln2"])) for name in ("learned", "pca"))
+
+    def found(network: Network, frame: dict[str, Frame], seed: int) -> rs.Rotations:
+        fitted = fit(network, ["ln2"], frame, config, seed=seed).bases
+        return rs.Rotations(*(frame[space].lift(fitted[space]) for space in STAGES["ln2"]))
+
+    own, *others = range(config.seed, config.seed + config.keys)
+    of = {
+        "learned": (network, [learned, *(found(network, frame, seed) for seed in others)]),
+        "learned, inputs whitened": (whitened, [found(whitened, principal, seed) for seed in (own, *others)]),
+        "PCA": (network, [pca]),
+    }
+    return {
+        name: {
+            ranking: [count_edges(network, "ln2", r, config, pairs=pairs, ranking=ranking) for r in rotations]
+            for ranking in RANKINGS
+        }
+        for name, (network, rotations) in of.items()
+    }
 
 
 def fourier(network: Network, space: str, directions: Float[np.ndarray, "k d"]) -> list[dict[str, Any]]:
@@ -288,7 +295,6 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
     network = Network(path, config.seed)
     bases, described = all_bases(network, config)
     learned = bases["learned"]
-    pca = rs.Rotations(*(bases["pca"]["ln2"][space] for space in STAGES["ln2"]))
     active = described["active"]
     directions = {
         f"{stage}.{space}": fourier(network, space, np.asarray(learned[stage][space])[: active[space]])
@@ -301,7 +307,7 @@ def study(path: Path, config: Config, published: dict[str, Any]) -> dict[str, An
         "accuracy": network.correct,
         **described,
         "edges_needed": edges,
-        "mlp_edges": mlp_edges(network, pca, config),
+        "mlp_edges": mlp_edges(network, bases, config),
         "directions": directions,
     }
     for method, edges in published.items():

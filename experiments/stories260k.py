@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _activation_bases import METHODS, STYLES, Effort
+from _verdict import against_nulls, figures
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import rotsparse as rs
 from rotsparse import models
 from rotsparse._core.intervals import Interval
-from rotsparse.evaluation.fit_nulls import quick_control
 from rotsparse.evaluation.nulls import random_perturbation
 from rotsparse.evaluation.substitution import substitution
-from rotsparse.evaluation.verdict import SHARE, structure
+from rotsparse.evaluation.verdict import SHARE
 
 SPARSITIES = (25, 40, 50, 60, 75)
 """Per cent of the coordinates that are set to zero."""
@@ -214,16 +214,12 @@ def _jacobian(index, layer, x, x_test, config, *, key) -> dict[str, Any]:
     svd |= {"svd_mean_jacobian_weighted": b.svd_mean_jacobian_weighted}
     found = {"learned": share(layer, learned), "neurons": share(layer, b.neurons(layer, x))}
     found |= {name: share(layer, baseline(layer, x)) for name, baseline in svd.items()}
-    control = quick_control(layer, x, x_test, key=jax.random.fold_in(key, 10), draws=config.controls)
-    assert control is not None
-    judged = structure(control)
-    found["short_fit"] = control.learned[SHARE]
+    judged = against_nulls(layer, x, x_test, key=jax.random.fold_in(key, 10), draws=config.controls)
     conclusion = f"layer {index}: {judged.sentence()}"
     print(conclusion)
     return {
         **{name: interval._asdict() for name, interval in found.items()},
-        "strictest": judged.strictest,
-        "strictest_null": [draw[SHARE]._asdict() for draw in control.nulls[judged.strictest]],
+        **figures(judged),
         "structure": judged.learned,
         "conclusion": conclusion,
     }
@@ -272,9 +268,9 @@ def small_entries(layers: list[dict[str, Any]]) -> Figure:
     for offset, (name, (colour, marker, label)) in zip((-0.2, -0.1, 0.0, 0.1, 0.2), styles.items(), strict=True):
         for i, of in enumerate(layers):
             best_svd = max((of[k] for k in of if k.startswith("svd")), key=lambda m: m["value"])
-            for m in of[name] if name == "strictest_null" else [best_svd if name == "svd" else of[name]]:
-                error = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
-                ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, lw=1.2, label=label)
+            m = best_svd if name == "svd" else of[name]
+            error = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
+            ax.errorbar(i + offset, m["value"], error, color=colour, marker=marker, ms=5, lw=1.2, label=label)
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     _common.legend_beside(ax, list(unique.values()), list(unique))

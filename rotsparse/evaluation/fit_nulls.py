@@ -45,9 +45,9 @@ class QuickControl(NamedTuple):
     test: int
 
     @classmethod
-    def of(cls, layer: Layer, draws: int = REDRAWS) -> "QuickControl":
-        """The size for a layer."""
-        fits = 1 + draws * len(null_kinds(layer))
+    def of(cls, layer: Layer, fits: int | None = None) -> "QuickControl":
+        """The size for a layer, and so many fits (default: of the layer and `REDRAWS` draws of each of its nulls)."""
+        fits = 1 + REDRAWS * len(null_kinds(layer)) if fits is None else fits
         examples = QUICK_FLOPS / (fits * jacobian_flops(layer))  # gradients of so many in each fit
         batch = BATCH if examples >= BATCH * FEWEST_STEPS else FEWER_EXAMPLES
         return cls(
@@ -98,8 +98,8 @@ def quick_control(
     **fit: Any,
 ) -> Control | None:
     """Fit the layer, and three draws of each of its nulls, by a few hundred steps of annealing; `None` for a layer
-    that has no nulls (one without weights, unless `nulls` are given). `fit`: further arguments of `find_rotations`;
-    `shown` is told what is fitted next.
+    that has no nulls (one without weights). `nulls`: others than its own, as many draws of each; `draws`: how many of
+    its own. `fit`: further arguments of `find_rotations`; `shown` is told what is fitted next.
 
     Wide layers get fewer steps, as many as keep the whole at about 2·10^13 floating-point operations, and at least 50
     of 4 examples.
@@ -111,7 +111,8 @@ def quick_control(
         nulls = draw_nulls(layer, train, key=keys[0], draws=draws)
     if not nulls:
         return None
-    quick = QuickControl.of(layer, draws)
+    draws = max(map(len, nulls.values()))
+    quick = QuickControl.of(layer, 1 + sum(map(len, nulls.values())))
     test = evenly_spaced(np.asarray(test), quick.test)
     units: dict[str, Any] = {"scale_inputs": scale_inputs, "scale_outputs": scale_outputs}
     method = Anneal(steps=quick.steps, batch_size=quick.batch)

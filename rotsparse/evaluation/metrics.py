@@ -5,7 +5,6 @@ stream through, twice: memory is one chunk of Jacobians and their sum, however m
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +28,6 @@ NO_INFLUENCE = 1e-5
 
 # Jacobians that take no more memory than this are computed once, not twice.
 _KEPT_BYTES = 256 * 2**20
-
-# Arrays of so many examples at once stay in the processor's cache.
-_BLOCK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -151,8 +147,8 @@ def examine(
             yield from first_pass
             return
         computed = []
-        for block in _blocks(jacobians(layer, x, r_in, r_out), max(1, _BLOCK_BYTES // (4 * entries))):
-            z = np.abs(block.reshape(len(block), entries)) / block.dtype.type(rms)
+        for z in jacobians(layer, x, r_in, r_out):
+            z = np.abs(z.reshape(len(z), entries)) / z.dtype.type(rms)
             if few:
                 computed.append(z)
             yield z
@@ -203,13 +199,6 @@ def examine(
         concentration(mean_square, energy),
         curves(mean_square, below / (entries * len(x)), below_by_row / (units["small_by_row"].entries * len(x))),
     )
-
-
-def _blocks(chunks: Iterable[Float[np.ndarray, "c *s"]], size: int) -> Iterator[Float[np.ndarray, "b *s"]]:
-    """The same examples in blocks of at most `size`."""
-    for chunk in chunks:
-        for begin in range(0, len(chunk), size):
-            yield chunk[begin : begin + size]
 
 
 class _Holding:

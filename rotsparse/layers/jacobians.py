@@ -71,7 +71,7 @@ _MOST_GATES = 8192
 
 
 def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None) -> Iterator[np.ndarray]:
-    """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, chunk by chunk, in the order of `x`.
+    """The rotated Jacobians `R_out J R_inᵀ` as NumPy arrays `[c, d_out, d_in]`, a few at a time, in the order of `x`.
 
     The rows of `r_in` and `r_out` may have any length: a row scaled by s scales its column (row) of the Jacobian.
     """
@@ -80,8 +80,15 @@ def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None) -> Iterator[np.ndarr
     if one_at_a_time := chunk_size(layer, moments.at_once_bytes()) == 1:
         # Only Jacobians are kept. The weights are rotated once a chunk, which takes as long as two examples.
         size = max(1, moments.CHUNK_BYTES // (4 * layer.d_out * layer.d_in))
+    few = max(1, _CACHED_BYTES // (4 * layer.d_out * layer.d_in))
     for chunk, count in chunks(x, size):
-        yield np.asarray(_jacobian(layer, chunk, r_in, r_out, one_at_a_time))[:count]
+        found = np.asarray(_jacobian(layer, chunk, r_in, r_out, one_at_a_time))
+        for begin in range(0, count, few):
+            yield found[begin : min(begin + few, count)]
+
+
+# What is made of so many Jacobians at a time stays in the processor's cache.
+_CACHED_BYTES = 8 * 2**20
 
 
 class LayerStatistics:

@@ -32,7 +32,6 @@ _LOWEST = -110.0
 _BINS = round(220 / _BIN)
 # A picture of a wide layer needs no more examples than give so many entries.
 _PICTURED_ENTRIES, _FEWEST_PICTURED = 2**25, 25
-_BLOCK = 2**21  # entries that are counted at once: they fit into the cache
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,9 @@ def picture_data(
 
 def _histogram(z: Float[np.ndarray, "*s"]) -> Int[np.ndarray, "bins"]:
     """Counts of |z| in bins of equal logarithmic width; zeros are in the first bin."""
-    counts = np.zeros(_BINS, np.int64)
-    for begin in range(0, z.size, _BLOCK):
-        with np.errstate(divide="ignore"):
-            place = (np.log(z.ravel()[begin : begin + _BLOCK]) - _LOWEST) / _BIN
-        counts += np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
-    return counts
+    with np.errstate(divide="ignore"):
+        place = (np.log(z.ravel()) - _LOWEST) / _BIN
+    return np.bincount(np.maximum(place, 0).astype(np.int64), minlength=_BINS)
 
 
 def _magnitudes(counts: Int[np.ndarray, "bins"], ranks: Float[np.ndarray, "r"]) -> Float[np.ndarray, "r"]:
