@@ -13,7 +13,6 @@ from jaxtyping import Float, PRNGKeyArray
 from rotsparse._core.alignment import match
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
 from rotsparse._core.orthogonal import haar
-from rotsparse._core.precision import full_precision
 from rotsparse._core.types import Data
 from rotsparse.data.sources import Source
 from rotsparse.engine.solution import Solution, judged_value
@@ -123,11 +122,10 @@ def _used(term: JacobianSparsity, bases: Bases) -> tuple[np.ndarray, np.ndarray]
     (with inputs of unit variance, where the objective scales them)."""
     r_in, r_out = bases[term.space_in], bases[term.space_out]
 
-    def squares(x, weights):
-        return jnp.einsum("n,noi->oi", weights, jnp.square(term.layer.jacobian(x, r_in, r_out)))
+    def squares(j, weights):
+        return jnp.einsum("n,noi->oi", weights, jnp.square(j))
 
-    with full_precision():
-        energy = np.asarray(term.data.sum(squares, term.chunk), np.float64)
+    energy = np.asarray(term.in_full_precision().summed(squares, r_in, r_out), np.float64)
     if term.covariance is not None:
         energy = energy * np.einsum("ij,ij->i", np.asarray(r_in) @ np.asarray(term.covariance), r_in)
     by_side = (np.asarray(r_in), energy.sum(axis=0)), (np.asarray(r_out), energy.sum(axis=1))

@@ -15,21 +15,30 @@ from rotsparse.layers.activations import derivative
 GATHERED_SHARE = 0.4
 
 
-def jacobian(left, gates, rights, norm, skip, x, r_in, r_out, active):
+def gated(gates, rights, norm, x):
+    """What of the Jacobian depends on the example: the gates, and with a norm the two factors of its rank-one part."""
+    if norm is None:
+        return tuple(gates), None
+    gates, _, direction, along = norm.derivative_factors(gates, rights, x)
+    return tuple(gates), (along / norm.d, direction)
+
+
+def jacobian(left, found, rights, norm, skip, r_in, r_out, active):
     """`Z = A · Σ_k diag(g_k) B_k` with `A = R_out L`, `B_k = M_k D R_inᵀ`, plus the rank-one part of the norm's
-    derivative and the rotated skip connection.
+    derivative and the rotated skip connection; `found` are the results of `gated`.
 
     The norm's derivative is `(1/r)(D - (γ⊙n̂) n̂ᵀ/d)` with `D = diag(γ) P` (see `norms`): the scalar `1/r` goes into
     the gates, and the rank-one part stays factored, `-(A w)(R_in n̂)ᵀ/d` with `w = Σ_k g_k ⊙ M_k(γ⊙n̂)`.
     """
     a = left if r_out is None else (r_out if left is None else r_out @ left)
+    gates, factors = found
     correction = None
-    if norm is not None:
-        gates, rights, direction, along = norm.derivative_factors(gates, rights, x)
-        rank_one = along / norm.d
+    if factors is not None:
+        rank_one, direction = factors
         rank_one = rank_one if a is None else rank_one @ a.T
         direction = direction if r_in is None else direction @ r_in.T
         correction = rank_one[:, :, None] * direction[:, None, :]
+    rights = [absorbed(norm, m) for m in rights]
     b = rights if r_in is None else [m @ r_in.T for m in rights]
     if active is None:
         # [h, n, d_in] so that the product with A is one large matrix product over all examples of the chunk.

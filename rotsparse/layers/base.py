@@ -9,7 +9,7 @@ the identity; it may have fewer rows than columns, and then selects a subspace.
 """
 
 import abc
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -39,6 +39,17 @@ class Layer(eqx.Module):
     def jacobian(self, x: Float[AnyArray, "n d_in"], r_in=None, r_out=None) -> Float[Array, "n d_out d_in"]:
         """`R_out J(x) R_inᵀ` of every example: entry `[n, o, i]` is the derivative of rotated output o with respect to
         rotated input i."""
+
+    def prepared(self, x: Float[AnyArray, "n d_in"]) -> Any:
+        """What of the Jacobians depends on the example and not on rotations, and is faster to compute for many examples
+        at once than for one at a time (gates): a tree of arrays with a row for each example."""
+        return ()
+
+    def prepared_jacobian(
+        self, x: Float[AnyArray, "n d_in"], prepared: Any, r_in=None, r_out=None
+    ) -> Float[Array, "n d_out d_in"]:
+        """`jacobian(x, r_in, r_out)`, given `prepared(x)`."""
+        return self.jacobian(x, r_in, r_out)
 
     @abc.abstractmethod
     def rotate(self, r_in: Matrix | None, r_out: Matrix | None) -> "Layer":
@@ -92,10 +103,14 @@ class ClosedForm(Layer):
         """Every `g_k(x)`, always in full precision: which neurons are active must not depend on the precision of the
         objective."""
 
+    def prepared(self, x):
+        return _closed_forms.gated(self.gates(x), self.rights, self.norm, x)
+
+    def prepared_jacobian(self, x, prepared, r_in=None, r_out=None):
+        return _closed_forms.jacobian(self.left, prepared, self.rights, self.norm, self.skip, r_in, r_out, self.active)
+
     def jacobian(self, x, r_in=None, r_out=None):
-        return _closed_forms.jacobian(
-            self.left, self.gates(x), self.rights, self.norm, self.skip, x, r_in, r_out, self.active
-        )
+        return self.prepared_jacobian(x, self.prepared(x), r_in, r_out)
 
     def gathered(self, x):
         return self if self.left is None else replace_fields(self, active=_closed_forms.active_to_gather(self, x))

@@ -28,10 +28,16 @@ class Subspace(Layer):
     def __call__(self, x):
         return self.layer(x) @ self.frame_out.T
 
-    def jacobian(self, x, r_in=None, r_out=None):
+    def prepared(self, x):
+        return self.layer.prepared(x)
+
+    def prepared_jacobian(self, x, prepared, r_in=None, r_out=None):
         frame_in = self.frame_in if r_in is None else r_in @ self.frame_in
         frame_out = self.frame_out if r_out is None else r_out @ self.frame_out
-        return self.layer.jacobian(x, frame_in, frame_out)
+        return self.layer.prepared_jacobian(x, prepared, frame_in, frame_out)
+
+    def jacobian(self, x, r_in=None, r_out=None):
+        return self.prepared_jacobian(x, self.prepared(x), r_in, r_out)
 
     def gathered(self, x):
         return Subspace(self.layer.gathered(x), self.frame_in, self.frame_out)

@@ -101,10 +101,11 @@ class MeasuredObjective(Objective):
     def in_full_precision(self):
         return replace_fields(self, precision="highest")
 
-    def sum(self, function) -> Any:
-        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision."""
+    def sum(self, function, prepare=None) -> Any:
+        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision (see
+        `chunked_sum`)."""
         with products(self.precision):
-            return self.data.sum(function, self.chunk)
+            return self.data.sum(function, self.chunk, prepare)
 
     @property
     def count(self) -> int:

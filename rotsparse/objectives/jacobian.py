@@ -1,5 +1,8 @@
 """Sparsity of rotated per-example Jacobians."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,11 @@ from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments, at_once_bytes, far_rows
+from rotsparse.data.moments import Moments, far_rows
 from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import apply, chunk_size, jacobian_flops, jacobian_gram
+from rotsparse.layers.jacobians import apply, at_once, jacobian_flops, jacobian_gram
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
 from rotsparse.objectives.base import MeasuredObjective, add_grads
@@ -118,7 +121,7 @@ class JacobianSparsity(MeasuredObjective):
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
         self.drawn = None
         self.precision = precision
-        self.chunk = chunk_size(layer, at_once_bytes())
+        self.chunk = at_once(layer)
 
     @property
     def spaces(self):
@@ -134,7 +137,7 @@ class JacobianSparsity(MeasuredObjective):
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             covariance_out=None if self.covariance_out is None else matmul(matmul(out, self.covariance_out), out.T),
-            chunk=chunk_size(subspace, at_once_bytes()),
+            chunk=at_once(subspace),
         )
 
     def on(self, x: Float[Data, "n d_in"] | Source | Vectors, looks: int | None = None) -> "JacobianSparsity":
@@ -161,20 +164,24 @@ class JacobianSparsity(MeasuredObjective):
         r_in, r_out = bases[self.space_in], bases[self.space_out]
         if self.covariance_out is not None:
             r_in, r_out = self._dimensionless(r_in, r_out)[:2]
+            column_scale = 1.0
+        else:
+            column_scale = self._scale(r_in)[0]
+            if self.drawn is not None:
+                r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
 
-            def chunk_value(x, weights):
-                return jnp.sum(weights * self.measure.example_value(self.layer.jacobian(x, r_in, r_out)))
+        def values(j, weights):
+            return jnp.sum(weights * self.measure.example_value(j * column_scale))
 
-            return self.sum(chunk_value) / self.count
-        column_scale = self._scale(r_in)[0]
-        if self.drawn is not None:
-            r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
+        return self.summed(values, r_in, r_out) / self.count
 
-        def chunk_sum(x, weights):
-            z = self.layer.jacobian(x, r_in, r_out) * column_scale
-            return jnp.sum(weights * self.measure.example_value(z))
+    def summed(self, function: Callable, r_in, r_out) -> Any:
+        """The sum of `function(J, weights)` over the rotated Jacobians of all examples."""
 
-        return self.sum(chunk_sum) / self.count
+        def chunk_sum(x, weights, prepared):
+            return function(self.layer.prepared_jacobian(x, prepared, r_in, r_out), weights)
+
+        return self.sum(chunk_sum, self.layer.prepared)
 
     def value_and_grad(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]
@@ -185,13 +192,13 @@ class JacobianSparsity(MeasuredObjective):
             r_in, r_out, column_scale = self.drawn.select(r_in, r_out, column_scale)
         entries = r_in.shape[0] * r_out.shape[0]
 
-        def chunk_sums(x, weights):
-            z = self.layer.jacobian(x, r_in, r_out) * column_scale
+        def sums(j, weights):
+            z = j * column_scale
             g = self.measure.example_slope(z) * weights[:, None, None]
             value = jnp.sum(weights * self.measure.example_value(z))
             return value, jnp.einsum("noi,npi->op", g, z), jnp.einsum("noi,noj->ij", g, z)
 
-        value, h_out, h_in = self.sum(chunk_sums)
+        value, h_out, h_in = self.summed(sums, r_in, r_out)
         value, h_out, h_in = value / self.count, h_out / (self.count * entries), h_in / (self.count * entries)
         if self.drawn is not None:
             h_out, h_in = self.drawn.spread(h_out, h_in, (self.layer.d_out, self.layer.d_in))
@@ -228,25 +235,24 @@ class JacobianSparsity(MeasuredObjective):
         sd_out, turned_out = _deviations(r_out, self.covariance_out)
         rows_in, rows_out = r_in * sd_in[:, None], r_out / sd_out[:, None]
 
-        def chunk_energy(x, weights):
-            return jnp.sum(weights[:, None, None] * jnp.square(self.layer.jacobian(x, rows_in, rows_out)))
+        def energy(j, weights):
+            return jnp.sum(weights[:, None, None] * jnp.square(j))
 
         entries = self.layer.d_in * self.layer.d_out
-        unit = jax.lax.rsqrt(self.sum(chunk_energy) / (self.count * entries))
+        unit = jax.lax.rsqrt(self.summed(energy, rows_in, rows_out) / (self.count * entries))
         return rows_in, rows_out * unit, (sd_in, turned_in), (sd_out, turned_out)
 
     def _dimensionless_value_and_grad(self, r_in, r_out):
         r_in, r_out, (sd_in, turned_in), (sd_out, turned_out) = self._dimensionless(r_in, r_out)
 
-        def chunk_sums(x, weights):
-            z = self.layer.jacobian(x, r_in, r_out)
+        def sums(z, weights):
             g = self.measure.example_slope(z) * weights[:, None, None]
             weighted = z * weights[:, None, None]
             value = jnp.sum(weights * self.measure.example_value(z))
             pairs = [(jnp.einsum("noi,npi->op", e, z), jnp.einsum("noi,noj->ij", e, z)) for e in (g, weighted)]
             return value, *pairs
 
-        value, from_slopes, from_entries = self.sum(chunk_sums)
+        value, from_slopes, from_entries = self.summed(sums, r_in, r_out)
         # With ρ² = mean u², z = u/ρ: δz = δu/ρ - z mean(z δu/ρ), so G has to lose its part along z.
         total = self.count * self.layer.d_in * self.layer.d_out
         along = jnp.trace(from_slopes[0]) / total

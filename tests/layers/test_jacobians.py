@@ -18,9 +18,10 @@ from rotsparse.layers import jacobians as jacobians_module
 from rotsparse.layers.closed_moments import closed_moments
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
-from rotsparse.layers.jacobians import LayerStatistics, chunk_size, jacobian_gram, jacobian_moments, jacobians
+from rotsparse.layers.jacobians import LayerStatistics, at_once, chunk_size, jacobian_gram, jacobian_moments, jacobians
 from rotsparse.layers.mlp import MLP, Dense
 from rotsparse.layers.norms import layer_norm, rms_norm
+from rotsparse.layers.subspace import Subspace
 
 
 def mlp(rng, d_in=5, hidden=7, d_out=4):
@@ -158,6 +159,20 @@ def test_chunk_size_counts_the_hidden_layer_and_never_falls_to_zero():
     assert chunk_size(wide) == moments_module.CHUNK_BYTES // (4 * 768 * 3072)
     assert chunk_size(FunctionLayer(function=jnp.tanh, d_in=8, d_out=8), 4 * 64 * 10) == 10
     assert chunk_size(wide, 1) == 1
+
+
+def test_wide_layers_take_one_example_at_a_time_on_a_cpu(rng, monkeypatch):
+    def weights(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    wide = MLP(weights(300, 256), np.full(300, -9, np.float32), weights(256, 300))
+    assert at_once(wide) == 1
+    assert at_once(Subspace(wide, np.eye(256, dtype="f"), np.eye(256, dtype="f"))) == 1
+    few = wide.gathered(weights(20, 256) / 9)
+    assert few.active is not None and at_once(few) > 1
+    assert at_once(Subspace(wide, np.eye(200, 256, dtype="f"), np.eye(256, dtype="f"))) > 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert at_once(wide) > 1  # accelerators are only busy with many examples
 
 
 def test_the_jacobian_is_traced_once_however_many_chunks(rng, monkeypatch):

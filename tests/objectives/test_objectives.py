@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layer_kinds import LAYERS, correlated_inputs
 from rotsparse._core.orthogonal import haar
-from rotsparse.data import moments
+from rotsparse.data import examples, moments
 from rotsparse.data.examples import chunked_sum
 from rotsparse.layers.function import FunctionLayer
 from rotsparse.layers.gated import GatedMLP
@@ -141,6 +142,38 @@ def test_chunked_sum_counts_every_example_once():
         total = chunked_sum(lambda c, w: (jnp.sum(w), w @ c), x, size)
         np.testing.assert_allclose(total[0], 7)
         np.testing.assert_allclose(total[1], x.sum(0))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_what_is_prepared_of_many_examples_reaches_the_sum_of_each(monkeypatch, chunk):
+    monkeypatch.setattr(examples, "PREPARED_AT_ONCE", 4)  # a chunk of four, and one of three with a copy
+    x, seen = jnp.arange(14.0).reshape(7, 2), []
+
+    def prepare(rows):
+        seen.append(len(rows))
+        return rows**2, {"sum": rows.sum(axis=1)}
+
+    def function(rows, weights, prepared):
+        square, of = prepared
+        assert len(rows) == len(square) == len(of["sum"]) == chunk
+        return weights @ square, weights @ (of["sum"] - rows.sum(axis=1))
+
+    squares, nothing = chunked_sum(function, x, chunk, prepare=prepare)
+    np.testing.assert_allclose(squares, (x**2).sum(axis=0))
+    assert nothing == 0 and set(seen) == {4 if chunk == 1 else 3}
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated", "residual", "function"])
+def test_examples_one_at_a_time_do_not_matter(x64, rng, monkeypatch, name):
+    monkeypatch.setattr(examples, "PREPARED_AT_ONCE", 5)
+    layer, x = LAYERS[name](rng), correlated_inputs(rng, N).astype(np.float64)
+    layer = jax.tree.map(lambda w: np.asarray(w, np.float64) if eqx.is_array_like(w) else w, layer)
+    objective = JacobianSparsity(layer, x, measures.Log(0.3))
+    bases = bases_for(objective)
+    together = objective.value(bases), objective.value_and_grad(bases)
+    objective = in_chunks_of(objective, 1)
+    alone = objective.value(bases), objective.value_and_grad(bases)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), alone, together)
 
 
 def test_scaled_outputs_have_no_unit(x64, rng):
