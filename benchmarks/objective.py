@@ -45,8 +45,8 @@ class Shape:
         return f"d={self.d}, hidden={self.hidden}{', gated' if self.gated else ''}"
 
 
-SHAPES = [Shape(768, 3072, False), Shape(2048, 8192, True)]
-GPU_SHAPES = [*SHAPES, Shape(4096, 14336, True)]
+SHAPES = [Shape(256, 1024, False), Shape(384, 1536, False), Shape(768, 3072, False), Shape(2048, 8192, True)]
+GPU_SHAPES = [*SHAPES[2:], Shape(4096, 14336, True)]
 
 
 def main(config: Config) -> None:

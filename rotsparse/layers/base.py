@@ -47,7 +47,7 @@ class Layer(eqx.Module):
 
     def prepared_jacobian(
         self, x: Float[AnyArray, "n d_in"], prepared: Any, r_in=None, r_out=None
-    ) -> Float[Array, "n d_out d_in"]:
+    ) -> Float[Array, "n _ _"]:
         """`jacobian(x, r_in, r_out)`, given `prepared(x)`."""
         return self.jacobian(x, r_in, r_out)
 
