@@ -120,8 +120,6 @@ def _derivative_sums(layer, x, counted):
     """Sums over examples of the gates (with the norm's `1/r`), and of the rank-one part of the norm's derivative,
     `(Σ_k g_k ⊙ M_k D n̂) n̂ᵀ/d`."""
     with full_precision():
-        gates = layer.gates(x)
-        if layer.norm is None:
-            return [counted @ g for g in gates], None
-        gates, _, direction, along = layer.norm.derivative_factors(gates, layer.rights, x)
-        return [counted @ g for g in gates], (along * counted[:, None]).T @ direction / layer.norm.d
+        gates, factors = layer.prepared(x)
+        outer = None if factors is None else (factors[0] * counted[:, None]).T @ factors[1]
+        return [counted @ g for g in gates], outer

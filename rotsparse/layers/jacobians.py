@@ -37,13 +37,14 @@ def chunk_size(layer: Layer, chunk_bytes: int | None = None) -> int:
     return max(1, (moments.CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // (4 * numbers))
 
 
-def at_once(layer: Layer) -> int:
-    """The number of examples whose Jacobians one matrix product takes. On a CPU wide layers take one: the next product
-    finds it in the cache, and steps at widths of 256 and 384 take two thirds of the time. Gathered neurons differ
-    between examples, so their products are of single examples anyway."""
+def one_at_a_time(layer: Layer) -> bool:
+    """Whether Jacobians are evaluated one at a time: where one fills what a product takes at once, and on a CPU those
+    of all wide layers, because the next product then finds them in the cache (objective and gradient at a width of 256
+    take two thirds of the time, at 384 nine tenths). Gathered neurons differ between examples, so their products are
+    of single examples anyway."""
     plain = layer.layer if isinstance(layer, Subspace) else layer
-    alone = isinstance(plain, ClosedForm) and plain.active is None and layer.d_in * layer.d_out >= WIDE**2
-    return 1 if alone and jax.default_backend() == "cpu" else chunk_size(layer, moments.at_once_bytes())
+    wide = isinstance(plain, ClosedForm) and plain.active is None and layer.d_in * layer.d_out >= WIDE**2
+    return (wide and jax.default_backend() == "cpu") or chunk_size(layer, moments.at_once_bytes()) == 1
 
 
 def jacobian_moments(layer: Layer, x: Rows) -> JacobianMoments:
@@ -87,12 +88,12 @@ def jacobians(layer: Layer, x: Rows, r_in=None, r_out=None) -> Iterator[np.ndarr
     """
     r_in, r_out = (None if r is None else jnp.asarray(r, x.dtype) for r in (r_in, r_out))
     size = chunk_size(layer)
-    if one_at_a_time := at_once(layer) == 1:
+    if alone := one_at_a_time(layer):
         # Only Jacobians are kept. The weights are rotated once a chunk, which takes as long as two examples.
         size = max(1, moments.CHUNK_BYTES // (4 * layer.d_out * layer.d_in))
     few = max(1, _CACHED_BYTES // (4 * layer.d_out * layer.d_in))
     for chunk, count in chunks(x, size):
-        found = np.asarray(_jacobian(layer, chunk, r_in, r_out, one_at_a_time))
+        found = np.asarray(_jacobian(layer, chunk, r_in, r_out, alone))
         for begin in range(0, count, few):
             yield found[begin : min(begin + few, count)]
 
@@ -153,9 +154,9 @@ def apply(layer: Layer, x: Float[AnyArray, "n d_in"]) -> Float[Array, "n d_out"]
 
 
 @eqx.filter_jit
-def _jacobian(layer, x, r_in, r_out, one_at_a_time):
+def _jacobian(layer, x, r_in, r_out, alone):
     with full_precision():
-        if not one_at_a_time:
+        if not alone:
             return layer.jacobian(x, r_in, r_out)
         rows = jax.tree.map(lambda a: a[:, None], (x, layer.prepared(x)))
         return jax.lax.map(lambda row: layer.prepared_jacobian(*row, r_in, r_out)[0], rows)

@@ -101,11 +101,10 @@ class MeasuredObjective(Objective):
     def in_full_precision(self):
         return replace_fields(self, precision="highest")
 
-    def sum(self, function, prepare=None) -> Any:
-        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision (see
-        `chunked_sum`)."""
+    def sum(self, function) -> Any:
+        """The sum of `function(x_chunk, weights)` over all examples, in this objective's precision."""
         with products(self.precision):
-            return self.data.sum(function, self.chunk, prepare)
+            return self.data.sum(function, self.chunk)
 
     @property
     def count(self) -> int:

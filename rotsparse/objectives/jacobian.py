@@ -12,13 +12,14 @@ from jaxtyping import Array, Float
 from rotsparse._core import checks
 from rotsparse._core.modules import replace_fields
 from rotsparse._core.orthogonal import matmul, skew
+from rotsparse._core.precision import products
 from rotsparse._core.types import Data, Vectors
 from rotsparse.data.examples import Examples
-from rotsparse.data.moments import Moments, far_rows
+from rotsparse.data.moments import Moments, at_once_bytes, far_rows
 from rotsparse.data.scales import Scale, covariance_of
 from rotsparse.data.sources import Source, in_memory
 from rotsparse.layers.base import Layer
-from rotsparse.layers.jacobians import apply, at_once, jacobian_flops, jacobian_gram
+from rotsparse.layers.jacobians import apply, chunk_size, jacobian_flops, jacobian_gram, one_at_a_time
 from rotsparse.layers.subspace import Subspace
 from rotsparse.objectives._submatrix import Submatrix
 from rotsparse.objectives.base import MeasuredObjective, add_grads
@@ -121,7 +122,7 @@ class JacobianSparsity(MeasuredObjective):
             raise ValueError(f"a tied fit needs d_in = d_out, got {layer.d_in} and {layer.d_out}")
         self.drawn = None
         self.precision = precision
-        self.chunk = at_once(layer)
+        self.chunk = chunk_size(layer, at_once_bytes())
 
     @property
     def spaces(self):
@@ -137,7 +138,7 @@ class JacobianSparsity(MeasuredObjective):
             gram=_checked_gram(subspace, self.x),
             covariance=None if self.covariance is None else matmul(matmul(frame, self.covariance), frame.T),
             covariance_out=None if self.covariance_out is None else matmul(matmul(out, self.covariance_out), out.T),
-            chunk=at_once(subspace),
+            chunk=chunk_size(subspace, at_once_bytes()),
         )
 
     def on(self, x: Float[Data, "n d_in"] | Source | Vectors, looks: int | None = None) -> "JacobianSparsity":
@@ -181,7 +182,9 @@ class JacobianSparsity(MeasuredObjective):
         def chunk_sum(x, weights, prepared):
             return function(self.layer.prepared_jacobian(x, prepared, r_in, r_out), weights)
 
-        return self.sum(chunk_sum, self.layer.prepared)
+        chunk = 1 if one_at_a_time(self.layer) else self.chunk
+        with products(self.precision):
+            return self.data.sum(chunk_sum, chunk, self.layer.prepared)
 
     def value_and_grad(self, bases):
         r_in, r_out = bases[self.space_in], bases[self.space_out]

@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from rotsparse._core.orthogonal import matmul
 from rotsparse._core.precision import full_precision
-from rotsparse.data.moments import at_once_bytes
-from rotsparse.layers.jacobians import chunk_size
 from rotsparse.objectives.activation import ActivationSparsity
 from rotsparse.objectives.base import Bases, Objective
 from rotsparse.objectives.combined import Held
@@ -114,11 +112,9 @@ class Side(eqx.Module):
 
     def mean(self, chunk_sum):
         """The sum of `chunk_sum` over all examples, divided by the number of entries."""
-        objective, chunk = self.objective, self.objective.chunk
-        if isinstance(objective, JacobianSparsity):  # sums over pairs are faster over many examples at once
-            chunk = max(chunk, chunk_size(objective.layer, at_once_bytes()))
+        objective = self.objective
         with full_precision():  # a certificate is to hold for the objective itself
-            total = objective.data.sum(chunk_sum, chunk)
+            total = objective.data.sum(chunk_sum, objective.chunk)
         return total / (len(objective.x) * math.prod(self.objective.spaces.values()))
 
 
