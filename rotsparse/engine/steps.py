@@ -42,7 +42,7 @@ STRETCHES = 40
 MIN_STRETCH = 20
 
 # Checks of the objective on all examples may cost this share of the cost of the steps.
-CHECKING = 0.25
+CHECKING = 0.1
 
 # Examples that are not in memory are fetched in blocks of at most this many bytes.
 FETCHED_BYTES = 128 * 2**20

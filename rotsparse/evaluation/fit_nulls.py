@@ -54,7 +54,7 @@ class QuickControl(NamedTuple):
             fits,
             int(np.clip(examples / batch, FEWEST_STEPS, QUICK_STEPS)),
             batch,
-            int(np.clip(examples / 4, FEWEST_LOOKED_AT, QUICK_TRAIN)),
+            int(np.clip(examples / 8, FEWEST_LOOKED_AT, QUICK_TRAIN)),
             int(np.clip(examples / 4, FEWEST_TEST, QUICK_TEST)),
         )
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from rotsparse._core.checks import activations
 from rotsparse._core.intervals import Interval, bootstrap_counts, bootstrap_interval
+from rotsparse._core.threads import in_threads
 from rotsparse._core.types import Rows
 from rotsparse.data.scales import Scale
 from rotsparse.evaluation.concentration import Concentration, concentration, without_top
@@ -27,7 +28,7 @@ from rotsparse.layers.rotations import Rotations, checked
 NO_INFLUENCE = 1e-5
 
 # Jacobians that take no more memory than this are computed once, not twice.
-_KEPT_BYTES = 256 * 2**20
+_KEPT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,16 @@ def examine(
             yield z
         first_pass.extend(computed)
 
+    def first(z):
+        square, ordered = np.square(z), np.sort(z, axis=1)
+        return _example_metrics(z, square, ordered), square.sum(axis=0, dtype=np.float64), count_below(ordered)
+
     per_example: list[dict[str, np.ndarray]] = []
     mean_square, below = np.zeros(entries), np.zeros(len(THRESHOLDS), np.int64)
-    for z in normalised():
-        square, ordered = np.square(z), np.sort(z, axis=1)
-        per_example.append(_example_metrics(z, square, ordered))
-        mean_square += square.sum(axis=0, dtype=np.float64) / len(x)
-        below += count_below(ordered)
+    for of_examples, squares, counted in in_threads(first, normalised()):
+        per_example.append(of_examples)
+        mean_square += squares / len(x)
+        below += counted
     energy = np.concatenate([of.pop("energy") for of in per_example])
 
     mean_square = mean_square.reshape(layer.d_out, layer.d_in)
@@ -177,16 +181,22 @@ def examine(
         "small_by_column": _Units.of_groups(mean_square, axis=0),
         "small_without_top": _Units.of_part(mean_square, kept),
     }
+
+    def second(z):
+        square = np.square(z)
+        influence = {name: h.influence(square) for name, h in holding.items()}
+        small = {name: unit.share_small(z) for name, unit in units.items()}
+        return influence, small, count_below_each(z, units["small_by_row"].rms)
+
     influences: dict[str, list[np.ndarray]] = {name: [] for name in holding}
     small: dict[str, list[np.ndarray]] = {name: [] for name in units}
     below_by_row = np.zeros(len(THRESHOLDS), np.int64)
-    for z in normalised():
-        square = np.square(z)
-        for name, h in holding.items():
-            influences[name].append(h.influence(square))
-        for name, unit in units.items():
-            small[name].append(unit.share_small(z))
-        below_by_row += count_below_each(z, units["small_by_row"].rms)
+    for influence, share, counted in in_threads(second, normalised()):
+        for name, values in influence.items():
+            influences[name].append(values)
+        for name, values in share.items():
+            small[name].append(values)
+        below_by_row += counted
     results = {}
     for name, h in holding.items():
         results[name] = bootstrap_interval(h.count, h.count + counts @ np.concatenate(influences[name]) / len(x))

@@ -13,6 +13,7 @@ from rotsparse._core.precision import products
 from rotsparse._core.types import Rows
 from rotsparse.data.sources import Source
 from rotsparse.engine.method import Method
+from rotsparse.engine.steps import CHECKING
 from rotsparse.evaluation import baselines
 from rotsparse.evaluation.fit_nulls import QuickControl
 from rotsparse.fit.default_method import default_method
@@ -43,7 +44,7 @@ def phases(layer: Layer, train: int, test: int, method: Method, *, restarts: int
         examples = min(train, train if batch is None else batch)
         work = restarts * steps * (examples * f + staying)
         found.append(Phase(f"{name}, {steps:,} steps of {examples}", work, STEPS_REACH))
-        found.append(Phase("  looks at the objective", 4 * restarts * look, STEPS_REACH))
+        found.append(Phase("  looks at the objective", 4 * restarts * look + CHECKING * work, STEPS_REACH))
     if control and isinstance(layer, ClosedForm):
         quick = QuickControl.of(layer)
         work = quick.fits * (quick.steps * (quick.batch * f + staying) + 2.4 * f * min(train, quick.looks))

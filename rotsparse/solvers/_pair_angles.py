@@ -25,6 +25,9 @@ from rotsparse.objectives.jacobian import JacobianSparsity
 GRID = np.arange(-16, 16) * (math.pi / 64)
 ZOOMS = 3
 
+# Pairs that are turned at once. Fewer waste less on the last block of them, and are slower.
+BLOCK = 64
+
 # Nodes of the interpolation in log(root mean square): exact to float32 for factors up to about 5.
 NODES = 13
 
@@ -138,16 +141,14 @@ def gains(side: Side, bases: Bases, screen: int | None, rows: np.ndarray | None 
     pairs = _screened(None if screen is None else np.array(_overlap(side, bases)), side.size, screen)
     pairs = pairs if rows is None else pairs[rows[pairs].any(axis=1)]
     rest = _others(side, bases) if side.coupled else None
-    block = max(1, side.size // 2)  # a block touches as many rows as the space has: the memory of one Jacobian
-    angles, gains = [], []
-    for begin in range(0, len(pairs), block):
-        at = np.minimum(np.arange(begin, begin + block), len(pairs) - 1)  # the last block repeats its last pair
-        angle, gain = _search(side, bases, jnp.asarray(pairs[at]), rest)
-        angles.append(np.asarray(angle))
-        gains.append(np.asarray(gain))
-    if not angles:
+    if not len(pairs):
         return pairs, np.zeros(0), np.zeros(0)
-    return pairs, np.concatenate(angles)[: len(pairs)], np.concatenate(gains)[: len(pairs)]
+    block = min(BLOCK, side.size)
+    most = math.comb(side.size, 2) if screen is None else min(side.size * screen, math.comb(side.size, 2))
+    padded = np.zeros((-(-most // block) * block, 2), int)  # one shape, and so one program, for any number of pairs
+    padded[: len(pairs)] = pairs
+    angles, gains = _search(side, bases, jnp.asarray(padded), jnp.asarray(-(-len(pairs) // block)), block, rest)
+    return pairs, np.asarray(angles)[: len(pairs)], np.asarray(gains)[: len(pairs)]
 
 
 def _screened(overlap, d: int, screen: int | None) -> Int[np.ndarray, "N 2"]:
@@ -178,8 +179,9 @@ def _overlap(side: Side, bases: Bases) -> Float[Array, "d d"]:
 
 
 @eqx.filter_jit
-def _search(side: Side, bases: Bases, pairs: Int[Array, "p 2"], rest):
-    """The best angle of every pair, and the decrease of the objective there."""
+def _search(side: Side, bases: Bases, pairs: Int[Array, "p 2"], blocks: Int[Array, ""], block: int, rest):
+    """The best angle of every pair of the first `blocks` blocks, and the decrease of the objective there. The entries
+    of a chunk of examples are computed once for all of them."""
     i, j = pairs[:, :1], pairs[:, 1:]
 
     def objective_at(angles):
@@ -189,15 +191,21 @@ def _search(side: Side, bases: Bases, pairs: Int[Array, "p 2"], rest):
 
         def chunk_sum(x, weights):
             rows = side.rows(bases, x)
-            a, b = rows[i[:, 0]], rows[j[:, 0]]
 
-            def at(turn):
-                cos, sin, scale_i, scale_j = (t[:, None, None] for t in turn)
-                values = side.objective.measure(scale_i * (cos * a + sin * b))
-                values += side.objective.measure(scale_j * (cos * b - sin * a))
-                return jnp.sum(values * weights[:, None], axis=(1, 2))
+            def of_block(k, found):
+                part = lambda of: jax.lax.dynamic_slice_in_dim(of, k * block, block)  # noqa: E731
+                a, b = rows[part(i)[:, 0]], rows[part(j)[:, 0]]
 
-            return jax.lax.map(at, (cos.T, sin.T, scale_i.T, scale_j.T)).T
+                def at(turn):
+                    cos, sin, scale_i, scale_j = (t[:, None, None] for t in turn)
+                    values = side.objective.measure(scale_i * (cos * a + sin * b))
+                    values += side.objective.measure(scale_j * (cos * b - sin * a))
+                    return jnp.sum(values * weights[:, None], axis=(1, 2))
+
+                values = jax.lax.map(at, tuple(part(of).T for of in (cos, sin, scale_i, scale_j))).T
+                return jax.lax.dynamic_update_slice_in_dim(found, values, k * block, axis=0)
+
+            return jax.lax.fori_loop(0, blocks, of_block, jnp.zeros(angles.shape, rows.dtype))
 
         values = side.mean(chunk_sum)
         return values if rest is None else values + rest(pairs, log_factor)

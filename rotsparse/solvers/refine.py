@@ -19,15 +19,19 @@ from rotsparse.solvers.anneal import Anneal
 from rotsparse.solvers.combine import Each
 from rotsparse.solvers.pair_search import SCREEN, PairSearch, certify, solution_of
 
+# The share of the objective below which the gain of a polish, and of the search after it, is the last.
+LAST = 5e-4
+
 
 class Refine(Method):
     """Run pair searches, and `polish` after each, for as long as the two together gain.
 
     `polish` improves rotations without leaving their basin; a polish that makes them worse is dropped. If the first
     sweep of pair rotations gains less than the share `worth` of the objective, it is the only one; otherwise there are
-    up to `rounds` polishes, and a final search. Searches use at most `examples` evenly spaced examples. All but the
-    final search use fewer of these, so that a row has about `entries` entries (half of the default still finds all
-    pairs of planted networks of n = 128). The certificate is that of the last sweep, on its examples.
+    up to `rounds` polishes, the last when one gains less than `LAST` of the objective, and a final search. Results are
+    compared on at most `examples` evenly spaced examples. Searches use fewer of these, so that a row has about
+    `entries` entries (half of the default still finds all pairs of planted networks of n = 128), and the final one four
+    times as many. The certificate is that of the last sweep, on its examples.
 
     Raises `ValueError` if `PairSearch` does. As a later stage it is skipped instead, and also for Jacobians of more
     than `largest` entries, for which the searches would take too long.
@@ -50,22 +54,23 @@ class Refine(Method):
         if len(starts) != 1:
             return Each(self).run(problem, starts, key=key, run=run)
         begun = time.perf_counter()
-        searched = thinned(problem.objective, self.examples)
-        few = thinned(searched, -(-self.entries // row_entries(searched)))
+        compared = thinned(problem.objective, self.examples)
+        of_a_row = row_entries(compared)
+        few, more = (thinned(compared, -(-n * self.entries // of_a_row)) for n in (1, 4))
         look, whole = PairSearch(sweeps=1, screen=self.screen), PairSearch(screen=self.screen)
-        start = {space: starts[0][space] for space in searched.spaces}
-        at_start, first = judged_value(searched, start), judged_value(few, start)
+        start = {space: starts[0][space] for space in compared.spaces}
+        at_start, first = judged_value(compared, start), judged_value(few, start)
         with run.listening() as run:
             certificate = None  # until the final search is complete
             bases, _ = look.search(few, start, run.subrun("look"))
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
                 # A gain on the few examples may be a loss on the others.
-                bases = bases if judged_value(searched, bases) < at_start else start
+                bases = bases if judged_value(compared, bases) < at_start else start
                 certificate = None if run.stopped else certify(few, bases, screen=self.screen)
             else:
                 bases, _ = whole.search(few, bases, run.subrun("search"))
-                reached = judged_value(searched, bases)
+                reached = judged_value(compared, bases)
                 for i in range(self.rounds):
                     if run.stopped:
                         break
@@ -76,15 +81,19 @@ class Refine(Method):
                     if run.stopped:
                         break
                     candidate, _ = whole.search(few, polished.bases, run.subrun(f"search-{i}"))
-                    after = judged_value(searched, candidate)
+                    after = judged_value(compared, candidate)
                     if after < before:
                         bases, reached = candidate, after
-                    if before - reached < 1e-4 * abs(before):
+                    if before - reached < LAST * abs(before):
                         break
                 bases = bases if reached < at_start else start
                 if not run.stopped:
-                    bases, certificate = whole.search(searched, bases, run.subrun("last"))
-        gain = (at_start - judged_value(searched, bases)) / abs(at_start) if at_start else 0.0
+                    last, certificate = whole.search(more, bases, run.subrun("last"))
+                    if judged_value(compared, last) <= judged_value(compared, bases):
+                        bases = last
+                    elif certificate is not None:
+                        certificate = certify(more, bases, screen=self.screen)
+        gain = (at_start - judged_value(compared, bases)) / abs(at_start) if at_start else 0.0
         looks = "one look, hardly anything to gain" if first_gain < self.worth else f"{first_gain:.2%} at first"
         solution = solution_of(problem, start, bases, certificate, time.perf_counter() - begun)
         stage = solution.stages[0]._replace(name="Refine", remark=f"pair searches gained {gain:.2%}; {looks}")

@@ -110,6 +110,21 @@ def test_predicted_gains_are_what_the_objective_changes_by(make, measure):
             np.testing.assert_allclose(value - after, gain, atol=4e-6 * max(1, abs(value), abs(after)))
 
 
+@pytest.mark.parametrize("block", [2, 64])
+def test_some_pairs_have_the_gains_that_they_have_among_all(monkeypatch, block):
+    monkeypatch.setattr(angles_of_pairs, "BLOCK", block)
+    objective = jacobian_objective(measure=measures.Log(0.1))
+    bases = random_bases(objective)
+    for side in angles_of_pairs.sides(objective, bases)[0]:
+        every = angles_of_pairs.gains(side, bases, None)
+        rows = np.arange(side.size) == 2
+        some = angles_of_pairs.gains(side, bases, None, rows)
+        chosen = (every[0] == 2).any(axis=1)
+        assert len(some[0]) == chosen.sum() == side.size - 1
+        for found, expected in zip(some, every, strict=True):
+            np.testing.assert_allclose(found, expected[chosen], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("angle", [0.3, 0.785])
 def test_a_wrong_pair_is_found_across_the_barrier(angle):
     objective = activation_objective(measure=measures.Log(0.02))

@@ -16,6 +16,7 @@ from rotsparse.engine.method import Method
 from rotsparse.fit.minimize import minimize
 from rotsparse.layers.mlp import Dense
 from rotsparse.objectives import ActivationSparsity, Held, JacobianSparsity
+from rotsparse.objectives.base import thinned
 from rotsparse.objectives.measures import Log, TopK
 from rotsparse.solvers import Anneal, PairSearch, Refine, Then
 from rotsparse.solvers._pair_angles import row_entries
@@ -88,6 +89,15 @@ def test_a_search_on_few_examples_never_makes_all_of_them_worse(rng):
     start = float(objective.value(identity()))
     for entries in (D, 3 * D):  # one example, and three
         assert refine(objective, identity(), entries=entries).certificate.value <= start
+
+
+def test_the_final_search_sees_four_times_as_many_examples_and_is_certified_on_these(rng):
+    objective = sparse_block(rng, turned_by(0.7, [(0, 1), (4, 9)]))
+    refined = refine(objective, identity(), entries=10 * D)
+    assert "at first" in refined.stages[0].remark
+    on_these = float(thinned(objective, 40).value(refined.bases))
+    assert refined.certificate.value == pytest.approx(on_these, rel=1e-5)
+    assert refined.certificate.value != pytest.approx(float(objective.value(refined.bases)), rel=1e-3)
 
 
 def test_as_a_later_stage_it_is_skipped_where_pairs_cannot_be_searched(rng):
