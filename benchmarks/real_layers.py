@@ -13,11 +13,12 @@ of our methods spread evenly over their steps, after compilation).
 search, or a look at all examples by which steps are chosen) is half of one. What the pair searches and polishes at the
 end of rotsparse's fits evaluate is not among them, because no solution tells it: only the seconds have it.
 
-`--starts` compares starts instead: the first look at each, a fit from there (4,000 steps at angle 0.4 from the neurons,
-2,000 at 0.1 from the others, at 0.2 from the hybrid), and the default, which looks at the neurons, the singular vectors
-of the mean Jacobian and the sparse basis of the weights. `hybrid`: the most active neurons get their own SVD, the
-others stay neurons and go on by Gram-Schmidt, most active first; as many get it as give the lowest objective. It needs
-a single layer, and the default does not use it. On the digits networks of four seeds, or those of `--only`.
+`--starts` compares starts instead: the first look at each, a fit from there (`--start-steps`, 4,000, at angle 0.4 from
+the neurons, half of them at 0.1 from the others, at 0.2 from the hybrid), and the default, which looks at the neurons,
+the singular vectors of the mean Jacobian and the sparse basis of the weights. `hybrid`: the most active neurons get
+their own SVD, the others stay neurons and go on by Gram-Schmidt, most active first; as many get it as give the lowest
+objective. It needs a single layer, and the default does not use it. On the digits networks of four seeds, or those of
+`--only`.
 
 Layers: the second one of the digits network and of the MNIST network (on 150 and on 4000 examples), raw; the MLP with
 its skip of a modular-addition transformer and the first MLPs of stories260K and of MiniLM, with scaled inputs. Those
@@ -78,6 +79,8 @@ class Config:
     """A Hugging Face folder of all-MiniLM-L6-v2."""
     starts: bool = False
     """Compare starts, not methods."""
+    start_steps: int = 4000
+    """Steps from the neurons, with `--starts`; half of them from the other starts."""
     only: tuple[str, ...] = ()
     """Networks whose names begin like one of these."""
     steps: int = 8000
@@ -92,7 +95,7 @@ def main(config: Config) -> None:
     results, found = Results(config), []
     if config.starts:
         for name, case in started(config.data, config.only, quick=config.quick):
-            rows = compare_starts(case, 200 if config.quick else 4000)
+            rows = compare_starts(case, 200 if config.quick else config.start_steps)
             show_starts(name, rows)
             found += [{"layer": name, **row} for row in rows]
             results.write(found)
