@@ -28,6 +28,9 @@ ZOOMS = 3
 # Pairs that are turned at once. Fewer waste less on the last block of them, and are slower.
 BLOCK = 64
 
+# Pairs of one pass over the examples; more would take much memory.
+TOGETHER = 2**14
+
 # Nodes of the interpolation in log(root mean square): exact to float32 for factors up to about 5.
 NODES = 13
 
@@ -144,11 +147,15 @@ def gains(side: Side, bases: Bases, screen: int | None, rows: np.ndarray | None 
     if not len(pairs):
         return pairs, np.zeros(0), np.zeros(0)
     block = min(BLOCK, side.size)
-    most = math.comb(side.size, 2) if screen is None else min(side.size * screen, math.comb(side.size, 2))
-    padded = np.zeros((-(-most // block) * block, 2), int)  # one shape, and so one program, for any number of pairs
-    padded[: len(pairs)] = pairs
-    angles, gains = _search(side, bases, jnp.asarray(padded), jnp.asarray(-(-len(pairs) // block)), block, rest)
-    return pairs, np.asarray(angles)[: len(pairs)], np.asarray(gains)[: len(pairs)]
+    most = min(math.comb(side.size, 2), side.size * (screen or side.size), TOGETHER)
+    angles, gains = [], []
+    for part in np.split(pairs, range(most, len(pairs), most)):
+        padded = np.zeros((-(-most // block) * block, 2), int)  # one shape, and so one program, for any number of pairs
+        padded[: len(part)] = part
+        found = _search(side, bases, jnp.asarray(padded), jnp.asarray(-(-len(part) // block)), block, rest)
+        angles.append(np.asarray(found[0])[: len(part)])
+        gains.append(np.asarray(found[1])[: len(part)])
+    return pairs, np.concatenate(angles), np.concatenate(gains)
 
 
 def _screened(overlap, d: int, screen: int | None) -> Int[np.ndarray, "N 2"]:

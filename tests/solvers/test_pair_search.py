@@ -110,9 +110,10 @@ def test_predicted_gains_are_what_the_objective_changes_by(make, measure):
             np.testing.assert_allclose(value - after, gain, atol=4e-6 * max(1, abs(value), abs(after)))
 
 
-@pytest.mark.parametrize("block", [2, 64])
-def test_some_pairs_have_the_gains_that_they_have_among_all(monkeypatch, block):
+@pytest.mark.parametrize(("block", "together"), [(2, 4), (64, 2**14)])
+def test_some_pairs_have_the_gains_that_they_have_among_all(monkeypatch, block, together):
     monkeypatch.setattr(angles_of_pairs, "BLOCK", block)
+    monkeypatch.setattr(angles_of_pairs, "TOGETHER", together)
     objective = jacobian_objective(measure=measures.Log(0.1))
     bases = random_bases(objective)
     for side in angles_of_pairs.sides(objective, bases)[0]:
