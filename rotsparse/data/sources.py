@@ -13,7 +13,6 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rotsparse._core.reading import check_typed, npy_header, regular_file
+from rotsparse._core.threads import in_threads
 from rotsparse._core.types import Data
 
 # Size of the sample of a source that is kept in memory: for judging rotations, `E[JᵀJ]`, the covariance of outputs, and
@@ -323,16 +323,9 @@ def in_memory(x: Any, most: int | None = None) -> tuple[Any, Source | None]:
 
 
 def read_ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """Yield the result of each function while the next one runs in a background thread. The iterable advances in the
+    """The result of each function, while the next one runs in a background thread. The iterable advances in the
     caller's thread, one function ahead of the result."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for read in reads:
-            ready, waiting = waiting, pool.submit(read)
-            if ready is not None:
-                yield ready.result()
-        if waiting is not None:
-            yield waiting.result()
+    return in_threads(lambda read: read(), reads, threads=1)
 
 
 def _fill(file, buffer: memoryview) -> None:

@@ -143,9 +143,9 @@ def gains(side: Side, bases: Bases, screen: int | None, rows: np.ndarray | None 
     only pairs that contain one of these rows."""
     pairs = _screened(None if screen is None else np.array(_overlap(side, bases)), side.size, screen)
     pairs = pairs if rows is None else pairs[rows[pairs].any(axis=1)]
-    rest = _others(side, bases) if side.coupled else None
     if not len(pairs):
         return pairs, np.zeros(0), np.zeros(0)
+    rest = _others(side, bases) if side.coupled else None
     block = min(BLOCK, side.size)
     most = min(math.comb(side.size, 2), side.size * (screen or side.size), TOGETHER)
     angles, gains = [], []

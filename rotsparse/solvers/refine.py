@@ -66,7 +66,8 @@ class Refine(Method):
             first_gain = (first - judged_value(few, bases)) / abs(first) if first else 0.0
             if first_gain < self.worth:
                 # A gain on the few examples may be a loss on the others.
-                bases = bases if judged_value(compared, bases) < at_start else start
+                reached = judged_value(compared, bases)
+                bases, reached = (bases, reached) if reached < at_start else (start, at_start)
                 certificate = None if run.stopped else certify(few, bases, screen=self.screen)
             else:
                 bases, _ = whole.search(few, bases, run.subrun("search"))
@@ -86,14 +87,15 @@ class Refine(Method):
                         bases, reached = candidate, after
                     if before - reached < LAST * abs(before):
                         break
-                bases = bases if reached < at_start else start
+                bases, reached = (bases, reached) if reached < at_start else (start, at_start)
                 if not run.stopped:
                     last, certificate = whole.search(more, bases, run.subrun("last"))
-                    if judged_value(compared, last) <= judged_value(compared, bases):
-                        bases = last
+                    after = judged_value(compared, last)
+                    if after <= reached:
+                        bases, reached = last, after
                     elif certificate is not None:
                         certificate = certify(more, bases, screen=self.screen)
-        gain = (at_start - judged_value(compared, bases)) / abs(at_start) if at_start else 0.0
+        gain = (at_start - reached) / abs(at_start) if at_start else 0.0
         looks = "one look, hardly anything to gain" if first_gain < self.worth else f"{first_gain:.2%} at first"
         solution = solution_of(problem, start, bases, certificate, time.perf_counter() - begun)
         stage = solution.stages[0]._replace(name="Refine", remark=f"pair searches gained {gain:.2%}; {looks}")
